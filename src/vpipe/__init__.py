@@ -1,0 +1,1 @@
+"""VPipe: pipeline-parallel training of PyTorch models."""

@@ -1,0 +1,1 @@
+"""Runs any schedule on torch.distributed."""

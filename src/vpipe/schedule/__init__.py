@@ -1,0 +1,1 @@
+"""What each rank does, in which order. Standard library only."""

@@ -1,0 +1,81 @@
+"""One step of one rank: the word that schedules are written in.
+
+The text form is ``<stage><kind><microbatch>``: ``2F0`` is the forward of microbatch 0 on stage 2,
+``2SEND_F0`` sends its result on, ``2STEP7`` is the optimizer update whose last gradient came from
+microbatch 7.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from vpipe.errors import ScheduleError
+
+__all__ = ["COMMUNICATION", "COMPUTE", "Action", "Kind"]
+
+
+class Kind(str, Enum):
+    """What an action does."""
+
+    F = "F"
+    """Forward of one microbatch."""
+    B = "B"
+    """Full backward: gradients for inputs and for weights."""
+    I = "I"  # noqa: E741  (the literature's letter)
+    """Backward for inputs only."""
+    W = "W"
+    """Backward for weights only."""
+    R = "R"
+    """Recompute a forward ahead of its backward."""
+    SEND_F = "SEND_F"
+    """Send the forward's outputs to the next stage."""
+    RECV_F = "RECV_F"
+    """Receive this stage's inputs from the previous stage."""
+    SEND_B = "SEND_B"
+    """Send the gradients of this stage's inputs to the previous stage."""
+    RECV_B = "RECV_B"
+    """Receive the gradients of this stage's outputs from the next stage."""
+    OFFLOAD = "OFFLOAD"
+    """Move a microbatch's activations to host memory."""
+    FETCH = "FETCH"
+    """Bring them back."""
+    REDUCE = "REDUCE"
+    """Sum gradients over replicas."""
+    STEP = "STEP"
+    """Optimizer update of the stage, from all gradients since its previous one; the microbatch is the highest of them."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.STEP})
+COMMUNICATION = frozenset({Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B})
+
+_TEXT = re.compile(r"(\d+)([A-Z_]+)(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step: what (`kind`) is done for which `stage` and `microbatch`."""
+
+    stage: int
+    kind: Kind
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind.value}{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Read an action from its text form.
+
+        Raises:
+            ScheduleError: `text` is not ``<stage><kind><microbatch>``.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if match is None or match[2] not in Kind.__members__:
+            kinds = " ".join(Kind.__members__)
+            raise ScheduleError(f"'{text}' is not an action; write <stage><kind><microbatch>, e.g. 2F0; kinds: {kinds}")
+        return cls(int(match[1]), Kind[match[2]], int(match[3]))

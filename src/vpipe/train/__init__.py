@@ -1,0 +1,1 @@
+"""The training loop, its numbers, and the proof that they are right."""
