@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["derive_seed", "seed_everything"]
+__all__ = ["derive_seed", "seed_everything", "seeded"]
 
 
 def derive_seed(*parts: int | str) -> int:
     """Mix `parts` into a 63-bit seed: equal parts give equal seeds on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    # Numbers of other libraries print in other ways, and True equals 1.
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int(struct.unpack("<Q", digest)[0] >> 1)
 
 
 def seed_everything(seed: int) -> None:
     """Set the default generators of CPU and, where it is in use, of CUDA."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _uses_cuda():
         torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block of code under `seed` and leave the default generators as they were."""
+    devices = [torch.cuda.current_device()] if _uses_cuda() else []
+    with torch.random.fork_rng(devices):
+        seed_everything(seed)
+        yield
+
+
+def _uses_cuda() -> bool:
+    # Asking for more than that would start CUDA in a process that may not want it.
+    return torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

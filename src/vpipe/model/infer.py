@@ -1,0 +1,50 @@
+"""What blocks write, found by running them on the meta device, where nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vpipe.errors import ModelError
+from vpipe.model.block import Block, ValueSpec, call_block
+
+__all__ = ["build_on_meta", "leaf_of", "run_on_meta", "spec_of"]
+
+
+def build_on_meta(block: Block) -> nn.Module:
+    """Build a block's module without memory for its parameters; modules made elsewhere come as they are."""
+    with torch.device("meta"):
+        return block.build()
+
+
+def run_on_meta(block: Block, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `block` writes for meta tensors `values`.
+
+    Raises:
+        ModelError: it cannot run on the meta device, or writes another number of values than it declares.
+    """
+    module = build_on_meta(block)
+    tensors = {name: tensor.to("meta") for name, tensor in module.named_buffers()}
+    for name, parameter in module.named_parameters():
+        tensors[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    try:
+        return call_block(block, lambda *inputs: torch.func.functional_call(module, tensors, inputs), values)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        shapes = ", ".join(f"{name} {tuple(values[name].shape)}" for name in block.inputs)
+        raise ModelError(
+            f"block '{block.name}' cannot run on the meta device with {shapes}: {error}. Shapes are inferred there "
+            "before anything is allocated: check the sizes, and keep control flow that depends on data, and in-place "
+            "changes of what crossed a cut, out of blocks that are followed by a cut"
+        ) from error
+
+
+def leaf_of(value: Tensor) -> Tensor:
+    """Return `value` as the stage after a cut gets it: with no graph behind it."""
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def spec_of(name: str, value: Tensor) -> ValueSpec:
+    """Return what a receiver must know of `value`."""
+    return ValueSpec(name, tuple(value.shape), value.dtype, value.requires_grad)

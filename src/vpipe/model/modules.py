@@ -1,0 +1,57 @@
+"""Blocks out of a user's modules, each of which takes the previous one's tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from vpipe.errors import ModelError
+from vpipe.model.block import Block, ParameterRef
+
+__all__ = ["ModuleList", "chain_modules"]
+
+ModuleList = nn.Sequential | nn.ModuleList | Sequence[nn.Module | Block]
+
+
+def chain_modules(
+    modules: ModuleList, first_field: str
+) -> tuple[tuple[Block, ...], tuple[tuple[ParameterRef, ...], ...]]:
+    """Return the blocks of `modules` and the groups of parameters that several of them share.
+
+    Raises:
+        ModelError: `modules` is no list of modules and blocks.
+    """
+    blocks: list[Block] = []
+    places: dict[int, list[ParameterRef]] = {}
+    for name, item in _named_items(modules):
+        if isinstance(item, Block):
+            blocks.append(item)
+            continue
+        source = (*blocks[-1].outputs, first_field)[0] if blocks else first_field
+        for local, parameter in item.named_parameters():
+            places.setdefault(id(parameter), []).append(ParameterRef(len(blocks), local))
+        blocks.append(Block(name, _copying(item), (source,), ("hidden",)))
+    return tuple(blocks), tuple(tuple(refs) for refs in places.values() if len(refs) > 1)
+
+
+def _named_items(modules: ModuleList) -> Iterator[tuple[str, nn.Module | Block]]:
+    if not isinstance(modules, nn.Sequential | nn.ModuleList | Sequence):
+        raise ModelError(
+            f"a chain is made of an nn.Sequential or a list of modules, not of {type(modules).__name__}; "
+            "list its layers in the order in which they run"
+        )
+    # Not named_children(): that leaves out a module's second appearance.
+    named = modules._modules.items() if isinstance(modules, nn.Module) else enumerate(modules)
+    for name, item in named:
+        if not isinstance(item, nn.Module | Block):
+            raise ModelError(f"item {name} of the chain is of type {type(item).__name__}; give an nn.Module or a Block")
+        yield str(name), item
+
+
+def _copying(module: nn.Module) -> Callable[[], nn.Module]:
+    """Return a builder of copies, so that building a block twice does not train one set of weights."""
+    # What runs on the meta device writes no weights.
+    return lambda: module if torch.get_default_device().type == "meta" else copy.deepcopy(module)

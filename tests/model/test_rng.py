@@ -1,0 +1,44 @@
+"""Random numbers as a function of where they are used."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vpipe.model.rng import derive_seed, seed_everything, seeded
+
+
+def test_seeds_are_the_same_in_every_process():
+    # A written-down number: hash() of a string would differ from process to process.
+    assert derive_seed(7, "weights", 3) == 5313868693975152363
+
+
+def test_seeds_differ_with_every_part_and_its_type_and_place():
+    seeds = {
+        derive_seed(*parts) for parts in [(1,), (2,), ("1",), (1, 1), (1, 2), (2, 1), (12,), ("a", 1), ("a1",), ()]
+    }
+    assert len(seeds) == 10
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_numbers_of_numpy_and_torch_give_the_seed_of_their_value():
+    assert derive_seed(np.int64(5), "x") == derive_seed(torch.tensor(5), "x") == derive_seed(5, "x")
+
+
+def test_a_seeded_block_draws_what_its_seed_says_and_restores_the_state():
+    seed_everything(1)
+    expected = torch.rand(3)
+    before = torch.get_rng_state()
+    with seeded(1):
+        assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(KeyError), seeded(1):
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_chain_is_importable_without_transformers():
+    code = "import sys, vpipe.model.chain; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
