@@ -44,10 +44,12 @@ class Kind(str, Enum):
     REDUCE = "REDUCE"
     """Sum gradients over replicas."""
     STEP = "STEP"
-    """Optimizer update of the stage, from all gradients since its previous one; the microbatch is the highest of them."""
+    """Optimizer update of the stage from all gradients since its previous one; the microbatch is their highest."""
 
     def __str__(self) -> str:
         return self.value
+
+    __hash__ = str.__hash__  # in C; Enum's own is a Python call, and schedules of millions of actions are hashed
 
 
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.STEP})

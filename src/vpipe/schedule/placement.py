@@ -25,7 +25,8 @@ class Placement:
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.stages_per_rank < 1:
             raise ScheduleError(
-                f"a pipeline needs at least 1 rank and 1 stage per rank, got {self.num_ranks} and {self.stages_per_rank}"
+                f"a pipeline needs at least 1 rank and 1 stage per rank, got num_ranks={self.num_ranks} and "
+                f"stages_per_rank={self.stages_per_rank}"
             )
 
     @property

@@ -10,7 +10,7 @@ from enum import Enum
 from vpipe.schedule.action import Action
 from vpipe.schedule.placement import Placement
 
-__all__ = ["Schedule", "WeightRule"]
+__all__ = ["Schedule", "WeightRule", "freeze"]
 
 
 class WeightRule(str, Enum):
@@ -51,6 +51,13 @@ class Schedule:
     def rank_of(self, stage: int) -> int:
         """Return the rank that holds `stage`."""
         return self.placement.rank_of(stage)
+
+    def stage_order(self, stage: int) -> tuple[Action, ...]:
+        """Return the actions of `stage`, in the order its rank runs them."""
+        order = self.orders[self.rank_of(stage)]
+        if self.placement.stages_per_rank == 1:
+            return order
+        return tuple(action for action in order if action.stage == stage)
 
     def fingerprint(self) -> str:
         """Hash everything that ranks must agree on, as 16 hexadecimal digits."""

@@ -1,0 +1,94 @@
+"""What the makespan consists of: the chain of actions and transfers in which each starts the moment the last ends."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+
+from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.simulate import Event, Simulation
+
+__all__ = ["critical_path"]
+
+_SENDS = {Kind.F: Kind.SEND_F, Kind.B: Kind.SEND_B, Kind.I: Kind.SEND_B}
+
+
+def critical_path(simulation: Simulation) -> tuple[Event, ...]:
+    """Return the chain of events that makes the makespan as long as it is, first to last.
+
+    Each event starts exactly when the one before it ends, and the last ends last of all. Transfers that take time are
+    `SEND_F` and `SEND_B` events; one that waits for its link is preceded by the transfer that keeps the link busy, up
+    to the moment when it leaves the link free.
+    """
+    return tuple(reversed(_Tracer(simulation).trace()))
+
+
+class _Tracer:
+    def __init__(self, simulation: Simulation) -> None:
+        self._schedule = simulation.schedule
+        self._events = simulation.events
+        self._transfers = simulation.costs.transfers(self._schedule.num_stages)
+        self._links: dict[tuple[int, int], list[tuple[int, float]]] = {}
+
+    def trace(self) -> list[Event]:
+        """Walk back from the last end."""
+        rank = max(range(len(self._events)), key=lambda rank: self._events[rank][-1].end if self._events[rank] else 0.0)
+        index = len(self._events[rank]) - 1
+        path: list[Event] = []
+        while True:
+            event = self._events[rank][index]
+            path.append(event)
+            if index and self._events[rank][index - 1].end == event.start:
+                index -= 1
+                continue
+            if event.start == 0:
+                return path
+            receiver = rank
+            rank, index = self._producer(event)
+            if rank != receiver:
+                index = self._trace_transfer(path, rank, index, receiver, event.start)
+
+    def _producer(self, event: Event) -> tuple[int, int]:
+        """Find the computation on another stage whose result `event` waited for."""
+        stage, microbatch = event.action.stage, event.action.microbatch
+        forward = event.action.kind is Kind.F
+        stage += -1 if forward else 1
+        wanted = [Action(stage, kind, microbatch) for kind in ((Kind.F,) if forward else (Kind.B, Kind.I))]
+        rank = self._schedule.rank_of(stage)
+        events = self._events[rank]
+        index = bisect_right(events, event.start, key=lambda other: other.start) - 1
+        while events[index].action not in wanted:
+            index -= 1
+        return rank, index
+
+    def _trace_transfer(self, path: list[Event], rank: int, index: int, receiver: int, arrival: float) -> int:
+        """Add the transfer of a result, and those that kept its link busy; return what the first of them waited for."""
+        messages = self._messages(rank, receiver)
+        number = bisect_right(messages, (index, math.inf)) - 1
+        end = arrival
+        while True:
+            index, start = messages[number]
+            event = self._events[rank][index]
+            if end > start:
+                send = Action(event.action.stage, _SENDS[event.action.kind], event.action.microbatch)
+                path.append(Event(send, start, end))
+            if start == event.end:
+                return index
+            end, number = start, number - 1
+
+    def _messages(self, rank: int, receiver: int) -> list[tuple[int, float]]:
+        """List what `rank` sends to `receiver`: the place of its computation and when its transfer starts."""
+        if (rank, receiver) in self._links:
+            return self._links[rank, receiver]
+        messages, free = [], 0.0
+        for index, (action, _, end) in enumerate(self._events[rank]):
+            if action.kind not in _SENDS:
+                continue
+            target = action.stage + (1 if action.kind is Kind.F else -1)
+            if 0 <= target < self._schedule.num_stages and self._schedule.rank_of(target) == receiver:
+                occupied = self._transfers[min(action.stage, target)]
+                start = max(end, free) if occupied else end
+                free = start + occupied if occupied else free
+                messages.append((index, start))
+        self._links[rank, receiver] = messages
+        return messages

@@ -1,0 +1,102 @@
+"""Schedules by name. Adding one costs its file, one line here and one golden picture.
+
+A builder is called as ``builder(num_ranks, num_microbatches, **options)``; its keyword parameters are its options. One
+that has the parameter `stages_per_rank` can put several stages on a rank, any other runs one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vpipe.errors import ScheduleError
+from vpipe.schedule.gpipe import build_gpipe
+from vpipe.schedule.naive import build_naive
+from vpipe.schedule.one_f_one_b import build_1f1b
+from vpipe.schedule.pipedream import build_pipedream
+from vpipe.schedule.schedule import Schedule
+
+__all__ = ["SCHEDULES", "Entry", "build_schedule", "find_entry"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A schedule family: how to build it, whether its result is that of one process, and what it does in a sentence."""
+
+    builder: Callable[..., Schedule]
+    synchronous: bool
+    summary: str
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Name the builder's keyword parameters, `stages_per_rank` included where it has it."""
+        parameters = inspect.signature(self.builder).parameters.values()
+        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Name the builder's options."""
+        return tuple(name for name in self.parameters if name != "stages_per_rank")
+
+
+SCHEDULES: dict[str, Entry] = {
+    "naive": Entry(build_naive, True, "One microbatch at a time through all stages: one rank works, the rest wait."),
+    "gpipe": Entry(build_gpipe, True, "All forwards, then all backwards, then one update: each rank holds them all."),
+    "1f1b": Entry(build_1f1b, True, "After a warmup, a forward and a backward in turn: GPipe's time, less memory."),
+    "pipedream": Entry(build_pipedream, False, "1F1B without a flush: updates while it runs, old weights stashed."),
+}
+
+
+def build_schedule(
+    name: str, num_ranks: int, num_microbatches: int, *, stages_per_rank: int = 1, **options: object
+) -> Schedule:
+    """Build the schedule `name` for so many ranks and microbatches.
+
+    Args:
+        name: a key of `SCHEDULES`.
+        num_ranks: ranks in the pipeline.
+        num_microbatches: microbatches of one batch; in an asynchronous schedule, all until the pipeline drains.
+        stages_per_rank: stages that each rank holds; more than 1 only where the family says so.
+        options: keyword parameters of the family's builder, e.g. `depths`.
+
+    Raises:
+        ScheduleError: unknown name or option, or a size that the family cannot run; the text says what is legal.
+    """
+    entry = find_entry(name)
+    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "stages_per_rank": stages_per_rank}
+    for key, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ScheduleError(f"{key} must be a whole number from 1 on, got {value!r}")
+    for option in options:
+        if option not in entry.options:
+            known = ", ".join(entry.options) or "none"
+            hint = _did_you_mean(option, entry.options)
+            raise ScheduleError(f"schedule '{name}' has no option '{option}'{hint}; its options: {known}")
+    if "stages_per_rank" in entry.parameters:
+        return entry.builder(num_ranks, num_microbatches, stages_per_rank=stages_per_rank, **options)
+    if stages_per_rank != 1:
+        several = ", ".join(key for key, other in SCHEDULES.items() if "stages_per_rank" in other.parameters)
+        raise ScheduleError(
+            f"schedule '{name}' runs one stage per rank, got stages_per_rank={stages_per_rank}; set it to 1, or use a "
+            f"schedule that can hold several: {several}"
+        )
+    return entry.builder(num_ranks, num_microbatches, **options)
+
+
+def find_entry(name: str) -> Entry:
+    """Return the family called `name`.
+
+    Raises:
+        ScheduleError: there is none; the text lists those there are.
+    """
+    if name not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise ScheduleError(f"unknown schedule '{name}'{_did_you_mean(name, SCHEDULES)}; known schedules: {known}")
+    return SCHEDULES[name]
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""

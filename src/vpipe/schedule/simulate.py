@@ -1,0 +1,170 @@
+"""Run a schedule on paper: exact start and end of every action from costs.
+
+Because every rank's order is fixed, and all messages of a directed link come from one rank, which sends them in the
+order it makes them, no event queue is needed: each rank is run until it misses an input, and is taken up again when
+that input arrives. The cost is linear in the number of actions. Computations and transfers overlap; a rank that sends
+does not wait. The schedule must be legal (`validate`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from vpipe.errors import ScheduleError
+from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.costs import Costs
+from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.schedule import Schedule
+
+__all__ = ["Event", "Simulation", "simulate"]
+
+
+class Event(NamedTuple):
+    """One action with its start and end, in the unit of the costs."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What every rank does when."""
+
+    schedule: Schedule
+    costs: Costs
+    events: tuple[tuple[Event, ...], ...]
+    """Per rank, in order; computations only."""
+
+    @cached_property
+    def makespan(self) -> float:
+        """First start to last end over all ranks."""
+        busy = [events for events in self.events if events]
+        return max(events[-1].end for events in busy) - min(events[0].start for events in busy)
+
+    @cached_property
+    def work(self) -> tuple[float, ...]:
+        """Time each rank computes."""
+        return tuple(math.fsum(end - start for _, start, end in events) for events in self.events)
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Idle time inside the makespan, of all ranks' time: idle / (num_ranks x makespan).
+
+        The *barrier* meaning: a rank that is done still waits for the last one.
+        """
+        return self._fraction(self.schedule.num_ranks * self.makespan)
+
+    @property
+    def span_bubble_fraction(self) -> float:
+        """Idle time between each rank's own first start and last end, over the same num_ranks x makespan.
+
+        The *span* meaning: what is left when the next batch may start on a rank as soon as that rank is done. The
+        difference to `bubble_fraction` is the time before the ranks' first and after their last action.
+        """
+        return self._fraction(math.fsum(events[-1].end - events[0].start for events in self.events if events))
+
+    def _fraction(self, available: float) -> float:
+        total = self.schedule.num_ranks * self.makespan
+        return max(0.0, available - math.fsum(self.work)) / total if total else 0.0
+
+    @property
+    def peak_activations(self) -> tuple[float, ...]:
+        """Microbatches each rank holds at most, in whole-rank units."""
+        return peak_activations(self.schedule)
+
+
+def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
+    """Return the start and end of every action of `schedule`.
+
+    Without `costs`, each rank's share of forward, input gradient and weight gradient takes 1, all else 0.
+
+    Raises:
+        ScheduleError: the costs do not fit the stages, or the ranks wait for each other.
+    """
+    costs = costs or Costs.from_rank_shares(schedule.placement)
+    run = _Run(schedule, costs)
+    runnable = list(range(schedule.num_ranks - 1, -1, -1))
+    while runnable:
+        runnable += run.advance(runnable.pop())
+    run.check_finished()
+    return Simulation(schedule, costs, tuple(map(tuple, run.events)))
+
+
+class _Run:
+    """The state of all ranks: what each has done, and when the inputs that were sent arrive."""
+
+    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+        stages, size = schedule.num_stages, schedule.num_stages * schedule.num_microbatches
+        self.schedule = schedule
+        self.events: list[list[Event]] = [[] for _ in schedule.orders]
+        self._durations = costs.durations(stages)
+        self._transfers = costs.transfers(stages)
+        self._latency = costs.latency
+        self._rank_of = [schedule.rank_of(stage) for stage in range(stages)]
+        # When the input of a forward / backward is there, at stage * num_microbatches + microbatch; None: not sent yet.
+        width = schedule.num_microbatches
+        self._inputs: list[float | None] = [0.0] * width + [None] * (size - width)
+        self._gradients: list[float | None] = [None] * (size - width) + [0.0] * width
+        self._missing: list[int | None] = [None] * len(schedule.orders)  # what a rank waits for; gradients as ~index
+        self._link_free: dict[tuple[int, int], float] = {}
+
+    def advance(self, rank: int) -> list[int]:
+        """Run `rank` until it is done or misses an input; return the ranks that its messages set free."""
+        order, events, missing = self.schedule.orders[rank], self.events[rank], self._missing
+        inputs, gradients, durations = self._inputs, self._gradients, self._durations
+        width, last = self.schedule.num_microbatches, self.schedule.num_stages - 1
+        forward, backward, input_backward = Kind.F, Kind.B, Kind.I
+        clock = events[-1].end if events else 0.0
+        freed = []
+        missing[rank] = None
+        for position in range(len(events), len(order)):
+            action = order[position]
+            kind, stage = action.kind, action.stage
+            index = stage * width + action.microbatch
+            goes_back = kind is backward or kind is input_backward
+            ready = inputs[index] if kind is forward else gradients[index] if goes_back else clock
+            if ready is None:
+                missing[rank] = ~index if goes_back else index
+                break
+            start = ready if ready > clock else clock
+            clock = start + durations[kind][stage]
+            events.append(Event(action, start, clock))
+            if kind is forward and stage < last:
+                receiver, index = self._rank_of[stage + 1], index + width
+                inputs[index] = clock if receiver == rank else self._arrival(rank, receiver, stage, clock)
+            elif goes_back and stage > 0:
+                receiver, index = self._rank_of[stage - 1], index - width
+                gradients[index] = clock if receiver == rank else self._arrival(rank, receiver, stage - 1, clock)
+                index = ~index
+            else:
+                continue
+            if missing[receiver] == index:
+                missing[receiver] = None
+                freed.append(receiver)
+        return freed
+
+    def _arrival(self, sender: int, receiver: int, cut: int, ready: float) -> float:
+        occupied = self._transfers[cut]
+        if occupied:
+            link = (sender, receiver)
+            ready = max(ready, self._link_free.get(link, 0.0)) + occupied
+            self._link_free[link] = ready
+        return ready + self._latency
+
+    def check_finished(self) -> None:
+        """Raise when ranks are left waiting."""
+        orders = self.schedule.orders
+        waits = [
+            f"rank {rank} at {order[len(done)]}"
+            for rank, (order, done) in enumerate(zip(orders, self.events, strict=True))
+            if len(done) < len(order)
+        ]
+        if waits:
+            raise ScheduleError(
+                f"schedule '{self.schedule.name}' never ends, ranks wait for each other: {', '.join(waits[:8])}; "
+                "validate_schedule shows why"
+            )
