@@ -1,0 +1,36 @@
+"""Where a rank's log lines go."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+__all__ = ["add_log_file", "configure_logging", "log_path"]
+
+
+def log_path(run_directory: Path, rank: int | str) -> Path:
+    """Return the file with everything that `rank` wrote."""
+    return run_directory / f"output.log.{rank}"
+
+
+def configure_logging() -> None:
+    """Send VPipe's log lines to stderr, each with the time and the rank."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_formatter())
+    package = logging.getLogger("vpipe")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False
+
+
+def add_log_file(path: Path) -> None:
+    """Copy VPipe's log lines to `path` as well, for ranks whose output nobody redirected."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(_formatter())
+    logging.getLogger("vpipe").addHandler(handler)
+
+
+def _formatter() -> logging.Formatter:
+    rank = os.environ.get("RANK", "0")
+    return logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")

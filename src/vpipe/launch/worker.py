@@ -1,0 +1,116 @@
+"""The process of one rank: runs its function and makes every way to fail short, clear and quick.
+
+``python -m vpipe.launch.worker package.module:function ARGUMENT...`` calls ``function([ARGUMENT, ...])``. Nothing heavy
+is imported before the rank can be interrupted and its errors are recorded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from vpipe.errors import LaunchError, VPipeError
+from vpipe.launch.logs import configure_logging
+
+__all__ = ["LAUNCHER_PID_VARIABLE", "load_function", "run_worker"]
+
+LAUNCHER_PID_VARIABLE = "VPIPE_LAUNCHER_PID"
+"""Environment variable with the process that started this rank and without which it must not go on."""
+
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger(__name__)
+
+
+def run_worker(main: Callable[[], None]) -> None:
+    """Run `main` as one rank; return when it ends well, else end the process with a recorded message.
+
+    A VPipeError is logged as its text alone, any other exception with its traceback; both are left for the launcher
+    in torchrun's error file. The process ends at once with exit code 1: no thread or destructor that waits for a lost
+    peer can keep it.
+    """
+    _prepare_process()
+    configure_logging()
+    try:
+        main()
+    except VPipeError as error:
+        logger.error("%s", error)
+        _end(error, str(error))
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            _end(error, f"exit with {error.code}", exit_code=error.code if isinstance(error.code, int) else 1)
+    except Exception as error:
+        logger.exception("unexpected %s", type(error).__name__)
+        _end(error, f"{type(error).__name__}: {error}")
+
+
+def load_function(target: str) -> Callable[[Sequence[str]], None]:
+    """Import ``package.module:function``.
+
+    Raises:
+        LaunchError: `target` has another form, or there is no such function.
+    """
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise LaunchError(f"worker function '{target}' is not of the form package.module:function")
+    function = getattr(importlib.import_module(module_name), name, None)
+    if not callable(function):
+        raise LaunchError(f"module '{module_name}' has no function '{name}'")
+    return function  # type: ignore[no-any-return]
+
+
+def _prepare_process() -> None:
+    faulthandler.enable()  # a crash in native code leaves the Python stack in the log
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # The launcher shows what Ctrl-C means; the rank may be inside a C++ wait that Python cannot interrupt.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launcher = os.environ.get(LAUNCHER_PID_VARIABLE)
+    if launcher is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(launcher):  # it died before the line above
+            os._exit(1)
+
+
+def _end(error: BaseException, message: str, *, exit_code: int = 1) -> NoReturn:
+    _record(error, message)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _record(error: BaseException, message: str) -> None:
+    """Write torchrun's error file, whole or not at all: the launcher may end this process at any moment."""
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not name:
+        return
+    now = time.time()
+    expected = isinstance(error, VPipeError)
+    stack = message if expected else "".join(traceback.format_exception(error))
+    content = {
+        "message": {"message": message, "extraInfo": {"py_callstack": stack, "timestamp": str(int(now))}},
+        "vpipe": {"kind": type(error).__name__, "expected": expected, "time": now},
+    }
+    new = Path(f"{name}.new")
+    new.write_text(json.dumps(content))
+    new.replace(name)
+
+
+def _main() -> None:
+    target, *arguments = sys.argv[1:]
+    run_worker(lambda: load_function(target)(arguments))
+
+
+if __name__ == "__main__":
+    _main()

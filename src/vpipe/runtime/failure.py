@@ -1,0 +1,114 @@
+"""Why the run failed, told by the rank that knows to the ranks that only see a closed connection.
+
+The rank that fails first publishes its message in the store of the process group; a rank that lost its peer looks there
+before it complains. The store outlives the ranks when torchrun or `vpipe train` hosts it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from vpipe.errors import PeerLostError, VPipeError
+
+__all__ = ["attach_store", "find_failure", "publish_failure", "raise_if_peer_lost", "report_failure"]
+
+KEY = "vpipe/failure"
+
+CONSULT_SECONDS = 1.5
+"""How long a rank that lost its peer waits for the culprit's message, and so lets the culprit end first."""
+
+_CLOSED = re.compile(
+    r"connection closed|connection reset|broken pipe|socket closed|remote process exited|connection refused", re.I
+)
+_TIMED_OUT = re.compile(r"timed out waiting|wait timeout|application timeout|watchdog caught", re.I)
+_MILLISECONDS = re.compile(r"(\d+) ?ms")
+
+_store: Store | None = None
+_rank = 0
+
+
+def attach_store(store: Store, rank: int) -> None:
+    """Use `store` for the messages of this process, which is `rank`."""
+    global _store, _rank
+    _store, _rank = store, rank
+
+
+def publish_failure(message: str) -> None:
+    """Tell the other ranks that this one stops because of `message`; the first message of all ranks stays."""
+    if _store is None:
+        return
+    try:
+        _store.compare_set(KEY, "", f"rank {_rank} stopped: {message}")
+    except RuntimeError:
+        # The store's host is gone too: nobody is left to read the message, and the failure itself is what counts.
+        return
+
+
+def find_failure(wait_seconds: float = 0.0) -> str | None:
+    """Return the first published failure, ``rank 3 stopped: ...``, waiting up to `wait_seconds` for one to appear."""
+    if _store is None:
+        return None
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while not _store.check([KEY]):
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.05)
+        return bytes(_store.get(KEY)).decode()
+    except RuntimeError:
+        # See publish_failure: without the store there is no message to be found.
+        return None
+
+
+def raise_if_peer_lost(error: RuntimeError, waiting_for: str, peer: int | None = None) -> None:
+    """Raise PeerLostError if `error` is how torch says that a peer died or is silent, return otherwise.
+
+    Args:
+        error: what torch raised while this rank was waiting.
+        waiting_for: the action, such as ``1F3``.
+        peer: the rank it was expected from; None when several took part.
+
+    Raises:
+        PeerLostError: names the action and the peer.
+    """
+    lost = _peer_lost(error, waiting_for, peer)
+    if lost is not None:
+        raise lost from error
+
+
+def report_failure(error: Exception) -> None:
+    """Publish `error`, or explain it by the failure of another rank if this one only lost its peer.
+
+    Raises:
+        PeerLostError: `error` is the loss of a peer; the text ends with the culprit's own message if there is one.
+    """
+    lost = error if isinstance(error, PeerLostError) else _peer_lost(error, "a message", None)
+    if lost is None:
+        publish_failure(str(error) if isinstance(error, VPipeError) else f"{type(error).__name__}: {error}")
+        return
+    cause = find_failure(CONSULT_SECONDS)
+    if cause is None:
+        publish_failure(str(lost))
+        raise lost from error.__cause__ if lost is error else error
+    raise PeerLostError(f"{lost}: {cause}") from error
+
+
+def _peer_lost(error: Exception, waiting_for: str, peer: int | None) -> PeerLostError | None:
+    text = str(error)
+    who = "another rank" if peer is None else f"rank {peer}"
+    if not isinstance(error, RuntimeError):  # what torch.distributed raises, gloo and NCCL alike
+        return None
+    if _TIMED_OUT.search(text):
+        milliseconds = _MILLISECONDS.search(text)
+        after = f" for {int(milliseconds[1]) / 1000:g} s" if milliseconds else ""
+        return PeerLostError(
+            f"waited{after} for {waiting_for} from {who}, which does not answer; "
+            "if it is only slow, raise launch.timeout_seconds"
+        )
+    if _CLOSED.search(text) or isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return PeerLostError(f"{who} ended while this rank was waiting for {waiting_for}")
+    return None

@@ -1,0 +1,174 @@
+"""Joins this process to the other ranks of the run, and leaves them again without hanging."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from vpipe.errors import ConfigError, LaunchError
+from vpipe.runtime.failure import attach_store, raise_if_peer_lost, report_failure
+
+__all__ = [
+    "ProcessGroup",
+    "destroy_process_group",
+    "initialise_process_group",
+    "process_group",
+]
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("gloo", "nccl")
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """One process among the ranks of the run."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    """Position among the ranks of this machine."""
+    backend: str
+    device: torch.device
+    """Where this rank computes; for CUDA always with an index."""
+    control: dist.ProcessGroup
+    """A gloo group over all ranks, for small messages between their CPUs."""
+    store: Store
+    """Keys and values that all ranks see."""
+
+
+@contextmanager
+def process_group(
+    backend: str | None, timeout_seconds: float, *, device: str | torch.device = "cpu"
+) -> Iterator[ProcessGroup]:
+    """Be a member of the process group inside the `with` block; all ranks leave it together.
+
+    When the block raises, the other ranks are told why and the group is not destroyed: that would wait for peers which
+    may be dead. The process is expected to end then.
+
+    Raises:
+        PeerLostError: another rank failed first; the text includes its message if it left one.
+        ConfigError, LaunchError: as `initialise_process_group`.
+    """
+    group = initialise_process_group(backend, timeout_seconds, device=device)
+    try:
+        yield group
+        destroy_process_group(group)
+    except Exception as error:
+        report_failure(error)
+        raise
+
+
+def initialise_process_group(
+    backend: str | None, timeout_seconds: float, *, device: str | torch.device = "cpu"
+) -> ProcessGroup:
+    """Join the ranks that torchrun's environment variables describe; without them, be the only rank.
+
+    Args:
+        backend: ``gloo`` or ``nccl``; None takes nccl if every rank of this machine has a CUDA device of its own.
+        timeout_seconds: how long any wait for another rank may last.
+        device: ``cpu``, ``cuda`` (the device is then chosen by the local rank) or ``cuda:<index>``.
+
+    Raises:
+        ConfigError: the backend is unknown or does not fit the device.
+        LaunchError: torchrun's variables are incomplete, or the other ranks cannot be reached.
+    """
+    place = _choose_device(torch.device(device))
+    backend = backend or _choose_backend(place)
+    _check_backend(backend, place)
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, num_ranks = _connect(timeout)
+    attach_store(store, rank)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise_if_peer_lost(error, "the process group to form")
+        raise
+    assert control is not None
+    logger.info("Finished initializing process group; backend: %s, rank: %d, world size: %d", backend, rank, num_ranks)
+    return ProcessGroup(rank, num_ranks, _local_rank(), backend, place, control, store)
+
+
+def destroy_process_group(group: ProcessGroup) -> None:
+    """Wait until all ranks got here, then disconnect, so that no rank sees a peer leave early.
+
+    Raises:
+        PeerLostError: a rank ended before it got here.
+    """
+    try:
+        dist.barrier(group=group.control)
+    except RuntimeError as error:
+        raise_if_peer_lost(error, "the end of the run")
+        raise
+    dist.destroy_process_group()
+
+
+def _connect(timeout: timedelta) -> tuple[Store, int, int]:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return HashStore(), 0, 1
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise LaunchError(
+            f"environment variables {', '.join(missing)} are not set but others of torchrun's are; start the ranks "
+            "with `vpipe train` or torchrun, or unset RANK and WORLD_SIZE to run one process"
+        )
+    try:
+        store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LaunchError(
+            f"rank {os.environ['RANK']} cannot reach the other ranks at {address} within "
+            f"{timeout.total_seconds():g} s; check that MASTER_ADDR and MASTER_PORT are right, rank 0 runs, and no "
+            "firewall is in between"
+        ) from error
+    # Keys of an attempt that torchrun restarted must not be read by the next one.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"vpipe/{attempt}", store), rank, num_ranks
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _local_num_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
+
+
+def _choose_device(device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ConfigError("launch.device is 'cuda' but torch finds no CUDA device here; set launch.device: cpu")
+    index = _local_rank() % torch.cuda.device_count() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device 'cuda:{index}' does not exist: this machine has {torch.cuda.device_count()} of them")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _choose_backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" and _local_num_ranks() <= torch.cuda.device_count() else "gloo"
+
+
+def _check_backend(backend: str, device: torch.device) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"launch.distributed_backend is '{backend}'; choose one of {', '.join(BACKENDS)}")
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError(
+            "launch.distributed_backend 'nccl' needs CUDA devices; set it to gloo, or launch.device: cuda"
+        )
+    if backend == "nccl" and _local_num_ranks() > torch.cuda.device_count():
+        raise ConfigError(
+            f"launch.distributed_backend 'nccl' needs a CUDA device per rank, but {_local_num_ranks()} ranks share "
+            f"{torch.cuda.device_count()} on this machine; use fewer ranks, or set it to gloo"
+        )
