@@ -1,0 +1,128 @@
+"""From a chain and a partition to the stages that one rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vpipe.errors import PlanError
+from vpipe.model.chain import Chain, ValueSpec
+from vpipe.plan.partition import check_partition, partition_by_weight, partition_uniform, recompute_blocks
+from vpipe.runtime.executor import HeldStage
+from vpipe.runtime.stage import Stage
+from vpipe.runtime.update import TiedCopy, TiedGroup
+from vpipe.runtime.weights import WeightVersions
+from vpipe.schedule.placement import Placement
+
+__all__ = ["RecomputeMode", "build_stages", "crossing_specs", "parameter_sizes", "resolve_partition", "tied_groups"]
+
+RecomputeMode = Literal["always", "except_last", "never"]
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+def parameter_sizes(chain: Chain) -> list[dict[str, int]]:
+    """Return for each block its trainable parameters' model-wide names and sizes, without allocating them."""
+    with torch.device("meta"):
+        modules = [block.build() for block in chain.blocks]
+    return [
+        {
+            block.global_name(name): parameter.numel()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        for block, module in zip(chain.blocks, modules, strict=True)
+    ]
+
+
+def resolve_partition(partition: Sequence[int] | str | None, chain: Chain, num_stages: int) -> tuple[int, ...]:
+    """Turn a partition given by hand, `uniform` or `parameters` into blocks per stage.
+
+    Raises:
+        PlanError: the partition does not fit the model or the number of stages.
+    """
+    if partition is None or partition == "uniform":
+        return tuple(partition_uniform(len(chain), num_stages))
+    if partition == "parameters":
+        return tuple(partition_by_weight([sum(sizes.values()) for sizes in parameter_sizes(chain)], num_stages))
+    if isinstance(partition, str):
+        raise PlanError(f"partition '{partition}' is unknown; give blocks per stage, 'uniform' or 'parameters'")
+    if reasons := check_partition(partition, len(chain), num_stages):
+        raise PlanError("; ".join(reasons))
+    return tuple(partition)
+
+
+def crossing_specs(
+    chain: Chain, partition: Sequence[int], fields: Mapping[str, Tensor]
+) -> dict[int, tuple[ValueSpec, ...]]:
+    """Return what crosses the cut in front of each stage but the first, for one microbatch shaped like `fields`."""
+    cuts = list(accumulate(partition))[:-1]
+    inferred = chain.infer(cuts, fields)
+    return {stage: inferred[cut] for stage, cut in enumerate(cuts, start=1)}
+
+
+def build_stages(
+    chain: Chain,
+    partition: Sequence[int],
+    stages: Sequence[int],
+    optimizer: OptimizerFactory,
+    *,
+    seed: int,
+    device: torch.device,
+    recompute_ratio: Sequence[float],
+    recompute: RecomputeMode,
+    num_microbatches: int,
+) -> dict[int, HeldStage]:
+    """Materialise the blocks of `stages`, and nothing else."""
+    starts = [0, *accumulate(partition)]
+    held: dict[int, HeldStage] = {}
+    for index in stages:
+        start, stop = starts[index], starts[index + 1]
+        modules = [chain.materialise(block, seed, device) for block in range(start, stop)]
+        names = [
+            chain.blocks[block].global_name(name)
+            for block, module in zip(range(start, stop), modules, strict=True)
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        first_recomputed = stop - recompute_blocks(stop - start, recompute_ratio[index])
+        policy = _recompute_policy(first_recomputed, recompute, num_microbatches)
+        held[index] = HeldStage(Stage(chain, start, stop, policy), WeightVersions(modules, names, optimizer))
+    return held
+
+
+def _recompute_policy(first_block: int, mode: RecomputeMode, num_microbatches: int) -> Callable[[int, int], bool]:
+    spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[mode]
+    return lambda block, microbatch: block >= first_block and microbatch < spared
+
+
+def tied_groups(chain: Chain, partition: Sequence[int], placement: Placement, synchronous: bool) -> list[TiedGroup]:
+    """Return the chain's tied weights by stage and rank; collective, because groups of ranks are made.
+
+    Raises:
+        PlanError: an asynchronous schedule cannot keep weights on different stages equal.
+    """
+    stage_of = [stage for stage, num_blocks in enumerate(partition) for _ in range(num_blocks)]
+    groups = []
+    for refs in chain.tied:
+        copies = tuple(
+            TiedCopy(
+                stage_of[ref.block],
+                placement.rank_of(stage_of[ref.block]),
+                chain.blocks[ref.block].global_name(ref.name),
+            )
+            for ref in refs
+        )
+        if not synchronous and len({copy.stage for copy in copies}) > 1:
+            names = " and ".join(copy.name for copy in copies)
+            raise PlanError(
+                f"{names} are one weight on stages {sorted({copy.stage for copy in copies})}, which an asynchronous schedule updates at "
+                "different times; untie them (model.tie_weights: false) or use a synchronous schedule"
+            )
+        ranks = sorted({copy.rank for copy in copies})
+        groups.append(TiedGroup(copies, dist.new_group(ranks) if len(ranks) > 1 else None))
+    return groups

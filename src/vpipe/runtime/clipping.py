@@ -1,0 +1,66 @@
+"""Gradient clipping by a norm that does not depend on how the model is cut.
+
+Each parameter's squared norm is one entry, in float64, of a vector in model order. A rank fills in the entries of its
+own parameters; the all-reduce adds zeros to them, which is exact; and the entries are summed without rounding error
+before the final rounding (`math.fsum`). So every rank, on any partition, and one process alone get the same bits.
+
+Asynchronous runs have no moment at which all gradients of an update exist: there each stage clips by its own norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["clip_coefficient", "global_norm", "local_norm", "scale_gradients", "squared_norms"]
+
+_EPSILON = 1e-6
+
+
+def squared_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """Return each gradient's squared norm, in float64 and on the gradients' device."""
+    if not gradients:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack([torch.linalg.vector_norm(item, dtype=torch.float64) for item in gradients]).square()
+
+
+def local_norm(gradients: Sequence[Tensor]) -> float:
+    """Return the norm of `gradients` taken together: of one stage, in an asynchronous run."""
+    return math.sqrt(math.fsum(squared_norms(gradients).tolist()))
+
+
+def global_norm(
+    placed: Sequence[tuple[int, Tensor]], num_parameters: int, group: dist.ProcessGroup | None = None
+) -> float:
+    """Return the norm of all ranks' gradients; collective over `group`, or of this process alone where that is None.
+
+    `placed` holds this rank's gradients, each with its place among the model's `num_parameters`. No place may appear
+    twice on all ranks together, so of a tied weight's copies, whose gradients are the same sum, only one is listed.
+    """
+    vector = torch.zeros(num_parameters, dtype=torch.float64, device=_device_of(group))
+    if placed:
+        places = torch.tensor([place for place, _ in placed], device=vector.device)
+        vector[places] = squared_norms([gradient for _, gradient in placed]).to(vector.device)
+    if group is not None:
+        dist.all_reduce(vector, group=group)
+    return math.sqrt(math.fsum(vector.tolist()))
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """Return the factor that brings gradients of this norm down to `max_norm`: ``min(1, max_norm / (norm + 1e-6))``."""
+    return min(1.0, max_norm / (norm + _EPSILON))
+
+
+def scale_gradients(gradients: Sequence[Tensor], coefficient: float) -> None:
+    """Multiply `gradients` by `coefficient` in place; a factor of 1 costs nothing."""
+    if gradients and coefficient != 1.0:
+        torch._foreach_mul_(list(gradients), coefficient)
+
+
+def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+    uses_gpu = group is not None and dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if uses_gpu else torch.device("cpu")

@@ -1,0 +1,168 @@
+"""One executor for every schedule: take the rank's list of actions, one after another, through a dispatch table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vpipe.runtime.feed import BatchFeed
+from vpipe.runtime.stage import MicrobatchKey, Stage
+from vpipe.runtime.transport import Transport
+from vpipe.runtime.weights import WeightVersions
+from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.weights import StageWeights
+
+__all__ = ["Executor", "HeldStage", "Program", "Record"]
+
+
+class Record(Protocol):
+    """Takes what was done and when: `time.perf_counter_ns` at its start and end."""
+
+    def __call__(self, action: Action, start_ns: int, end_ns: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one rank does from one drained pipeline to the next.
+
+    `num_microbatches` is a batch's; `microbatches_per_update` is 1 where every microbatch is an update of its own. A program
+    that only evaluates has forwards alone, and keeps nothing. Microbatches are numbered through all batches of the program,
+    `num_serials` in all, of which at most `window` are in flight on any stage.
+    """
+
+    actions: tuple[Action, ...]
+    weights: Mapping[int, StageWeights]
+    num_microbatches: int
+    microbatches_per_update: int
+    first_iteration: int
+    num_serials: int
+    window: int
+    training: bool = True
+
+
+@dataclass
+class HeldStage:
+    """A stage on this rank, with its weights."""
+
+    stage: Stage
+    weights: WeightVersions
+
+
+class Executor:
+    """Runs programs on the stages that this rank holds.
+
+    `update(stage, microbatch)` is called for every STEP. On the rank of the last stage, `losses` holds the parts of each
+    microbatch's loss; in evaluation these are sums, and `counts` what they have to be divided by.
+    """
+
+    def __init__(
+        self,
+        held: Mapping[int, HeldStage],
+        rank_of: Callable[[int], int],
+        transport: Transport,
+        update: Callable[[int, int], None],
+        record: Record,
+        *,
+        seed: int,
+        synchronise: bool = False,
+    ) -> None:
+        self._held = held
+        self._rank_of = rank_of
+        self._transport = transport
+        self._update = update
+        self._record = record
+        self._seed = seed
+        self._synchronise = synchronise
+        self._arrived: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
+        self._leaving: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
+        self.losses: dict[int, dict[str, Tensor]] = {}
+        self.counts: dict[int, dict[str, float]] = {}
+        self._dispatch: dict[Kind, Callable[[Action], None]] = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.SEND_F: self._send,
+            Kind.SEND_B: self._send,
+            Kind.RECV_F: self._receive,
+            Kind.RECV_B: self._receive,
+            Kind.STEP: self._step,
+        }
+
+    def run(self, program: Program, feed: BatchFeed) -> Iterator[Action]:
+        """Execute a program; yield each update's action after it was done."""
+        self._program, self._feed = program, feed
+        for index, held in self._held.items() if program.training else ():
+            held.weights.start(program.weights[index].version_of)
+        dispatch, record, clock = self._dispatch, self._record, time.perf_counter_ns
+        for action in program.actions:
+            start = clock()
+            dispatch[action.kind](action)
+            if self._synchronise:
+                # A device's time is only known once it has done the work.
+                torch.cuda.current_stream().synchronize()
+            record(action, start, clock())
+            if action.kind is Kind.STEP:
+                yield action
+
+    def _key(self, microbatch: int) -> MicrobatchKey:
+        batch, index = divmod(microbatch, self._program.num_microbatches)
+        return MicrobatchKey(self._seed, self._program.first_iteration + batch, index)
+
+    def _forward(self, action: Action) -> None:
+        held, serial, program = self._held[action.stage], action.microbatch, self._program
+        stage = held.stage
+        inputs = self._arrived.pop((Kind.F, action.stage, serial), {})
+        fields, num_samples = self._feed.rows([serial], stage.fields)
+        if program.training:
+            modules = held.weights.modules(program.weights[action.stage].version_of[serial])
+            outputs = stage.forward(serial, modules, inputs, fields, self._key(serial))
+        else:
+            outputs = stage.evaluate(held.weights.newest, inputs, fields, self._key(serial))
+        if not stage.is_last:
+            self._hand_over(Kind.F, action.stage, action.stage + 1, serial, outputs)
+        elif program.training:
+            self.losses[serial] = stage.loss(serial, outputs, self._totals(stage, serial), num_samples)
+        else:
+            self.counts[serial] = stage.chain.loss.count(fields, num_samples)
+            self.losses[serial] = stage.chain.loss(outputs, dict.fromkeys(self.counts[serial], 1.0), num_samples)
+        self._feed.done(serial)
+
+    def _totals(self, stage: Stage, serial: int) -> dict[str, float]:
+        size = self._program.microbatches_per_update
+        first = serial - serial % size
+        totals: dict[str, float] = {}
+        for microbatch in range(first, first + size):
+            fields, num_samples = self._feed.rows([microbatch], stage.fields)
+            for name, count in stage.chain.loss.count(fields, num_samples).items():
+                totals[name] = totals.get(name, 0.0) + count
+        return totals
+
+    def _backward(self, action: Action) -> None:
+        held, serial = self._held[action.stage], action.microbatch
+        arrived = self._arrived.pop((Kind.B, action.stage, serial), {})
+        version = self._program.weights[action.stage].version_of[serial]
+        gradients = held.weights.accumulate(version, lambda: held.stage.backward(serial, arrived))
+        if action.stage > 0:
+            self._hand_over(Kind.B, action.stage, action.stage - 1, serial, gradients)
+
+    def _hand_over(self, kind: Kind, source: int, target: int, serial: int, values: Mapping[str, Tensor]) -> None:
+        # Neighbours on one rank need no message.
+        if self._rank_of(source) == self._rank_of(target):
+            self._arrived[kind, target, serial] = values
+        else:
+            self._leaving[kind, source, serial] = values
+
+    def _send(self, action: Action) -> None:
+        kind = Kind.F if action.kind is Kind.SEND_F else Kind.B
+        self._transport.send(action, self._leaving.pop((kind, action.stage, action.microbatch)))
+
+    def _receive(self, action: Action) -> None:
+        kind = Kind.F if action.kind is Kind.RECV_F else Kind.B
+        self._arrived[kind, action.stage, action.microbatch] = self._transport.receive(action)
+
+    def _step(self, action: Action) -> None:
+        self._update(action.stage, action.microbatch)
