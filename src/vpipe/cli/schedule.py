@@ -56,7 +56,10 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
 )
 @click.option("--bytes", "message_bytes", default=0.0, show_default=True, help="Bytes of a message between two stages.")
 @click.option(
-    "--depths", type=_Depths(), help="1f1b, pipedream: forwards that each stage runs before its first backward."
+    "--depths",
+    metavar="N,N,...",
+    callback=_parse_depths,
+    help="1f1b, pipedream: forwards that each stage runs before its first backward.",
 )
 @click.option(
     "--microbatches-per-update", type=int, help="pipedream: gradients per update; above 1: two versions (2BW)."
