@@ -71,8 +71,8 @@ def read_end(rank: int, failure: ProcessFailure) -> RankEnd:
 def find_culprit(ends: Sequence[RankEnd], ended_by_launcher: Collection[int] = ()) -> RankEnd:
     """Return the end that caused the others.
 
-    A rank that lost its peer is a consequence, and one that got SIGTERM more so: torchrun sends it to all that are left.
-    Among equals the earliest counts; `ends` are in the order in which they were noticed.
+    A rank that lost its peer is a consequence, and one that got SIGTERM more so: torchrun sends it to all that are
+    left. Among equals the earliest counts; `ends` are in the order in which they were noticed.
     """
 
     def consequence(end: RankEnd) -> tuple[int, float]:

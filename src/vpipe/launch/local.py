@@ -21,11 +21,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from vpipe.errors import LaunchError
+from vpipe.launch.environment import LAUNCHER_PID, RUN_DIRECTORY
 from vpipe.launch.failures import describe_failure, find_culprit, read_end
 from vpipe.launch.logs import log_path
-from vpipe.launch.run_directory import RUN_DIRECTORY_VARIABLE
 from vpipe.launch.watchdog import Watchdog
-from vpipe.launch.worker import LAUNCHER_PID_VARIABLE
 from vpipe.runtime.status import read_status, status_path
 
 __all__ = ["launch_local"]
@@ -75,7 +74,7 @@ def launch_local(
         _check_port(master_port)
     watchdog = Watchdog(run_directory, num_ranks, GRACE_SECONDS)
     ours = _rank_environment(run_directory, threads_per_rank) | dict(environment or {})
-    # The shell joins stderr to stdout before Python starts, so the log also has what the interpreter itself complains of.
+    # The shell joins stderr to stdout before Python starts, so the log also has what the interpreter complains of.
     command = ("-c", 'exec "$0" "$@" 2>&1', sys.executable, "-m", module, *arguments)
     tasks = [watchdog.check] if on_poll is None else [watchdog.check, on_poll]
     with tempfile.TemporaryDirectory(prefix="vpipe_") as error_directory, _torchrun_logs(run_directory):
@@ -126,8 +125,8 @@ def _rank_environment(run_directory: Path, threads_per_rank: int) -> dict[str, s
     environment = {
         "OMP_NUM_THREADS": str(threads_per_rank),
         "PYTHONUNBUFFERED": "1",  # a killed rank loses what is in its buffers
-        RUN_DIRECTORY_VARIABLE: str(run_directory.absolute()),
-        LAUNCHER_PID_VARIABLE: str(os.getpid()),
+        RUN_DIRECTORY: str(run_directory.absolute()),
+        LAUNCHER_PID: str(os.getpid()),
     }
     if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in (name for _, name in socket.if_nameindex()):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks what the host's name resolves to
@@ -227,5 +226,5 @@ def _explain(failures: Mapping[int, ProcessFailure], killed: set[int], num_ranks
         if end.message is None:
             waiting = f"; {lines[end.rank]}" if end.rank in lines else ""
             with log_path(run_directory, end.rank).open("a") as log:
-                log.write(f"ended by the launcher: {cause}{waiting}\n")
+                log.write(f"launcher: {cause}{waiting}\n")
     return "\n".join([cause, *(f"  {line}" for line in lines.values()), f"  logs: {log_path(run_directory, '*')}"])

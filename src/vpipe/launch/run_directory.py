@@ -8,13 +8,11 @@ from datetime import datetime
 from pathlib import Path
 
 from vpipe.errors import LaunchError
+from vpipe.launch.environment import RUN_DIRECTORY
 from vpipe.launch.logs import add_log_file, log_path
 from vpipe.runtime.process_group import ProcessGroup
 
-__all__ = ["RUN_DIRECTORY_VARIABLE", "agree_run_directory", "create_run_directory"]
-
-RUN_DIRECTORY_VARIABLE = "VPIPE_RUN_DIRECTORY"
-"""Environment variable by which the launcher tells its ranks the directory it made."""
+__all__ = ["agree_run_directory", "create_run_directory"]
 
 _KEY = "vpipe/run_directory"
 
@@ -31,9 +29,7 @@ def create_run_directory(log_directory: Path) -> Path:
         path = log_directory.absolute() / (now if number == 1 else f"{now}-{number}")
         try:
             path.mkdir(parents=True)
-        except FileExistsError as error:
-            if not log_directory.is_dir():
-                raise LaunchError(f"log_directory '{log_directory}' is a file; choose another") from error
+        except FileExistsError:
             number += 1
             continue
         except OSError as error:
@@ -52,7 +48,7 @@ def agree_run_directory(log_directory: Path, group: ProcessGroup) -> Path:
     Raises:
         LaunchError: the directory cannot be made (on every rank).
     """
-    launched = os.environ.get(RUN_DIRECTORY_VARIABLE)
+    launched = os.environ.get(RUN_DIRECTORY)
     if launched:
         return Path(launched)
     path = _create_and_tell(log_directory, group) if group.rank == 0 else _hear(group)

@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from vpipe.errors import LaunchError, VPipeError
+from vpipe.launch.environment import LAUNCHER_PID, RUN_DIRECTORY
 from vpipe.launch.logs import configure_logging
+from vpipe.runtime.status import StatusFile, status_path
 
-__all__ = ["LAUNCHER_PID_VARIABLE", "load_function", "run_worker"]
-
-LAUNCHER_PID_VARIABLE = "VPIPE_LAUNCHER_PID"
-"""Environment variable with the process that started this rank and without which it must not go on."""
+__all__ = ["load_function", "run_worker"]
 
 _PR_SET_PDEATHSIG = 1
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vpipe.launch.worker")  # the module's own name is __main__ when it is run
 
 
 def run_worker(main: Callable[[], None]) -> None:
@@ -42,6 +41,7 @@ def run_worker(main: Callable[[], None]) -> None:
     """
     _prepare_process()
     configure_logging()
+    status = _open_status()
     try:
         main()
     except VPipeError as error:
@@ -53,6 +53,8 @@ def run_worker(main: Callable[[], None]) -> None:
     except Exception as error:
         logger.exception("unexpected %s", type(error).__name__)
         _end(error, f"{type(error).__name__}: {error}")
+    if status is not None:
+        status.remove()
 
 
 def load_function(target: str) -> Callable[[Sequence[str]], None]:
@@ -75,11 +77,18 @@ def _prepare_process() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # The launcher shows what Ctrl-C means; the rank may be inside a C++ wait that Python cannot interrupt.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    launcher = os.environ.get(LAUNCHER_PID_VARIABLE)
+    launcher = os.environ.get(LAUNCHER_PID)
     if launcher is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(launcher):  # it died before the line above
             os._exit(1)
+
+
+def _open_status() -> StatusFile | None:
+    directory, rank = os.environ.get(RUN_DIRECTORY), os.environ.get("RANK")
+    if not directory or rank is None:
+        return None
+    return StatusFile(status_path(Path(directory), int(rank)))
 
 
 def _end(error: BaseException, message: str, *, exit_code: int = 1) -> NoReturn:

@@ -1,0 +1,239 @@
+"""Ranks are real processes here; most of them do not import torch, which keeps them quick."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vpipe.errors import LaunchError
+from vpipe.launch.local import launch_local
+from vpipe.runtime.status import read_status
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {"PYTHONPATH": str(HERE)}
+
+
+def launch(directory, function, *arguments, num_ranks=2, **options):
+    launch_local(
+        [f"launch_toys:{function}", *arguments],
+        num_ranks,
+        run_directory=directory,
+        environment=ENVIRONMENT,
+        **options,
+    )
+
+
+def log(directory, rank):
+    return (directory / f"output.log.{rank}").read_text()
+
+
+def wait_until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+class KillWhenWaiting:
+    """Sends a signal to one rank as soon as all ranks wait, and measures from then."""
+
+    def __init__(self, directory, rank, num_ranks, number=signal.SIGKILL):
+        self.directory, self.rank, self.num_ranks, self.number = directory, rank, num_ranks, number
+        self.at = None
+
+    def __call__(self):
+        if self.at is None and all(self._is_waiting(rank) for rank in range(self.num_ranks)):
+            self.at = time.monotonic()
+            os.kill(read_status(self.directory, self.rank).pid, self.number)
+
+    def _is_waiting(self, rank):
+        status = read_status(self.directory, rank)
+        return status is not None and status.text.startswith("waiting")
+
+
+def test_a_clean_run_leaves_all_output_and_nothing_else(tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    launch(tmp_path, "speak", "a b", "$HOME", threads_per_rank=3)
+    for rank in range(2):
+        assert sorted(log(tmp_path, rank).splitlines()) == ["err", "out ['a b', '$HOME'] threads=3", "raw"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.log.0", "output.log.1"]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_an_early_clean_exit_is_no_failure(tmp_path):
+    launch(tmp_path, "leave_early")
+
+
+def test_a_refusal_is_told_without_traceback(tmp_path, capfd):
+    with pytest.raises(LaunchError) as caught:
+        launch(tmp_path, "refuse", "1")
+    first, *rest = str(caught.value).splitlines()
+    assert first == "rank 1 stopped: train.batch_size 7 is not divisible by 2; use 8"
+    assert rest[-1] == f"  logs: {tmp_path}/output.log.*"
+    assert "train.batch_size 7 is not divisible" in log(tmp_path, 1)
+    assert "Traceback" not in log(tmp_path, 1)
+    assert f"launcher: {first}" in log(tmp_path, 0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_bug_keeps_its_traceback_in_the_log(tmp_path):
+    with pytest.raises(LaunchError, match=r"^rank 1 failed: ValueError: surprise \(the traceback is in .*log\.1\)"):
+        launch(tmp_path, "stumble")
+    assert 'raise ValueError("surprise")' in log(tmp_path, 1)
+
+
+def test_an_exit_without_a_word_is_told_and_loses_no_output(tmp_path):
+    with pytest.raises(LaunchError, match="rank 1 ended with exit code 3 and no message"):
+        launch(tmp_path, "exit_with", "3")
+    assert "last words" in log(tmp_path, 1)
+
+
+def test_a_native_crash_leaves_the_python_stack(tmp_path):
+    with pytest.raises(LaunchError, match=r"rank 1 was killed by signal 11 \(SIGSEGV\)"):
+        launch(tmp_path, "crash", "SIGSEGV")
+    assert "launch_toys.py" in log(tmp_path, 1)
+
+
+def test_an_import_that_fails_is_told(tmp_path):
+    with pytest.raises(LaunchError, match=r"No module named 'nowhere'"):
+        launch_local(["nowhere:main"], 1, run_directory=tmp_path)
+
+
+def test_a_module_that_does_not_exist_is_in_the_log(tmp_path):
+    with pytest.raises(LaunchError, match="rank 0 ended with exit code 1"):
+        launch_local([], 1, run_directory=tmp_path, module="nowhere")
+    assert "No module named nowhere" in log(tmp_path, 0)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_kill_minus_nine_ends_everybody_and_says_who_waited_for_what(tmp_path, victim):
+    killer = KillWhenWaiting(tmp_path, victim, 3)
+    with pytest.raises(LaunchError) as caught:
+        launch(tmp_path, "ring", num_ranks=3, on_poll=killer, poll_seconds=0.05)
+    assert time.monotonic() - killer.at < 10
+    message = str(caught.value)
+    waits = {rank: f"waiting for {(rank + 1) % 3}F3 from rank {(rank + 1) % 3}" for rank in range(3)}
+    assert message.startswith(f"rank {victim} was killed by signal 9 (SIGKILL) while {waits[victim]}; ")
+    for rank in {0, 1, 2} - {victim}:
+        assert f"\n  rank {rank} was {waits[rank]} (for " in message
+        assert f"rank {victim} was killed by signal 9" in log(tmp_path, rank)
+    assert "Finished initializing process group; backend: gloo, rank: 0, world size: 3" in log(tmp_path, 0)
+
+
+def test_ranks_that_ignore_sigterm_end_in_time_too(tmp_path):
+    killer = KillWhenWaiting(tmp_path, 1, 3)
+    with pytest.raises(LaunchError, match=r"^rank 1 was killed by signal 9"):
+        launch(tmp_path, "sleep_after_status", "SIGTERM", num_ranks=3, on_poll=killer)
+    assert time.monotonic() - killer.at < 10
+
+
+def test_a_suspended_rank_ends_in_time_too(tmp_path):
+    killer = KillWhenWaiting(tmp_path, 1, 2)
+    with pytest.raises(LaunchError, match=r"^rank 1 was killed by signal 9"):
+        launch(tmp_path, "suspend", on_poll=killer)
+    assert time.monotonic() - killer.at < 10
+
+
+def test_a_rank_that_somebody_terminates_is_named(tmp_path):
+    killer = KillWhenWaiting(tmp_path, 1, 2, signal.SIGTERM)
+    with pytest.raises(LaunchError, match=r"^rank 1 was killed by signal 15 \(SIGTERM\)"):
+        launch(tmp_path, "sleep_after_status", on_poll=killer)
+
+
+def test_no_process_stays_behind(tmp_path):
+    killer = KillWhenWaiting(tmp_path, 0, 2)
+    with pytest.raises(LaunchError):
+        launch(tmp_path, "sleep_after_status", on_poll=killer)
+    for rank in range(2):
+        with pytest.raises(ChildProcessError):  # neither running nor a zombie
+            os.waitpid(read_status(tmp_path, rank).pid, os.WNOHANG)
+
+
+def test_a_busy_port_is_named_with_the_way_out(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"launch.master_port {port} cannot be used: .*leave it out"):
+            launch(tmp_path, "speak", master_port=port)
+
+
+@pytest.mark.parametrize("port", [0, 65536])
+def test_impossible_ports_are_refused(tmp_path, port):
+    with pytest.raises(LaunchError, match=f"launch.master_port is {port}"):
+        launch(tmp_path, "speak", master_port=port)
+
+
+def test_the_port_that_was_asked_for_is_used(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    launch_local(["launch_toys:print_port"], 1, run_directory=tmp_path, environment=ENVIRONMENT, master_port=port)
+    assert log(tmp_path, 0) == f"{port}\n"
+
+
+def test_no_ranks_are_refused(tmp_path):
+    with pytest.raises(LaunchError, match="cannot start 0 ranks"):
+        launch(tmp_path, "speak", num_ranks=0)
+
+
+def test_what_the_poll_raises_reaches_the_caller(tmp_path):
+    def poll():
+        raise KeyError("display")
+
+    with pytest.raises(KeyError, match="display"):
+        launch(tmp_path, "speak", on_poll=poll)
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from vpipe.launch.local import launch_local
+try:
+    launch_local(["launch_toys:sleep_after_status"], 2, run_directory=Path(sys.argv[1]))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def start_launcher(directory):
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(directory)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    ranks = KillWhenWaiting(directory, 0, 2)
+    wait_until(lambda: all(ranks._is_waiting(rank) for rank in range(2)))
+    return process, [read_status(directory, rank).pid for rank in range(2)]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_ctrl_c_ends_everybody_quietly(tmp_path):
+    process, pids = start_launcher(tmp_path)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert output == ""
+    assert not any(is_running(pid) for pid in pids)
+    assert all("Traceback" not in log(tmp_path, rank) for rank in range(2))
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path):
+    process, pids = start_launcher(tmp_path)
+    process.kill()
+    process.communicate(timeout=10)
+    wait_until(lambda: not any(is_running(pid) for pid in pids), seconds=5)

@@ -1,0 +1,115 @@
+"""Ranks that somebody else starts: torchrun by hand, or plain processes with torchrun's variables."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vpipe.errors import LaunchError
+from vpipe.launch.worker import load_function
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(num_ranks, *arguments):
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", "vpipe.launch.worker"]
+    return subprocess.run(
+        [sys.executable, "-m", *command, *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def start_rank(rank, num_ranks, port, *arguments):
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "vpipe.launch.worker", *arguments],
+        env={**ENVIRONMENT, **variables},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def test_under_torchrun_all_ranks_share_one_new_directory_with_their_logs(tmp_path):
+    result = torchrun(2, "launch_toys:agree", str(tmp_path / "runs"))
+    assert result.returncode == 0, result.stderr
+    directories = set(re.findall(r"rank \d directory (.*)", result.stdout))
+    assert len(directories) == 1
+    directory = Path(directories.pop())
+    assert (tmp_path / "runs" / "latest").resolve() == directory
+    assert "Finished initializing process group; backend: gloo, rank: 1, world size: 2" in result.stderr
+    assert sorted(path.name for path in directory.iterdir()) == ["output.log.0", "output.log.1"]
+
+
+def test_under_torchrun_a_directory_that_cannot_be_made_fails_clearly_on_every_rank(tmp_path):
+    (tmp_path / "runs").write_text("")
+    result = torchrun(2, "launch_toys:agree", str(tmp_path / "runs"))
+    assert result.returncode == 1
+    assert re.search(r"rank 0 ERROR: cannot create a run directory in log_directory '.*runs': Not a", result.stderr)
+    assert "launch_toys.py" not in result.stderr  # no traceback of a rank
+
+
+def test_a_rank_that_lost_its_peer_gives_the_peers_reason():
+    port = free_port()
+    ranks = [start_rank(rank, 2, port, "launch_toys:diverge") for rank in range(2)]
+    errors = [rank.communicate(timeout=30)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "rank 1 ERROR: the loss became NaN at iteration 12" in errors[1]
+    assert (
+        "rank 0 ERROR: rank 1 ended while this rank was waiting for 1F0: "
+        "rank 1 stopped: the loss became NaN at iteration 12"
+    ) in errors[0]
+    assert not any("Traceback" in text for text in errors)
+
+
+def test_the_error_file_holds_the_clean_message(tmp_path):
+    file = tmp_path / "error.json"
+    result = subprocess.run(
+        [sys.executable, "-m", "vpipe.launch.worker", "launch_toys:refuse", "0"],
+        env={**ENVIRONMENT, "TORCHELASTIC_ERROR_FILE": str(file)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    content = json.loads(file.read_text())
+    assert content["message"]["message"] == "train.batch_size 7 is not divisible by 2; use 8"
+    assert content["message"]["extraInfo"]["py_callstack"] == content["message"]["message"]
+    assert content["vpipe"]["kind"] == "ConfigError"
+    assert abs(content["vpipe"]["time"] - time.time()) < 60
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("launch_toys", "not of the form package.module:function"),
+        ("json:nothing", "module 'json' has no function 'nothing'"),
+    ],
+)
+def test_targets_that_name_no_function_are_refused(target, message):
+    with pytest.raises(LaunchError, match=message):
+        load_function(target)

@@ -1,0 +1,150 @@
+import multiprocessing
+import os
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vpipe.errors import ConfigError, LaunchError, NonFiniteLossError, PeerLostError
+from vpipe.runtime import failure
+from vpipe.runtime.failure import find_failure, publish_failure, raise_if_peer_lost
+from vpipe.runtime.process_group import process_group
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _no_ranks(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(failure, "_store", None)
+    monkeypatch.setattr(failure, "CONSULT_SECONDS", 0.1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_without_torchrun_there_is_one_rank(caplog):
+    caplog.set_level("INFO", logger="vpipe")
+    with process_group(None, 10) as group:
+        assert (group.rank, group.num_ranks, group.local_rank, group.backend) == (0, 1, 0, "gloo")
+        assert group.device == torch.device("cpu")
+        dist.all_reduce(torch.zeros(1), group=group.control)
+    assert not dist.is_initialized()
+    assert "Finished initializing process group; backend: gloo, rank: 0, world size: 1" in caplog.text
+
+
+def test_the_first_failure_stays():
+    assert find_failure() is None
+    publish_failure("nobody to tell")
+    with process_group("gloo", 10):
+        assert find_failure() is None
+        publish_failure("the loss became NaN")
+        publish_failure("something later")
+        assert find_failure() == "rank 0 stopped: the loss became NaN"
+
+
+def test_what_stops_a_rank_is_published():
+    with pytest.raises(NonFiniteLossError), process_group("gloo", 10):
+        raise NonFiniteLossError("the loss became NaN")
+    assert find_failure() == "rank 0 stopped: the loss became NaN"
+
+
+def lose_peer(known=None):
+    with process_group("gloo", 10):
+        if known is not None:
+            publish_failure(known)
+        raise PeerLostError("rank 1 ended")
+
+
+def test_a_lost_peer_is_explained_by_the_published_failure():
+    with pytest.raises(PeerLostError, match=r"^rank 1 ended: rank 0 stopped: out of data$"):
+        lose_peer("out of data")
+
+
+def test_a_lost_peer_that_left_no_word_is_passed_on_and_published():
+    with pytest.raises(PeerLostError, match=r"^rank 1 ended$"):
+        lose_peer()
+    assert find_failure() == "rank 0 stopped: rank 1 ended"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:27788. This is typically",
+            "rank 2 ended while this rank was waiting for 1F3",
+        ),
+        (
+            "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete",
+            "waited for 4 s for 1F3 from rank 2, which does not answer; .* raise launch.timeout_seconds",
+        ),
+        ("NCCL error: remote process exited or there was a network error", "rank 2 ended while"),
+    ],
+)
+def test_how_torch_says_that_a_peer_is_lost_is_understood(text, message):
+    with pytest.raises(PeerLostError, match=message):
+        raise_if_peer_lost(RuntimeError(text), "1F3", 2)
+
+
+def test_other_errors_are_left_alone():
+    raise_if_peer_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "1F3", 2)
+
+
+def test_incomplete_variables_are_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(LaunchError, match="WORLD_SIZE, MASTER_PORT are not set"), process_group("gloo", 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"), [("mpi", "is 'mpi'; choose one of gloo, nccl"), ("nccl", "needs CUDA devices")]
+)
+def test_backends_that_do_not_fit_are_refused(backend, message):
+    with pytest.raises(ConfigError, match=message), process_group(backend, 1):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_cuda_device_is_named():
+    with (
+        pytest.raises(ConfigError, match=r"launch.device is 'cuda' but torch finds no CUDA device"),
+        process_group(None, 1, device="cuda"),
+    ):
+        pass
+
+
+def _leave_without_the_others(rank, port, results):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo"
+    )
+    failure.CONSULT_SECONDS = 0.1
+    try:
+        with process_group("gloo", 60):
+            if rank == 1:
+                os._exit(0)
+    except PeerLostError as error:
+        results.put((str(error), time.time()))
+        results.close()
+        results.join_thread()
+
+
+def test_leaving_does_not_hang_when_a_peer_is_gone():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        free_port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_leave_without_the_others, args=(rank, free_port, results)) for rank in range(2)]
+    start = time.time()
+    for rank in ranks:
+        rank.start()
+    message, end = results.get(timeout=20)
+    for rank in ranks:
+        rank.join(10)
+        assert rank.exitcode == 0
+    assert "ended while this rank was waiting for the end of the run" in message
+    assert end - start < 10
