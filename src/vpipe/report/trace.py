@@ -1,0 +1,83 @@
+"""Measured actions as a timeline for Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+The format is Chrome's Trace Event Format: complete events (`"ph": "X"`), times in microseconds, one row per rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vpipe.runtime.trace import TraceEvent
+from vpipe.schedule.action import COMMUNICATION, Kind
+
+__all__ = ["build_timeline", "write_timeline"]
+
+# Names of chrome://tracing's own palette; Perfetto colours by the letters of an event's name, which also differ.
+_COLOURS = {
+    Kind.F: "rail_response",
+    Kind.B: "good",
+    Kind.I: "good",
+    Kind.W: "rail_animation",
+    Kind.R: "rail_load",
+    Kind.STEP: "bad",
+}
+_WAIT_COLOUR = "grey"
+_OTHER_COLOUR = "generic_work"
+
+
+def build_timeline(events: Iterable[TraceEvent]) -> dict[str, Any]:
+    """Return the trace as the object that `timeline.json` holds; time 0 is the first start."""
+    ordered = sorted(events, key=lambda event: (event.rank, event.start_ns))
+    origin = min((event.start_ns for event in ordered), default=0)
+    rows: list[dict[str, Any]] = []
+    for rank in sorted({event.rank for event in ordered}):
+        rows.append(_metadata("thread_name", rank, {"name": f"rank {rank}"}))
+        rows.append(_metadata("thread_sort_index", rank, {"sort_index": rank}))
+    for event in ordered:
+        rows += _slices(event, origin)
+    return {"traceEvents": rows, "displayTimeUnit": "ms"}
+
+
+def write_timeline(path: Path, events: Iterable[TraceEvent]) -> None:
+    """Write the trace to `path`."""
+    path.write_text(json.dumps(build_timeline(events), separators=(",", ":")), encoding="utf-8")
+
+
+def _metadata(name: str, rank: int, arguments: dict[str, object]) -> dict[str, Any]:
+    return {"name": name, "ph": "M", "pid": 0, "tid": rank, "args": arguments}
+
+
+def _slices(event: TraceEvent, origin: int) -> list[dict[str, Any]]:
+    """Return what waiting the action began with, if any, and then the work itself, if any."""
+    action, middle = event.action, event.start_ns + event.wait_ns
+    parts = []
+    if event.wait_ns:
+        parts.append((f"wait {action.kind}{action.microbatch}", "wait", _WAIT_COLOUR, event.start_ns, middle))
+    if event.work_ns or not event.wait_ns:
+        category = "communication" if action.kind in COMMUNICATION else "compute"
+        name = "STEP" if action.kind is Kind.STEP else f"{action.kind}{action.microbatch}"
+        parts.append((name, category, _COLOURS.get(action.kind, _OTHER_COLOUR), middle, event.end_ns))
+    arguments = {
+        "action": str(action),
+        "stage": action.stage,
+        "microbatch": action.microbatch,
+        "iteration": event.iteration,
+        "wait_ms": event.wait_ns / 1e6,
+    }
+    return [
+        {
+            "name": name,
+            "cat": category,
+            "cname": colour,
+            "ph": "X",
+            "pid": 0,
+            "tid": event.rank,
+            "ts": (start - origin) / 1e3,
+            "dur": (end - start) / 1e3,
+            "args": arguments,
+        }
+        for name, category, colour, start, end in parts
+    ]

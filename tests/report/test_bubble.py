@@ -1,0 +1,94 @@
+"""Measured bubbles: equal to the simulator's on a trace that was simulated, and closed forms by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vpipe.report.bubble import clip_events, measure_pipeline, without_start
+from vpipe.runtime.trace import TraceEvent
+from vpipe.schedule.action import Action
+from vpipe.schedule.costs import Costs
+from vpipe.schedule.registry import build_schedule
+from vpipe.schedule.simulate import simulate
+
+MS = 1_000_000
+
+
+def _event(rank: int, action: str, start: int, end: int, wait: int = 0, iteration: int = 0) -> TraceEvent:
+    return TraceEvent(rank, Action.parse(action), iteration, start * MS, end * MS, wait * MS)
+
+
+def _simulated(name: str, num_ranks: int, num_microbatches: int) -> tuple[list[TraceEvent], float, float]:
+    schedule = build_schedule(name, num_ranks, num_microbatches)
+    simulation = simulate(schedule, Costs.from_rank_shares(schedule.placement, forward=1, input_grad=1, weight_grad=1))
+    events = [
+        TraceEvent(rank, action, 0, round(start * MS), round(end * MS))
+        for rank, row in enumerate(simulation.events)
+        for action, start, end in row
+    ]
+    return events, simulation.bubble_fraction, simulation.span_bubble_fraction
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), [("gpipe", 4), ("1f1b", 4), ("naive", 2), ("pipedream", 3)])
+def test_a_simulated_trace_gives_the_simulators_bubbles(name: str, num_ranks: int) -> None:
+    events, bubble, span = _simulated(name, num_ranks, 8)
+    times = measure_pipeline(events)
+    assert times.bubble_fraction == pytest.approx(bubble, abs=1e-12)
+    assert times.span_bubble_fraction == pytest.approx(span, abs=1e-12)
+
+
+def test_1f1b_on_4_ranks_with_8_microbatches() -> None:
+    times = measure_pipeline(_simulated("1f1b", 4, 8)[0])
+    assert times.makespan_ms == pytest.approx(33)
+    assert times.bubble_fraction == pytest.approx(3 / 11)
+    assert [(stage.forward_ms, stage.backward_ms) for stage in times.stages] == [(1.0, 2.0)] * 4
+
+
+def test_waiting_is_no_work_and_is_what_communication_share_counts() -> None:
+    times = measure_pipeline(
+        [
+            _event(0, "0F0", 0, 2),
+            _event(0, "0RECV_B0", 2, 6, wait=4),
+            _event(0, "0B0", 6, 10),
+            _event(1, "1F0", 1, 4, wait=1),
+            _event(1, "1SEND_B0", 4, 5),
+        ]
+    )
+    assert [(rank.busy_ms, rank.waiting_ms, rank.span_ms) for rank in times.ranks] == [(6, 4, 10), (2, 1, 4)]
+    assert times.bubble_fraction == pytest.approx(12 / 20)
+    assert times.span_bubble_fraction == pytest.approx(6 / 20)
+    assert times.communication_share == pytest.approx(5 / 20)
+    assert times.stages[1].forward_ms == 2
+
+
+def test_split_backwards_and_recomputation_count_as_one_backward() -> None:
+    events = [_event(0, "0R0", 0, 1), _event(0, "0I0", 1, 3), _event(0, "0W0", 3, 6), _event(0, "0STEP0", 6, 10)]
+    (stage,) = measure_pipeline(events).stages
+    assert (stage.forward_ms, stage.backward_ms, stage.update_ms) == (0, 6, 4)
+
+
+def test_an_empty_trace_measures_nothing() -> None:
+    times = measure_pipeline([])
+    assert (times.makespan_ms, times.bubble_fraction, times.communication_share) == (0, 0, 0)
+
+
+def test_clipping_keeps_the_part_inside() -> None:
+    events = [_event(0, "0F0", 0, 4, wait=2), _event(0, "0F1", 4, 8, wait=2), _event(0, "0F2", 8, 9)]
+    assert clip_events(events, 1 * MS, 5 * MS) == [
+        _event(0, "0F0", 1, 4, wait=1),
+        _event(0, "0F1", 4, 5, wait=1),
+    ]
+
+
+def test_the_start_is_left_out_in_time() -> None:
+    events = [
+        _event(0, "0F0", 0, 50, iteration=0),
+        _event(0, "0F1", 50, 52, iteration=1),
+        _event(1, "1F0", 51, 54, iteration=0),
+        _event(1, "1F1", 54, 56, iteration=1),
+    ]
+    times = measure_pipeline(without_start(events))
+    assert times.makespan_ms == 6
+    assert [rank.busy_ms for rank in times.ranks] == [2, 5]
+    assert without_start(events[:1]) == events[:1]
+    assert without_start([]) == []
