@@ -1,0 +1,116 @@
+"""Which samples make which batch: the same on every rank, and for every number of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpipe.data.order import sample_order
+from vpipe.errors import ConfigError, DataError
+
+__all__ = [
+    "TrainingBatch",
+    "batch_indices",
+    "evaluation_batches",
+    "iterate_batches",
+    "microbatch_rows",
+    "num_iterations",
+    "split_indices",
+]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """The samples of one iteration, before they are cut into microbatches."""
+
+    epoch: int
+    iteration: int
+    indices: NDArray[np.int64]
+
+
+def num_iterations(num_samples: int, batch_size: int) -> int:
+    """Count the full batches of one epoch; the samples left over are read in other epochs, which have another order.
+
+    Raises:
+        ConfigError: the batch size is below 1.
+        DataError: there are fewer samples than a batch needs.
+    """
+    _check_batch_size(batch_size)
+    if num_samples < batch_size:
+        raise DataError(
+            f"train.batch_size is {batch_size} but the data has {num_samples} samples; "
+            f"use a batch_size of at most {num_samples}, or prepare more text"
+        )
+    return num_samples // batch_size
+
+
+def batch_indices(seed: int, epoch: int, iteration: int, batch_size: int, num_samples: int) -> NDArray[np.int64]:
+    """Return the samples of batch `iteration` (from 0) of `epoch`.
+
+    Raises:
+        DataError: the epoch has no such iteration.
+    """
+    available = num_iterations(num_samples, batch_size)
+    if not 0 <= iteration < available:
+        raise DataError(f"iteration {iteration} was asked for; an epoch has iterations 0 to {available - 1}")
+    return _order(seed, epoch, num_samples)[iteration * batch_size : (iteration + 1) * batch_size]
+
+
+def iterate_batches(
+    *, seed: int, num_samples: int, batch_size: int, epochs: int | None = None, start: int = 0
+) -> Iterator[TrainingBatch]:
+    """Yield batches epoch after epoch, from iteration `start` counted over all epochs; without `epochs`, endlessly."""
+    per_epoch = num_iterations(num_samples, batch_size)
+    step = start
+    while epochs is None or step < epochs * per_epoch:
+        epoch, iteration = divmod(step, per_epoch)
+        yield TrainingBatch(epoch, iteration, batch_indices(seed, epoch, iteration, batch_size, num_samples))
+        step += 1
+
+
+def evaluation_batches(
+    num_samples: int, batch_size: int, max_batches: int | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield all samples once, in their stored order; the last batch may be short."""
+    _check_batch_size(batch_size)
+    starts = range(0, num_samples, batch_size)
+    for start in starts if max_batches is None else starts[:max_batches]:
+        yield np.arange(start, min(start + batch_size, num_samples), dtype=np.int64)
+
+
+def microbatch_rows(batch_size: int, num_microbatches: int) -> tuple[slice, ...]:
+    """Cut the rows of a batch into equal consecutive microbatches.
+
+    Raises:
+        ConfigError: the rows cannot be shared out equally.
+    """
+    size, rest = divmod(batch_size, max(num_microbatches, 1))
+    if num_microbatches < 1 or rest or not size:
+        fitting = ", ".join(str(count) for count in range(1, batch_size + 1) if batch_size % count == 0)
+        raise ConfigError(
+            f"a batch of {batch_size} samples cannot be cut into {num_microbatches} equal microbatches; "
+            f"num_microbatches that fit: {fitting or 'none'}"
+        )
+    return tuple(slice(start, start + size) for start in range(0, batch_size, size))
+
+
+def split_indices(indices: NDArray[np.int64], microbatch_size: int) -> tuple[NDArray[np.int64], ...]:
+    """Cut `indices` into microbatches of `microbatch_size`; the last one may be short, as evaluation needs it."""
+    _check_batch_size(microbatch_size, "microbatch size")
+    return tuple(indices[start : start + microbatch_size] for start in range(0, len(indices), microbatch_size))
+
+
+def _check_batch_size(batch_size: int, what: str = "train.batch_size") -> None:
+    if batch_size < 1:
+        raise ConfigError(f"{what} must be at least 1, got {batch_size}")
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
+    order = sample_order(seed, epoch, num_samples)
+    order.flags.writeable = False
+    return order

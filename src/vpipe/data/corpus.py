@@ -1,0 +1,104 @@
+"""Text files into documents."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vpipe.data.progress import Progress, no_progress
+from vpipe.errors import DataError
+
+__all__ = ["Corpus", "DocumentRule", "TextOrigin", "read_files", "split_documents", "without_duplicates"]
+
+DocumentRule = Literal["auto", "two-blank-lines", "blank-line", "line", "file"]
+
+# A blank line may hold spaces, the wide one of Chinese text included.
+_ONE_BLANK = re.compile(r"\n(?:[^\S\n]*\n)+")
+_LINE_END = re.compile(r"\n")
+_TWO_BLANK = re.compile(r"\n(?:[^\S\n]*\n){2,}")
+
+
+@dataclass(frozen=True)
+class TextOrigin:
+    """Where documents came from and how they were told apart; `sha256` is that of the text."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    rule: str
+    num_documents: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, and their origins; `from_files` is false for the text that comes with Python."""
+
+    documents: tuple[str, ...]
+    origins: tuple[TextOrigin, ...]
+    from_files: bool = True
+
+
+def read_files(paths: Sequence[Path], rule: DocumentRule = "auto", progress: Progress = no_progress) -> Corpus:
+    """Read documents from UTF-8 text files, in the order of `paths` and in the order of the text.
+
+    Raises:
+        DataError: a file is missing, is not UTF-8 text or has no text.
+    """
+    documents: list[str] = []
+    origins = []
+    for number, path in enumerate(paths):
+        progress("read", number, len(paths))
+        text, origin_hash, num_bytes = _read_text(path)
+        used, found = split_documents(text, rule)
+        if not found:
+            raise DataError(f"{path} has no text; leave it out of --input or fill it")
+        documents += found
+        origins.append(TextOrigin(path.name, num_bytes, origin_hash, used, len(found)))
+    progress("read", len(paths), len(paths))
+    return Corpus(tuple(documents), tuple(origins))
+
+
+def split_documents(text: str, rule: DocumentRule = "auto") -> tuple[DocumentRule, list[str]]:
+    """Return the rule that was applied and the documents, empty ones left out.
+
+    `two-blank-lines`: two or more blank lines end a document, a single one ends a paragraph. `blank-line`: any blank
+    line ends a document (the format of the original BERT: one sentence a line). `line`: each line is a document.
+    `file`: all is one. `auto`: two-blank-lines where the text has two in a row, else blank-line where it has one, else
+    line.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if rule == "auto":
+        rule = "two-blank-lines" if _TWO_BLANK.search(text) else "blank-line" if _ONE_BLANK.search(text) else "line"
+    ends = {"two-blank-lines": _TWO_BLANK, "blank-line": _ONE_BLANK, "line": _LINE_END}
+    pieces = ends[rule].split(text) if rule in ends else [text]
+    return rule, [piece for piece in pieces if piece.strip()]
+
+
+def without_duplicates(documents: Sequence[str]) -> list[str]:
+    """Drop documents that repeat an earlier one up to white space: no copy of a training text is evaluated on."""
+    first: dict[str, str] = {}
+    for document in documents:
+        first.setdefault(" ".join(document.split()), document)
+    return list(first.values())
+
+
+def _read_text(path: Path) -> tuple[str, str, int]:
+    """Return the text, the sha256 and the size in bytes of a file."""
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; give the text files in it, for example --input {path}/*.txt")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check --input") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}; "
+            f"convert it first, for example: iconv -f ENCODING -t UTF-8 {path}"
+        ) from error
+    return text, hashlib.sha256(raw).hexdigest(), len(raw)

@@ -1,0 +1,116 @@
+"""Text into a BERT pre-training set: tokenizer, sentence pairs, masks, arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from vpipe.data.bert_meta import META_FILE, BertMeta, BertOptions, Split, SplitMeta, fingerprint
+from vpipe.data.corpus import Corpus, read_files, without_duplicates
+from vpipe.data.draws import Stream
+from vpipe.data.order import shuffled
+from vpipe.data.progress import Progress, no_progress
+from vpipe.data.sentences import split_sentences
+from vpipe.data.split_writer import SplitWriter
+from vpipe.data.stdlib_text import stdlib_corpus
+from vpipe.data.store import atomic_directory, check_destination, describe_file
+from vpipe.data.wordpiece import save_tokenizer, train_wordpiece
+from vpipe.errors import DataError
+
+__all__ = ["prepare_bert"]
+
+MIN_DOCUMENTS = 2  # a random next sentence comes from another document of the same split
+
+_Document = list[str]  # its sentences
+
+
+def prepare_bert(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    options: BertOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> BertMeta:
+    """Prepare a training set from text files, or without any from the text that comes with Python.
+
+    Equal text and options give equal bytes. Documents are dealt to the splits whole; the tokenizer learns from the
+    training documents only. `out` appears when everything is in it. Text is held in memory.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: the text is missing, unreadable or too little, or `out` cannot be written.
+    """
+    options, out = options or BertOptions(), Path(out)
+    check_destination(out, force, META_FILE)
+    paths = [Path(path) for path in inputs]
+    corpus = read_files(paths, options.documents, progress) if paths else stdlib_corpus(progress)
+    unique = without_duplicates(corpus.documents)
+    splits = _deal(_sentences(unique, progress), options)
+    progress("train the tokenizer", 0, 0)
+    tokenizer = train_wordpiece(
+        [" ".join(document) for document in splits["train"]],
+        vocab_size=options.vocab_size,
+        limit_alphabet=options.limit_alphabet,
+        lowercase=options.lowercase,
+    )
+    with atomic_directory(out, force=force, marker=META_FILE) as staging:
+        writer = SplitWriter(staging, tokenizer, options, progress)
+        written = {split: writer.write(split, documents) for split, documents in splits.items()}
+        meta = _describe(staging, tokenizer, options, corpus, len(corpus.documents) - len(unique), written)
+        (staging / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return meta
+
+
+def _sentences(documents: Sequence[str], progress: Progress) -> list[_Document]:
+    found = []
+    for number, document in enumerate(documents):
+        if number % 1000 == 0:
+            progress("find sentences", number, len(documents))
+        found.append(split_sentences(document))
+    progress("find sentences", len(documents), len(documents))
+    return [document for document in found if document]
+
+
+def _deal(documents: list[_Document], options: BertOptions) -> dict[Split, list[_Document]]:
+    """Deal whole documents to the splits, each in the order of the text."""
+    smallest = MIN_DOCUMENTS * (2 if options.eval_fraction else 1)
+    if len(documents) < smallest:
+        raise DataError(
+            f"the text has {len(documents)} different documents, at least {smallest} are needed (random next sentences "
+            f"come from another document of the same split); give more text, tell documents apart with "
+            f"--documents line or blank-line{', or use --eval-fraction 0' if options.eval_fraction else ''}"
+        )
+    if not options.eval_fraction:
+        return {"train": documents}
+    wanted = round(options.eval_fraction * len(documents))
+    num_eval = min(max(wanted, MIN_DOCUMENTS), len(documents) - MIN_DOCUMENTS)
+    chosen = set(shuffled(options.seed, Stream.SPLIT, len(documents))[:num_eval].tolist())
+    return {
+        "train": [document for number, document in enumerate(documents) if number not in chosen],
+        "eval": [document for number, document in enumerate(documents) if number in chosen],
+    }
+
+
+def _describe(
+    staging: Path,
+    tokenizer: Tokenizer,
+    options: BertOptions,
+    corpus: Corpus,
+    num_duplicates: int,
+    splits: dict[Split, SplitMeta],
+) -> BertMeta:
+    saved = tuple(describe_file(path, staging) for path in save_tokenizer(tokenizer, staging))
+    arrays = [stored for split in splits.values() for stored in split.arrays.values()]
+    return BertMeta(
+        fingerprint=fingerprint([*saved, *arrays]),
+        vocab_size=tokenizer.get_vocab_size(),
+        options=options,
+        origins=corpus.origins,
+        from_files=corpus.from_files,
+        num_duplicates=num_duplicates,
+        tokenizer=saved,
+        splits=splits,
+    )
