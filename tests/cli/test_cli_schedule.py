@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from vpipe.cli.schedule import command
+from vpipe.errors import ScheduleError
+from vpipe.schedule.registry import SCHEDULES
+
+KEYS = [
+    "schedule",
+    "num_ranks",
+    "num_stages",
+    "num_microbatches",
+    "makespan",
+    "bubble_fraction",
+    "span_bubble_fraction",
+    "peak_activations",
+    "weight_versions",
+    "staleness",
+    "actions",
+]
+
+
+def _run(line: str) -> Result:
+    return CliRunner().invoke(command, line.split())
+
+
+def _json(line: str) -> dict[str, object]:
+    result = _run(f"{line} --format json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.output)
+    assert isinstance(data, dict)
+    return data
+
+
+def _vpipe(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vpipe", *line.split()], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_json_keys(name: str) -> None:
+    data = _json(f"{name} --ranks 3 --microbatches 5")
+    assert list(data) == KEYS
+    assert data["schedule"] == name
+    for key in ("peak_activations", "weight_versions", "staleness", "actions"):
+        assert len(data[key]) == 3  # type: ignore[arg-type]
+
+
+def test_the_defaults_give_the_reference_numbers() -> None:
+    data = _json("1f1b --ranks 4 --microbatches 8")
+    assert (data["makespan"], data["bubble_fraction"]) == (33, 3 / 11)
+    assert data["peak_activations"] == [4, 3, 2, 1]
+    assert _json("1f1b") == data
+
+
+def test_times_are_a_rank_s_share() -> None:
+    assert _json("1f1b --weight-grad 0")["makespan"] == 22
+    assert _json("1f1b --step 2")["makespan"] == 35
+    one, two = _json("naive --ranks 2"), _json("naive --ranks 2 --stages-per-rank 2")
+    assert (one["makespan"], one["num_stages"]) == (48, 2)
+    assert (two["makespan"], two["num_stages"]) == (48, 4)
+
+
+def test_links_cost_time() -> None:
+    assert _json("gpipe --latency 0.5")["makespan"] == 33 + 3
+    assert _json("gpipe --bandwidth 10 --bytes 5")["makespan"] == 33 + 3
+    assert _json("gpipe --bytes 5")["makespan"] == 33
+
+
+def test_options_reach_the_builder() -> None:
+    assert _json("pipedream --microbatches 16 --depths 6,4,2,0")["staleness"] == [6, 4, 2, 0]
+    assert _json("pipedream --microbatches 16 --microbatches-per-update 4")["weight_versions"] == [2, 2, 2, 2]
+    assert _json("pipedream --microbatches 16 --vertical-sync")["staleness"] == [3, 3, 3, 3]
+
+
+def test_text_is_the_picture_and_a_summary() -> None:
+    output = _run("1f1b --ranks 2 --microbatches 3").output
+    assert output.splitlines()[1] == "rank 0 F0 F1       B0--- F2 B1---    B2---*"
+    assert "1f1b: After a warmup" in output
+    assert "makespan          12\n" in output
+    assert "\x1b" not in output  # no colour codes into files
+
+
+def test_colour_where_it_can_be_seen() -> None:
+    assert "\x1b[34mF0" in CliRunner().invoke(command, ["gpipe"], color=True).output
+
+
+def test_huge_schedules_are_summed_up_without_a_picture() -> None:
+    output = _run("1f1b --ranks 64 --microbatches 256").output
+    assert "no picture of 32832 actions" in output
+    assert "makespan          957\n" in output
+
+
+def test_list_shows_every_schedule() -> None:
+    lines = _run("--list").output.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(SCHEDULES)]] == list(SCHEDULES)
+    rows = json.loads(_run("--list --ranks 8 --microbatches 16 --format json").output)
+    assert [row["schedule"] for row in rows] == list(SCHEDULES)
+    assert rows[-1]["weight_versions"] == 8
+
+
+def test_unknown_names_and_options_raise_the_room_s_errors() -> None:
+    for line, words in (
+        ("1fb1", "did you mean '1f1b'"),
+        ("gpipe --depths 3,2,1,0", "schedule 'gpipe' has no option 'depths'"),
+        ("1f1b --ranks 0", "num_ranks must be a whole number from 1 on, got 0"),
+        ("1f1b --forward -1", "forward must be a finite number from 0 on"),
+    ):
+        error = _run(line).exception
+        assert isinstance(error, ScheduleError)
+        assert words in str(error)
+
+
+def test_usage_errors_say_what_to_write() -> None:
+    assert "write one per stage, e.g. 6,4,2,0" in _run("1f1b --depths 6,x").output
+    assert "name a schedule (naive, gpipe, 1f1b, pipedream), or ask for --list" in _run("").output
+
+
+def test_a_wrong_call_ends_with_one_message_and_exit_code_1() -> None:
+    result = _vpipe("schedule gpip")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: unknown schedule 'gpip', did you mean 'gpipe'?")
+    assert "Traceback" not in result.stderr
+
+
+def test_the_answer_needs_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = 'vpipe schedule 1f1b --ranks 4 --microbatches 8'.split()\n"
+        "from vpipe.cli import main\n"
+        "main()\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'rich', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "makespan          33" in result.stdout
+
+
+def test_the_schedule_room_is_standard_library_only() -> None:
+    room = Path(__file__).parents[2] / "src" / "vpipe" / "schedule"
+    modules = ", ".join(f"vpipe.schedule.{path.stem}" for path in room.glob("*.py") if path.stem != "__init__")
+    code = (
+        f"import sys, {modules}\n"
+        "outside = {name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)\n"
+        "from importlib.util import find_spec\n"
+        "print(*sorted(outside & {'torch', 'numpy', 'click', 'pydantic', 'yaml'}))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
