@@ -18,7 +18,7 @@ from vpipe.model.block import Block, ParameterRef, ValueSpec, call_block
 from vpipe.model.infer import build_on_meta, leaf_of, run_on_meta, spec_of
 from vpipe.model.initialise import initialise_meta
 from vpipe.model.loss import Loss
-from vpipe.model.modules import ModuleList, chain_modules
+from vpipe.model.modules import Modules, chain_modules
 from vpipe.model.rng import derive_seed, seeded
 
 __all__ = ["Block", "Chain", "ParameterRef", "ValueSpec", "call_block"]
@@ -88,7 +88,7 @@ class Chain:
     @classmethod
     def from_modules(
         cls,
-        modules: ModuleList,
+        modules: Modules,
         loss: Loss,
         *,
         fields: Sequence[str] = ("input", "target"),

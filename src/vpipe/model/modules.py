@@ -11,14 +11,12 @@ from torch import nn
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef
 
-__all__ = ["ModuleList", "chain_modules"]
+__all__ = ["Modules", "chain_modules"]
 
-ModuleList = nn.Sequential | nn.ModuleList | Sequence[nn.Module | Block]
+Modules = nn.Sequential | nn.ModuleList | Sequence[nn.Module | Block]
 
 
-def chain_modules(
-    modules: ModuleList, first_field: str
-) -> tuple[tuple[Block, ...], tuple[tuple[ParameterRef, ...], ...]]:
+def chain_modules(modules: Modules, first_field: str) -> tuple[tuple[Block, ...], tuple[tuple[ParameterRef, ...], ...]]:
     """Return the blocks of `modules` and the groups of parameters that several of them share.
 
     Raises:
@@ -37,7 +35,7 @@ def chain_modules(
     return tuple(blocks), tuple(tuple(refs) for refs in places.values() if len(refs) > 1)
 
 
-def _named_items(modules: ModuleList) -> Iterator[tuple[str, nn.Module | Block]]:
+def _named_items(modules: Modules) -> Iterator[tuple[str, nn.Module | Block]]:
     if not isinstance(modules, nn.Sequential | nn.ModuleList | Sequence):
         raise ModelError(
             f"a chain is made of an nn.Sequential or a list of modules, not of {type(modules).__name__}; "
