@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Kind
 from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
@@ -28,7 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pipedream-vertical-sync": ("pipedream", {"vertical_sync": True}),
     "pipedream-2bw": ("pipedream", {"microbatches_per_update": 4}),
 }
-PICTURES = {name: (name, {}) for name in SCHEDULES} | VARIANTS
+PICTURES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SCHEDULES} | VARIANTS
 
 
 def _simulate(name: str, p: int, m: int, *, backward: float = 2.0, **options: Any) -> Simulation:
@@ -54,9 +56,19 @@ def test_no_picture_is_left_over() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_legal_at_every_size(name: str) -> None:
+def test_legal_at_every_size_or_refused_with_the_size_s_name(name: str) -> None:
     for p, m in SIZES:
-        assert check_schedule(build_schedule(name, p, m)) == [], (p, m)
+        try:
+            schedule = build_schedule(name, p, m)
+        except ScheduleError as error:
+            assert re.search("num_ranks|num_microbatches", str(error)), (p, m)
+        else:
+            assert check_schedule(schedule) == [], (p, m)
+
+
+@pytest.mark.parametrize("name", ["naive", "gpipe", "1f1b", "pipedream"])
+def test_these_refuse_no_size(name: str) -> None:
+    assert all(build_schedule(name, p, m).num_microbatches == m for p, m in SIZES)
 
 
 @pytest.mark.parametrize(
@@ -130,15 +142,14 @@ def test_pipedream_takes_the_time_of_1f1b_but_fills_only_once() -> None:
 
 
 def test_synchronous_schedules_update_once_at_the_end() -> None:
-    for name, entry in SCHEDULES.items():
-        if entry.synchronous:
-            for stage, order in enumerate(build_schedule(name, 4, 8).orders):
-                assert str(order[-1]) == f"{stage}STEP7"
-                assert sum(action.kind is Kind.STEP for action in order) == 1
+    for name in ("naive", "gpipe", "1f1b"):
+        for stage, order in enumerate(build_schedule(name, 4, 8).orders):
+            assert str(order[-1]) == f"{stage}STEP7"
+            assert sum(action.kind is Kind.STEP for action in order) == 1
 
 
 def test_backwards_are_in_microbatch_order() -> None:
-    for name in SCHEDULES:
+    for name in ("naive", "gpipe", "1f1b", "pipedream"):
         for order in build_schedule(name, 4, 8).orders:
             assert [action.microbatch for action in order if action.kind is Kind.B] == list(range(8))
 

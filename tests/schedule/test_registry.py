@@ -21,6 +21,12 @@ def test_builder_explains_itself(name: str) -> None:
     assert "Source:" in module.__doc__
 
 
+def test_stages_per_rank_is_the_family_s_own_unless_given() -> None:
+    assert build_schedule("naive", 2, 2).num_stages == 2
+    assert build_schedule("naive", 2, 2, stages_per_rank=3).num_stages == 6
+    assert build_schedule("gpipe", 2, 2, stages_per_rank=1) == build_schedule("gpipe", 2, 2)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -94,8 +94,8 @@ def test_a_transfer_shorter_than_a_forward_is_like_latency() -> None:
 def test_a_link_carries_one_message_at_a_time_in_each_direction() -> None:
     schedule = build_schedule("gpipe", 2, 3)
     costs = Costs.from_rank_shares(schedule.placement, latency=0.5, bandwidth=1.0, message_bytes=5.0)
-    # Forward 0 ends at 1; three transfers of 5 one after the other and the latency: forward 2 ends at 17.5, backward 0 at
-    # 19.5; again three transfers and the latency: 35, and the last backward ends at 37.
+    # Forward 0 ends at 1; three transfers of 5 one after the other and the latency: forward 2 ends at 17.5, backward 0
+    # at 19.5; again three transfers and the latency: 35, and the last backward ends at 37.
     assert simulate(schedule, costs).makespan == pytest.approx(17.5 + 2 + 15 + 0.5 + 2)
 
 

@@ -14,7 +14,7 @@ from vpipe.schedule.action import Kind
 from vpipe.schedule.costs import Costs
 from vpipe.schedule.overview import overview, overview_lines
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry
-from vpipe.schedule.render import Segment, summary_lines, text_grid, to_dict
+from vpipe.schedule.render import Segment, legend, summary_lines, text_grid, to_dict
 from vpipe.schedule.simulate import Simulation, simulate
 
 __all__ = ["command"]
@@ -45,7 +45,7 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--microbatches", default=8, show_default=True, help="Microbatches that flow until the pipeline is empty."
 )
-@click.option("--stages-per-rank", default=1, show_default=True, help="Stages that each rank holds.")
+@click.option("--stages-per-rank", type=int, help="Stages that each rank holds.  [default: the schedule's own]")
 @click.option("--forward", default=1.0, show_default=True, help="Time of a rank's share of one microbatch's forward.")
 @click.option("--input-grad", default=1.0, show_default=True, help="The same, input-gradient half of the backward.")
 @click.option("--weight-grad", default=1.0, show_default=True, help="The same, weight-gradient half.")
@@ -71,7 +71,7 @@ def command(
     name: str | None,
     ranks: int,
     microbatches: int,
-    stages_per_rank: int,
+    stages_per_rank: int | None,
     forward: float,
     input_grad: float,
     weight_grad: float,
@@ -137,7 +137,7 @@ def _print_text(simulation: Simulation, sentence: str) -> None:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         for line in text_grid(simulation).lines(columns):
             click.echo("".join(map(_coloured, line)).rstrip())
-        click.echo("\nF forward  B backward  * or U update  (blank: idle)\n")
+        click.echo(f"\n{legend(simulation.schedule)}\n")
     click.echo("\n".join(summary_lines(simulation, sentence)))
 
 

@@ -1,7 +1,8 @@
 """Schedules by name. Adding one costs its file, one line here and one golden picture.
 
 A builder is called as ``builder(num_ranks, num_microbatches, **options)``; its keyword parameters are its options. One
-that has the parameter `stages_per_rank` can put several stages on a rank, any other runs one.
+that has the parameter `stages_per_rank` can put several stages on a rank (its default is the family's), any other runs
+one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SCHEDULES: dict[str, Entry] = {
 
 
 def build_schedule(
-    name: str, num_ranks: int, num_microbatches: int, *, stages_per_rank: int = 1, **options: object
+    name: str, num_ranks: int, num_microbatches: int, *, stages_per_rank: int | None = None, **options: object
 ) -> Schedule:
     """Build the schedule `name` for so many ranks and microbatches.
 
@@ -58,14 +59,16 @@ def build_schedule(
         name: a key of `SCHEDULES`.
         num_ranks: ranks in the pipeline.
         num_microbatches: microbatches of one batch; in an asynchronous schedule, all until the pipeline drains.
-        stages_per_rank: stages that each rank holds; more than 1 only where the family says so.
+        stages_per_rank: stages that each rank holds; None: what the family holds by default, mostly 1.
         options: keyword parameters of the family's builder, e.g. `depths`.
 
     Raises:
         ScheduleError: unknown name or option, or a size that the family cannot run; the text says what is legal.
     """
     entry = find_entry(name)
-    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "stages_per_rank": stages_per_rank}
+    sizes = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
+    if stages_per_rank is not None:
+        sizes["stages_per_rank"] = stages_per_rank
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ScheduleError(f"{key} must be a whole number from 1 on, got {value!r}")
@@ -74,6 +77,8 @@ def build_schedule(
             known = ", ".join(entry.options) or "none"
             hint = _did_you_mean(option, entry.options)
             raise ScheduleError(f"schedule '{name}' has no option '{option}'{hint}; its options: {known}")
+    if stages_per_rank is None:
+        return entry.builder(num_ranks, num_microbatches, **options)
     if "stages_per_rank" in entry.parameters:
         return entry.builder(num_ranks, num_microbatches, stages_per_rank=stages_per_rank, **options)
     if stages_per_rank != 1:

@@ -13,12 +13,20 @@ from vpipe.schedule.schedule import Schedule, WeightRule
 from vpipe.schedule.simulate import Event, Simulation
 from vpipe.schedule.weights import StageWeights, weight_usage
 
-__all__ = ["Grid", "Segment", "summary_lines", "text_grid", "to_dict"]
+__all__ = ["Grid", "Segment", "legend", "summary_lines", "text_grid", "to_dict"]
 
 Segment = tuple[str, Kind | None]
 """A piece of a line and the kind of action it draws, for colour."""
 
 _TICK_COLUMNS = 8
+_LEGEND = {
+    Kind.F: "F forward",
+    Kind.R: "R recompute",
+    Kind.B: "B backward",
+    Kind.I: "I input gradient",
+    Kind.W: "W weight gradient",
+    Kind.STEP: "* or U update",
+}
 _WEIGHTS = {
     WeightRule.NEWEST: "A forward uses the newest weights of its stage, its backward the same ones (weight stashing).",
     WeightRule.VERTICAL: "A microbatch uses the version number it had at stage 0 on every stage (vertical sync).",
@@ -72,6 +80,12 @@ def text_grid(simulation: Simulation) -> Grid:
         rows.append(row)
         kinds.append(row_kinds)
     return Grid(tuple(names), tuple(rows), tuple(kinds))
+
+
+def legend(schedule: Schedule) -> str:
+    """Say what the letters in the picture of `schedule` mean."""
+    kinds = {action.kind for order in schedule.orders for action in order}
+    return "  ".join([text for kind, text in _LEGEND.items() if kind in kinds] + ["(blank: idle)"])
 
 
 def to_dict(simulation: Simulation) -> dict[str, object]:
