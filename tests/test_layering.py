@@ -15,9 +15,9 @@ MAX_LINES = 400
 # Lowest first. A room imports from itself and from earlier rows; rooms of one row do not know each other.
 ROWS = (
     ("errors", "_version"),
-    ("config",),
     ("schedule",),
     ("plan",),
+    ("config",),
     ("model", "data"),
     ("runtime",),
     ("train", "report", "launch"),

@@ -1,0 +1,38 @@
+"""`vpipe config`: print the resolved run of a YAML file, or the reference of all keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from vpipe.config.load import dump_config, read_config
+from vpipe.config.reference import reference_lines
+
+__all__ = ["command"]
+
+
+@click.command(name="config")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one key: section.key or a flat key; relative paths start from FILE's folder. Repeatable.",
+)
+@click.option("--format", "form", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True)
+@click.option("--fields", is_flag=True, help="Print the reference of all keys instead.")
+def command(file: Path | None, overrides: tuple[str, ...], form: str, fields: bool) -> None:
+    """Print the resolved run of FILE, native or in the original's flat form, with every key."""
+    if fields:
+        click.echo("\n".join(reference_lines()))
+        return
+    if file is None:
+        raise click.UsageError("Missing argument 'FILE', or --fields.")
+    config, warnings = read_config(file, overrides)
+    for warning in warnings:
+        click.echo(f"warning: {file}: {warning}", err=True)
+    text = dump_config(config) if form == "yaml" else json.dumps(config.model_dump(mode="json"), indent=2)
+    click.echo(text.rstrip("\n"))

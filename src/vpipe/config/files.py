@@ -1,0 +1,147 @@
+"""The JSON files beside a run: its partition, and the original's stage maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vpipe.config.fields import show
+from vpipe.config.problems import did_you_mean
+from vpipe.config.text import parse_json, read_text
+from vpipe.errors import ConfigError
+
+__all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps"]
+
+
+@dataclass(frozen=True)
+class PartitionFile:
+    """Blocks per stage, and recompute ratio per stage where the file has any."""
+
+    partition: list[int]
+    recompute_ratio: list[float] | None
+
+
+@dataclass(frozen=True)
+class StageMaps:
+    """What the original's `config_file` says about stages; None where it says nothing."""
+
+    num_stages: int | None
+    num_ranks: int | None
+    depths: Any
+
+
+def read_partition_file(path: Path) -> PartitionFile:
+    """Read ``{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}``; the ratios may be left out.
+
+    Raises:
+        ConfigError: the file is missing or is not of this form; the message has a line per mistake.
+    """
+    content = _read_object(path, ("partition", "recompute_ratio"))
+    partition, ratios = content.get("partition"), content.get("recompute_ratio")
+    if "partition" not in content:
+        raise ConfigError(f"{path}: has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]")
+    if not (isinstance(partition, list) and partition and all(_is_int(size) and size > 0 for size in partition)):
+        raise ConfigError(
+            f"{path}: partition = {show(partition)} is not a list with a whole number of at least 1 per stage"
+        )
+    if ratios is None:
+        return PartitionFile(partition, None)
+    if not (isinstance(ratios, list) and all(_is_ratio(ratio) for ratio in ratios)):
+        raise ConfigError(f"{path}: recompute_ratio = {show(ratios)} is not a list with a number from 0 to 1 per stage")
+    if len(ratios) != len(partition):
+        raise ConfigError(
+            f"{path}: recompute_ratio has {len(ratios)} entries and partition has {len(partition)}; give one per stage"
+        )
+    return PartitionFile(partition, [float(ratio) for ratio in ratios])
+
+
+def read_stage_maps(path: Path) -> StageMaps:
+    """Read the original's ``{"module_to_stage_map": ..., "stage_to_rank_map": ..., "stage_to_depth_map": ...}``.
+
+    Modules are the entries of the partition and, after them, the loss.
+
+    Raises:
+        ConfigError: the file is missing, of another form, or asks for what VPipe does not have yet.
+    """
+    content = _read_object(path, ("module_to_stage_map", "stage_to_rank_map", "stage_to_depth_map", "mp_size"))
+    if content.get("mp_size", 1) != 1:
+        raise ConfigError(
+            f"{path}: mp_size = {show(content['mp_size'])}: tensor parallelism is not supported yet; use 1"
+        )
+    num_stages, num_ranks = None, None
+    if content.get("module_to_stage_map") is not None:
+        num_stages = _count_module_stages(path, content["module_to_stage_map"])
+    if content.get("stage_to_rank_map") is not None:
+        rank_stages, num_ranks = _count_ranks(path, content["stage_to_rank_map"])
+        if num_stages is not None and num_stages != rank_stages:
+            raise ConfigError(
+                f"{path}: module_to_stage_map has {num_stages} stages and stage_to_rank_map has {rank_stages}"
+            )
+        num_stages = rank_stages
+    return StageMaps(num_stages, num_ranks, content.get("stage_to_depth_map"))
+
+
+def _count_module_stages(path: Path, modules: Any) -> int:
+    """Count the stages of a module_to_stage_map, which must give each module a stage of its own, the loss excepted."""
+    start = f"{path}: module_to_stage_map = {show(modules)}"
+    if not (isinstance(modules, list) and modules and all(_is_int(stage) for stage in modules)):
+        raise ConfigError(f"{start} is not a list of stages, e.g. [0, 1, 2, 3, 3]")
+    num_stages = int(modules[-1]) + 1
+    expected = list(range(num_stages))
+    if modules in (expected, [*expected, num_stages - 1]):
+        return num_stages
+    likely = list(range(max(modules) + 1))
+    raise ConfigError(
+        f"{start} does not count stages up, one per entry of the partition and the last again for the loss; write "
+        f"{[*likely, likely[-1]] if likely else [0, 0]} and join what shares a stage in the partition"
+    )
+
+
+def _count_ranks(path: Path, ranks_of: Any) -> tuple[int, int]:
+    """Count stages and ranks of a stage_to_rank_map, which must lay stages over ranks in order."""
+    start = f"{path}: stage_to_rank_map = {show(ranks_of)}"
+    num_stages = len(ranks_of) if isinstance(ranks_of, Mapping) else 0
+    stages = [str(stage) for stage in range(num_stages)]
+    if not num_stages or set(ranks_of) != set(stages) or not all(_is_ranks(ranks_of[stage]) for stage in stages):
+        raise ConfigError(f'{start} does not give every stage from 0 up its ranks, e.g. {{"0": [0], "1": [1]}}')
+    for stage in stages:
+        if len(ranks_of[stage]) > 1:
+            raise ConfigError(
+                f"{path}: stage_to_rank_map gives stage {stage} the ranks {ranks_of[stage]}: replicated stages are not "
+                "supported yet; give each stage one rank"
+            )
+    given = [ranks_of[stage][0] for stage in stages]
+    num_ranks = len(set(given))
+    expected = [stage % num_ranks for stage in range(num_stages)]
+    if num_stages % num_ranks or given != expected:
+        wrong = next(stage for stage in range(num_stages) if num_stages % num_ranks or given[stage] != expected[stage])
+        raise ConfigError(
+            f"{path}: stage_to_rank_map puts stage {wrong} on rank {given[wrong]}; stages lie on ranks in order, here "
+            f"{expected}; reorder 'machines' to choose devices"
+        )
+    return num_stages, num_ranks
+
+
+def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    content = parse_json(read_text(path), str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is not a JSON object with the keys {', '.join(keys)}")
+    for key in content:
+        if key not in keys:
+            near = did_you_mean(key, keys) or f"; known here: {', '.join(keys)}"
+            raise ConfigError(f"{path}: {key} = {show(content[key])} is not a known key{near}")
+    return content
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_ranks(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(_is_int(rank) for rank in value)

@@ -1,0 +1,154 @@
+"""Fill in what a run leaves open but its file, its folder and its other keys decide."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vpipe.config.checks import is_synchronous
+from vpipe.config.fields import show
+from vpipe.config.files import read_partition_file
+from vpipe.config.problems import Problem
+from vpipe.config.run import RunConfig
+from vpipe.config.sections import BERT_SIZES, DataConfig, ModelConfig
+from vpipe.config.text import parse_json, read_text
+from vpipe.config.tree import Tree, get_key, set_key
+from vpipe.errors import ConfigError
+
+__all__ = ["absolute", "is_file_name", "make_paths_absolute", "read_initial_model", "read_partition", "resolve_run"]
+
+_PATHS = ("log_directory", "data.data_dir", "model.init_from")
+_ENTRIES = ("model.entry", "data.entry")
+_BERT_VOCABULARY = 30522
+_SYNTHETIC_LENGTH = 128
+# Our names, and those in the config.json of a transformers BERT.
+_TRANSFORMERS_NAMES = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+
+
+def absolute(name: str, folder: Path) -> str:
+    """Let a relative path start from `folder`, a leading ~ from the user's home."""
+    return str((folder / os.path.expanduser(name)).resolve())
+
+
+def is_file_name(partition: object) -> bool:
+    """Tell whether a partition is the name of a JSON file."""
+    return isinstance(partition, str) and partition not in ("uniform", "parameters")
+
+
+def make_paths_absolute(tree: Tree, folder: Path) -> None:
+    """Let the relative paths of a run start from `folder`: folders, the files of entries, and a partition file."""
+    tree.setdefault("log_directory", "runs")
+    for key in _PATHS:
+        value = get_key(tree, key)
+        if isinstance(value, str):
+            set_key(tree, key, absolute(value, folder))
+    for key in _ENTRIES:
+        value = get_key(tree, key)
+        file, _, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        if file.endswith(".py"):
+            set_key(tree, key, f"{absolute(file, folder)}:{function}")
+    partition = get_key(tree, "plan.partition")
+    if is_file_name(partition):
+        set_key(tree, "plan.partition", absolute(partition, folder))
+
+
+def read_initial_model(tree: Tree) -> list[Problem]:
+    """Take the model's numbers that are not given from the folder it starts from; return what is wrong."""
+    folder = get_key(tree, "model.init_from")
+    if not isinstance(folder, str) or get_key(tree, "model.type") == "custom":
+        return []
+    try:
+        path = Path(folder) / "config.json"
+        settings = parse_json(read_text(path), str(path))
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path}: is not a JSON object")
+    except ConfigError as error:
+        return [Problem(("model.init_from", "model.num_layers", "model.num_heads"), f"model.init_from = {error}")]
+    sized = BERT_SIZES["base"] if get_key(tree, "model.size") is not None else {}
+    known = {key: settings[name] for key, name in _TRANSFORMERS_NAMES.items() if name in settings and key not in sized}
+    tree["model"] = known | tree["model"]
+    return []
+
+
+def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
+    """Replace a partition file by what it says, and recompute true or false by what that means beside its ratios.
+
+    Returns:
+        What is wrong, and what to warn of.
+    """
+    problems, from_file = [], None
+    name = get_key(tree, "plan.partition")
+    if is_file_name(name):
+        try:
+            content = read_partition_file(Path(name))
+        except ConfigError as error:
+            problems.append(Problem(("plan.partition", "pipeline.recompute_ratio"), f"plan.partition = {error}"))
+            set_key(tree, "plan.partition", "uniform")
+        else:
+            set_key(tree, "plan.partition", content.partition)
+            from_file = content.recompute_ratio
+    pipeline = tree.setdefault("pipeline", {})
+    if not isinstance(pipeline, dict):
+        return problems, []
+    mode = pipeline.get("recompute")
+    if from_file is not None and (mode is None or isinstance(mode, bool)):
+        pipeline.setdefault("recompute_ratio", from_file)
+    return problems, _resolve_recompute(pipeline, mode) if isinstance(mode, bool) else []
+
+
+def _resolve_recompute(pipeline: Tree, wanted: bool) -> list[str]:
+    """Turn recompute true or false into a mode: true keeps given ratios, false overrules them. Return warnings."""
+    ratio = pipeline.get("recompute_ratio")
+    nothing = ratio in (None, 0) or (isinstance(ratio, list) and not any(ratio))
+    if not wanted:
+        pipeline |= {"recompute": "never", "recompute_ratio": 0.0}
+        return [] if nothing else [f"recompute is false, so recompute_ratio = {show(ratio)} is ignored"]
+    pipeline["recompute"] = "always" if ratio in (None, 0) else None
+    if nothing and isinstance(ratio, list):
+        return [f"recompute is true and recompute_ratio is {show(ratio)}: nothing is recomputed"]
+    return []
+
+
+def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, list[str]]:
+    """Fill in the ranks, the microbatches that a flat file did not give, and the vocabulary of synthetic data.
+
+    Returns:
+        The run, and what to warn of.
+    """
+    pipeline: dict[str, Any] = {"num_ranks": run.num_ranks}
+    warnings = []
+    if get_key(tree, "pipeline.num_microbatches") is None:
+        waits = run.pipeline.schedule != "naive" and is_synchronous(run) is not False
+        if is_flat and (waits or run.pipeline.macrobatch):
+            pipeline["num_microbatches"] = run.num_stages
+        elif waits and run.num_stages > 1:
+            warnings.append(
+                f"pipeline.num_microbatches is not given: with 1, only one of {run.num_stages} stages works at a time"
+            )
+        if is_flat and run.pipeline.macrobatch:
+            warnings.append(
+                f"macrobatch: a batch of {run.train.batch_size} flows as {run.num_stages} microbatches and gives one "
+                "update; the original put as many whole batches into an update"
+            )
+    sections = {
+        "pipeline": run.pipeline.model_copy(update=pipeline),
+        "model": run.model.model_copy(update=_synthetic_default(run, run.model, "vocab_size", _BERT_VOCABULARY)),
+        "data": run.data.model_copy(update=_synthetic_default(run, run.data, "sequence_length", _SYNTHETIC_LENGTH)),
+    }
+    return run.model_copy(update=sections), warnings
+
+
+def _synthetic_default(run: RunConfig, section: ModelConfig | DataConfig, key: str, value: int) -> dict[str, int]:
+    """Return what prepared data would have told, had there been any."""
+    synthetic = run.data.type == "bert" and run.data.synthetic_data and section.type == "bert"
+    return {key: value} if synthetic and getattr(section, key) is None else {}

@@ -1,0 +1,94 @@
+"""One run: all sections together, and what follows from several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any
+
+from vpipe.config.fields import Natural
+from vpipe.config.sections import (
+    DataConfig,
+    LaunchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    PlanConfig,
+    Section,
+    TrainConfig,
+)
+
+__all__ = ["RunConfig"]
+
+
+class RunConfig(Section):
+    """One run. `load_config` and `build_config` make it and check that its parts fit each other."""
+
+    seed: Natural = 0
+    """Seed of weights, data order, masks and dropout; it gives the same run on any number of stages."""
+    log_directory: Path = Path("runs")
+    """Folder where each run makes one named by its time."""
+    model: ModelConfig = ModelConfig()
+    """What is trained."""
+    data: DataConfig = DataConfig()
+    """What it is trained on."""
+    pipeline: PipelineConfig = PipelineConfig()
+    """How microbatches flow."""
+    plan: PlanConfig = PlanConfig()
+    """What is cut where."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How weights are updated."""
+    train: TrainConfig = TrainConfig()
+    """How long, and what is told on the way."""
+    launch: LaunchConfig = LaunchConfig()
+    """Where the ranks run."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Count the ranks: as given, else the machines, else from whatever lists one value per stage, else 1."""
+        if self.pipeline.num_ranks is not None:
+            return self.pipeline.num_ranks
+        per_stage = (self.plan.partition, self.pipeline.recompute_ratio, self.pipeline.stage_to_depth_map)
+        lists: list[Sized] = [values for values in per_stage if isinstance(values, list)]
+        num_stages = len(lists[0]) if lists else self.pipeline.stages_per_rank
+        return len(self.launch.machines) or max(1, num_stages // self.pipeline.stages_per_rank)
+
+    @property
+    def num_stages(self) -> int:
+        """Count the stages."""
+        return self.num_ranks * self.pipeline.stages_per_rank
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Count the model's blocks, or return None where only building the model tells (`custom`)."""
+        return 2 * self.model.num_layers + 1 if self.model.type == "bert" else None
+
+    @property
+    def microbatch_size(self) -> int:
+        """Samples in one microbatch."""
+        return self.train.batch_size // self.pipeline.num_microbatches
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples in one batch of an evaluation."""
+        return self.train.eval_batch_size or self.train.batch_size
+
+    @property
+    def recompute_ratios(self) -> list[float]:
+        """Recompute ratio of every stage; `except_last` counts as 1, its exception is the executor's business."""
+        if self.pipeline.recompute is not None:
+            return [0.0 if self.pipeline.recompute == "never" else 1.0] * self.num_stages
+        ratio = self.pipeline.recompute_ratio
+        return ratio if isinstance(ratio, list) else [ratio] * self.num_stages
+
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """Options of `vpipe.schedule.build_schedule` that this run sets; those left out keep the schedule's default."""
+        options: dict[str, Any] = {}
+        if self.pipeline.stage_to_depth_map is not None:
+            options["depths"] = self.pipeline.stage_to_depth_map
+        if self.pipeline.macrobatch:
+            options["microbatches_per_update"] = self.pipeline.num_microbatches
+        if self.pipeline.vertical_sync:
+            options["vertical_sync"] = True
+        return options

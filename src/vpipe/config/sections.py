@@ -1,0 +1,232 @@
+"""The sections of a run. The text under each field is its reference: `vpipe config --fields` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+
+from vpipe.config.fields import (
+    Allowed,
+    Count,
+    Depths,
+    Machine,
+    Natural,
+    NonNegative,
+    Port,
+    Positive,
+    Ratio,
+    Share,
+)
+
+__all__ = [
+    "BERT_SIZES",
+    "DataConfig",
+    "LaunchConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "PlanConfig",
+    "Section",
+    "TrainConfig",
+]
+
+BERT_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 128, "num_layers": 2, "num_heads": 2, "intermediate_size": 512},
+    "base": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "intermediate_size": 3072},
+    "large": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096},
+}
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values never change, docstrings are the reference."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    type: Literal["bert", "custom"] = "bert"
+    """`bert`: pre-training with masked words and next sentences; `custom`: your own chain of blocks, see `entry`."""
+    size: Literal["tiny", "base", "large"] | None = None
+    """Published BERT size that fills the four numbers below where they are not given."""
+    hidden_size: Count = 768
+    """Width of a token's vector."""
+    num_layers: Count = 12
+    """Transformer layers as the paper counts them; BERT has `2 * num_layers + 1` blocks to cut between."""
+    num_heads: Count = 12
+    """Attention heads per layer; must divide `hidden_size`. Default: one per 64 of `hidden_size`."""
+    intermediate_size: Count = 3072
+    """Width inside the feed-forward block. Default: 4 times `hidden_size`."""
+    vocab_size: Count | None = None
+    """Tokens in the vocabulary; null takes it from the prepared data, and 30522 (BERT's) with synthetic data."""
+    max_position_embeddings: Count = 512
+    """Longest sequence that the model has positions for, in tokens."""
+    dropout: Share = 0.1
+    """Dropout of embeddings, attention output and feed-forward output."""
+    attention_dropout: Share = 0.1
+    """Dropout of attention weights."""
+    tie_weights: bool = False
+    """Use the word embedding as output matrix too: first and last stage share it, in synchronous schedules only."""
+    init_from: Path | None = None
+    """Folder of a transformers BERT to start from, which also gives the numbers above that are not given; null starts
+    from random weights."""
+    entry: Annotated[str | None, Allowed("'file.py:function' or 'package.module:function'")] = None
+    """For `custom`: the function that returns a `vpipe.Chain`, as 'file.py:function' or 'package.module:function'."""
+    options: dict[str, JsonValue] = {}
+    """For `custom`: keyword arguments of the entry function."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sizes(cls, values: Any) -> Any:
+        """Fill sizes that were not given from `size`, or in BERT's proportions from `hidden_size`."""
+        if not isinstance(values, Mapping):
+            return values
+        size, hidden = values.get("size"), values.get("hidden_size")
+        filled = dict(BERT_SIZES.get(size, {})) if isinstance(size, str) else {}
+        if isinstance(hidden, int) and not isinstance(hidden, bool) and hidden > 0:
+            filled["intermediate_size"] = 4 * hidden
+            if hidden % 64 == 0 or hidden < 64:
+                filled["num_heads"] = max(1, hidden // 64)
+        return {**filled, **values}
+
+
+class DataConfig(Section):
+    """What it is trained on."""
+
+    type: Literal["bert", "custom"] = "bert"
+    """`bert`: what `vpipe data prepare bert` wrote, or synthetic; `custom`: your own source, see `entry`."""
+    data_dir: Path | None = None
+    """Folder that `vpipe data prepare` wrote."""
+    synthetic_data: bool = False
+    """Train on random tokens instead of `data_dir`: for measuring speed, the loss means nothing."""
+    synthetic_samples: Count = 1024
+    """Samples in one epoch of synthetic data."""
+    sequence_length: Count | None = None
+    """Tokens per sample; null takes it from the prepared data, and 128 with synthetic data."""
+    masking: Literal["static", "dynamic"] = "static"
+    """`static`: the masks chosen at preparation, the same every epoch; `dynamic`: new ones every epoch."""
+    entry: Annotated[str | None, Allowed("'file.py:function' or 'package.module:function'")] = None
+    """For `custom`: the function that returns a `vpipe.BatchSource`, written as in `model.entry`."""
+    options: dict[str, JsonValue] = {}
+    """For `custom`: keyword arguments of the entry function."""
+
+
+class PipelineConfig(Section):
+    """How microbatches flow."""
+
+    schedule: str = "1f1b"
+    """Name of the schedule, e.g. naive, gpipe, 1f1b, pipedream; `vpipe schedule --help` lists them all."""
+    num_ranks: Count | None = None
+    """Ranks in the pipeline, one process each; null counts `launch.machines`, else the partition, else 1."""
+    stages_per_rank: Count = 1
+    """Stages that each rank holds."""
+    num_microbatches: Count = 1
+    """Slices of a batch; must divide `train.batch_size`. Asynchronous schedules make an update after each."""
+    recompute_ratio: Ratio | list[Ratio] = 0.0
+    """Trailing share of a stage's blocks that keep no activations and compute them again; one for all, or a list."""
+    recompute: Annotated[
+        Literal["always", "except_last", "never"] | None,
+        Allowed("one of 'always', 'except_last', 'never', true, false, null"),
+    ] = None
+    """Instead of ratios: `always` is 1 on every stage, `never` is 0, `except_last` is 1 for all but a batch's last
+    microbatch (gpipe only). true keeps given ratios, `always` without any; false is `never`, whatever they are."""
+    stage_to_depth_map: Depths | None = None
+    """Forwards that each stage runs before its first backward; null is the least that keeps the pipeline full,
+    `num_stages - 1 - stage`. More hides slow links at the price of memory. For 1f1b and pipedream."""
+    macrobatch: bool = False
+    """For pipedream: one update per batch instead of one per microbatch, with two weight versions (PipeDream-2BW)."""
+    vertical_sync: bool = False
+    """For pipedream: a microbatch uses, on every stage, the weight version that it met on stage 0."""
+
+
+class PlanConfig(Section):
+    """What is cut where."""
+
+    partition: Annotated[
+        list[Count] | str,
+        Allowed("'uniform', 'parameters', a list with a whole number of at least 1 per stage, or a JSON file"),
+    ] = "uniform"
+    """Blocks per stage: a list, `uniform` (equal counts), `parameters` (fewest parameters on the largest stage), or a
+    JSON file {"partition": [...], "recompute_ratio": [...]}; its ratios count unless the run gives some itself."""
+
+
+class OptimizerConfig(Section):
+    """How weights are updated."""
+
+    name: Literal["adam", "adamw", "sgd", "lamb"] = "adamw"
+    """The optimizer."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate, reached after the warmup."""
+    learning_rate_policy: Literal["constant", "linear", "polynomial", "step", "cosine"] = "constant"
+    """How the learning rate goes on after the warmup; all but `constant` and `step` end at `end_learning_rate`."""
+    warmup_iterations: Natural = 0
+    """Iterations over which the learning rate rises linearly from 0."""
+    end_learning_rate: NonNegative = 0.0
+    """Learning rate at the end of the run, for linear, polynomial and cosine."""
+    polynomial_power: Positive = 1.0
+    """Exponent of the polynomial policy; 1 is linear."""
+    step_size_iterations: Count | None = None
+    """For the step policy: iterations between two steps."""
+    step_gamma: Positive = 0.1
+    """For the step policy: what the learning rate is multiplied by at each step."""
+    weight_decay: NonNegative = 0.0
+    """Weight decay; biases and normalisation weights are left out."""
+    momentum: Share = 0.9
+    """Momentum of sgd."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of the running mean and square, for adam, adamw and lamb."""
+    eps: Positive = 1e-8
+    """Added to the denominator, for adam, adamw and lamb."""
+    clip_grad_norm: Positive | None = None
+    """Largest gradient norm, over all stages (asynchronous schedules: over each stage); null does not clip."""
+
+
+class TrainConfig(Section):
+    """How long, and what is told on the way."""
+
+    batch_size: Count = 32
+    """Samples per batch over the whole pipeline; one iteration is one batch."""
+    epochs: Count | None = None
+    """Passes over the data. Give this or `iterations`."""
+    iterations: Count | None = None
+    """Batches to train on. Give this or `epochs`."""
+    print_frequency: Count = 10
+    """Iterations between two lines of progress."""
+    verbose_frequency: Natural = 0
+    """Iterations between two detailed reports of every rank; 0 gives none."""
+    eval_frequency: Natural = 0
+    """Iterations between two evaluations on held-out data; 0 evaluates only at the end."""
+    eval_batch_size: Count | None = None
+    """Samples per batch of an evaluation; null takes `batch_size`."""
+    eval_batches: Natural | None = None
+    """Batches per evaluation; null takes all held-out data, 0 never evaluates."""
+    save_model: bool = True
+    """Write the trained weights to `model` in the run's folder; transformers' `from_pretrained` loads a BERT."""
+
+
+class LaunchConfig(Section):
+    """Where the ranks run."""
+
+    machines: list[Machine] = []
+    """One 'host:device' per rank, e.g. ['localhost:0', 'localhost:1']; empty puts all ranks on this machine."""
+    distributed_backend: Literal["gloo", "nccl"] | None = None
+    """What ranks talk through; null takes nccl when every rank has a GPU of its own, else gloo."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """Where the ranks compute; `auto` takes a GPU when there is one."""
+    threads_per_rank: Count | None = None
+    """CPU threads of each rank; null shares the machine's cores."""
+    timeout_seconds: Positive = 300.0
+    """How long a rank waits for another before it gives up."""
+    master_port: Port | None = None
+    """Port where ranks meet; null takes a free one."""
