@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vpipe.report.bubble import clip_events, measure_pipeline, without_start
+from vpipe.report.bubble import clip_events, measure_pipeline, steady_part
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import Action
 from vpipe.schedule.costs import Costs
@@ -80,15 +80,35 @@ def test_clipping_keeps_the_part_inside() -> None:
     ]
 
 
-def test_the_start_is_left_out_in_time() -> None:
-    events = [
-        _event(0, "0F0", 0, 50, iteration=0),
-        _event(0, "0F1", 50, 52, iteration=1),
-        _event(1, "1F0", 51, 54, iteration=0),
-        _event(1, "1F1", 54, 56, iteration=1),
-    ]
-    times = measure_pipeline(without_start(events))
+# An asynchronous run of 2 ranks: rank 1 works one action behind, so iterations overlap in time.
+OVERLAPPING = [
+    event
+    for iteration, start in enumerate([0, 50, 52, 54, 56])
+    for event in (
+        _event(0, f"0F{iteration}", start, start + 2 if iteration else 50, iteration=iteration),
+        _event(
+            1, f"1F{iteration}", start + 2 if iteration else 50, start + 4 if iteration else 52, iteration=iteration
+        ),
+    )
+]
+
+
+def test_the_first_iteration_and_the_last_of_many_are_cut_off_in_time() -> None:
+    times = measure_pipeline(steady_part(OVERLAPPING))
     assert times.makespan_ms == 6
-    assert [rank.busy_ms for rank in times.ranks] == [2, 5]
-    assert without_start(events[:1]) == events[:1]
-    assert without_start([]) == []
+    assert [rank.busy_ms for rank in times.ranks] == [6, 6]
+    assert times.bubble_fraction == 0
+
+
+def test_of_few_iterations_only_the_first_is_cut_off() -> None:
+    few = [event for event in OVERLAPPING if event.iteration < 3]
+    assert measure_pipeline(steady_part(few)).makespan_ms == 6
+    one = [event for event in OVERLAPPING if event.iteration == 0]
+    assert steady_part(one) == one
+    assert steady_part([]) == []
+
+
+def test_an_iteration_that_a_rank_has_forgotten_is_not_measured() -> None:
+    events = [event for event in OVERLAPPING if event.rank == 0 or event.iteration > 0]
+    times = measure_pipeline(steady_part(events))
+    assert times.makespan_ms == 4

@@ -66,6 +66,7 @@ def test_pauses_do_not_count() -> None:
             clock.now += 50
     assert meter.overall_samples_per_second == pytest.approx(8)
     assert meter.samples_per_second == pytest.approx(8)
+    assert meter.elapsed_s == pytest.approx(153)
 
 
 def test_peak_memory_grows_with_what_is_allocated_and_stays() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import COMPUTE, Kind
 
-__all__ = ["PipelineTimes", "RankTimes", "StageTimes", "clip_events", "measure_pipeline", "without_start"]
+__all__ = ["PipelineTimes", "RankTimes", "StageTimes", "clip_events", "measure_pipeline", "steady_part"]
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,23 @@ def clip_events(events: Iterable[TraceEvent], start_ns: int, end_ns: int) -> lis
     return clipped
 
 
-def without_start(events: Sequence[TraceEvent]) -> list[TraceEvent]:
-    """Leave out the time before the second iteration that all ranks have, if there is one: first times are longer.
+def steady_part(events: Sequence[TraceEvent]) -> list[TraceEvent]:
+    """Leave out the first iteration, whose times are longer, and of four or more the last, where the pipeline drains.
 
-    The cut is in time, so what other ranks do of earlier microbatches meanwhile, in an asynchronous run, still counts.
+    The cuts are in time, where iterations start: in an asynchronous run, what other ranks do of neighbouring iterations
+    meanwhile counts. Where there is only one iteration it is returned whole.
     """
-    first: dict[int, int] = {}
+    starts: dict[int, int] = {}
+    first_of_rank: dict[int, int] = {}
     for event in events:
-        first[event.rank] = min(first.get(event.rank, event.iteration), event.iteration)
-    second = max(first.values(), default=0) + 1
-    starts = [event.start_ns for event in events if event.iteration == second]
-    return clip_events(events, min(starts), max(event.end_ns for event in events)) if starts else list(events)
+        starts[event.iteration] = min(starts.get(event.iteration, event.start_ns), event.start_ns)
+        first_of_rank[event.rank] = min(first_of_rank.get(event.rank, event.iteration), event.iteration)
+    second = max(first_of_rank.values(), default=0) + 1
+    if second not in starts:
+        return list(events)
+    last = max(starts)
+    end = starts[last] if last - second >= 2 else max(event.end_ns for event in events)
+    return clip_events(events, starts[second], end)
 
 
 def _rank_times(rank: int, events: Sequence[TraceEvent]) -> RankTimes:

@@ -1,9 +1,10 @@
 """A finished run on one screen, from its `summary.json`.
 
 Keys, all optional: `final_loss`, `eval_loss`, `samples_per_second`, `iteration_ms`, `bubble_fraction`,
-`span_bubble_fraction`, `communication_share`; `bytes_sent`, `bytes_received` and `peak_memory_bytes`, each a number or
-a list with one number per rank; `ranks`, a list with `rank`, `stages`, `blocks` (first and last), `forward_ms`,
-`backward_ms`, `busy_share` and `waiting_share` per rank; `timeline` with `iteration`, `milliseconds` and `rows`.
+`span_bubble_fraction`, `communication_share`; `bytes_sent`, `bytes_received`, `peak_memory_bytes` and
+`weight_versions`, each a number or a list with one number per rank; `ranks`, a list with `rank`, `stages`, `blocks`,
+`forward_ms`, `backward_ms`, `busy_share` and `waiting_share` per rank; `timeline` with `iteration`, `milliseconds` and
+`rows`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vpipe.report.bubble import measure_pipeline, without_start
+from vpipe.report.bubble import measure_pipeline, steady_part
 from vpipe.report.timeline import draw_timeline, iteration_window
 from vpipe.runtime.trace import TraceEvent
 
@@ -25,15 +26,20 @@ __all__ = ["render_summary", "summarize_trace"]
 _MISSING = "-"
 _STYLES = {"F": "blue", "R": "cyan", "B": "green", "I": "green", "W": "magenta", "U": "yellow", ".": "dim"}
 _CELL = re.compile(r"\d*([FRBIWU])\d*-*|(\.)+")
-_PER_RANK = ("bytes_sent", "bytes_received", "peak_memory_bytes")
+_PER_RANK = ("weight_versions", "bytes_sent", "bytes_received", "peak_memory_bytes")
+_COLUMNS = (
+    *("rank", "stages", "blocks", "forward", "backward", "busy", "waiting"),
+    *("weight versions", "sent", "received", "peak memory"),
+)
 
 
 def summarize_trace(events: Sequence[TraceEvent], iteration: int | None = None, width: int = 96) -> dict[str, Any]:
     """Return the part of `summary.json` that comes from measured actions of all ranks.
 
-    `iteration` is drawn; without it the middle one of those that were recorded. The first is not measured.
+    `iteration` is drawn; without it the middle one of those that were recorded. Measured is the
+    `steady_part`.
     """
-    times = measure_pipeline(without_start(events))
+    times = measure_pipeline(steady_part(events))
     rows = []
     for rank in times.ranks:
         stages = [stage for stage in times.stages if stage.rank == rank.rank]
@@ -99,11 +105,10 @@ def _totals(summary: Mapping[str, Any]) -> Table:
 
 def _ranks(summary: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    columns = ("rank", "stages", "blocks", "forward", "backward", "busy", "waiting", "sent", "received", "peak memory")
-    for name in columns:
+    for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("stages", "blocks") else "right")
     for index, row in enumerate(summary["ranks"]):
-        sent, received, memory = (_of_rank(row, summary, key, index) for key in _PER_RANK)
+        versions, sent, received, memory = (_of_rank(row, summary, key, index) for key in _PER_RANK)
         table.add_row(
             str(row.get("rank", index)),
             " ".join(map(str, row.get("stages", []))) or _MISSING,
@@ -112,6 +117,7 @@ def _ranks(summary: Mapping[str, Any]) -> Table:
             _number(row.get("backward_ms"), "{:.2f} ms"),
             _number(row.get("busy_share"), "{:.0%}"),
             _number(row.get("waiting_share"), "{:.0%}"),
+            _number(versions, "{}"),
             _size(sent),
             _size(received),
             _size(memory),

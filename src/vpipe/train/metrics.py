@@ -67,7 +67,8 @@ class ThroughputMeter:
         self._clock = clock
         self._skip = skip
         self._paused_seconds = 0.0
-        self._start = self._now = _Mark(0, 0, clock())
+        self._made = clock()
+        self._start = self._now = _Mark(0, 0, self._made)
         self._recent = deque([self._start], maxlen=window + 1)
         self._after_skip: _Mark | None = None
 
@@ -89,6 +90,11 @@ class ThroughputMeter:
             yield
         finally:
             self._paused_seconds += self._clock() - start
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the meter was made, pauses included."""
+        return self._clock() - self._made
 
     @property
     def samples_per_second(self) -> float:
