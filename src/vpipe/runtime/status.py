@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["STATUS_BYTES", "Status", "StatusFile", "read_status", "status_path"]
+__all__ = ["STARTING", "STATUS_BYTES", "Status", "StatusFile", "read_status", "status_path"]
+
+STARTING = "starting"
+"""What a new file says."""
 
 STATUS_BYTES = 256
 _RECORD = struct.Struct(f"<dI{STATUS_BYTES - 12}s")  # when it was written, by which process, the text
@@ -42,7 +45,7 @@ class StatusFile:
         with path.open("a+b") as file:
             file.truncate(STATUS_BYTES)
             self._map = mmap.mmap(file.fileno(), STATUS_BYTES)
-        self.write("starting")
+        self.write(STARTING)
 
     def write(self, text: str) -> None:
         """Replace the line; text beyond the file's fixed size is cut off."""

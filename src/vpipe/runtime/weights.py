@@ -35,7 +35,8 @@ class WeightVersions:
         self._uses: Counter[int] = Counter()
         self._newest = 0
         # The optimizer knows these; they are never part of a graph and point at the newest set's memory.
-        self.parameters = [nn.Parameter(parameter.detach()) for parameter in self._parameters[0]]
+        # Taken with .data, they keep a version counter of their own: autograd's counter of a set is raised by `step`.
+        self.parameters = [nn.Parameter(parameter.data) for parameter in self._parameters[0]]
         self.names = list(names)
         self.optimizer = optimizer(list(zip(names, self.parameters, strict=True))) if self.parameters else None
 
@@ -93,7 +94,7 @@ class WeightVersions:
             if self.parameters:
                 torch._foreach_copy_(_data(self._parameters[target]), _data(self._parameters[source]))
             for master, parameter in zip(self.parameters, self._parameters[target], strict=True):
-                master.data = parameter.detach()
+                master.data = parameter.data
         else:
             del self._set_of[self._newest]
         self._newest += 1

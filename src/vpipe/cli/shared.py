@@ -1,0 +1,20 @@
+"""What several commands do with their configuration file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from vpipe.config import RunConfig, read_config
+
+__all__ = ["read_config_aloud"]
+
+
+def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Read a run's configuration and show its warnings on standard error."""
+    loaded = read_config(path, overrides)
+    for warning in loaded.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    return loaded.config

@@ -1,0 +1,34 @@
+"""The trained weights: every rank writes the shards of its stages, rank 0 the index that joins them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from vpipe.model.export import save_shard, write_bert_config, write_index
+from vpipe.model.zoo import bert_config_of
+from vpipe.runtime.pipeline import Pipeline
+from vpipe.runtime.process_group import ProcessGroup
+from vpipe.train.setup import Setup
+
+__all__ = ["save_model"]
+
+
+def save_model(pipeline: Pipeline, setup: Setup, directory: Path, group: ProcessGroup) -> None:
+    """Write the newest weights to `directory`, for BERT so that `BertForPreTraining.from_pretrained` loads it; collective.
+
+    Raises:
+        ModelError: `directory` already holds a model.
+    """
+    num_stages = len(pipeline.partition)
+    for stage, held in pipeline.held.items():
+        blocks = range(held.stage.start, held.stage.stop)
+        states = {block: module.state_dict() for block, module in zip(blocks, held.weights.newest, strict=True)}
+        save_shard(directory, pipeline.chain, states, stage, num_stages)
+    dist.barrier(group=group.control)
+    if group.rank == 0:
+        write_index(directory, pipeline.chain, num_stages)
+        model = setup.config.model
+        if model.type == "bert":
+            write_bert_config(directory, bert_config_of(model, setup.vocab_size), tie_weights=model.tie_weights)

@@ -1,0 +1,146 @@
+"""From a run's configuration to the things that train: data, model, pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+
+from vpipe.config import RunConfig
+from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations
+from vpipe.data.bert import BertDataset, open_bert
+from vpipe.data.bert_meta import Split
+from vpipe.data.custom import open_source
+from vpipe.data.source import BatchSource
+from vpipe.data.synthetic import SyntheticBertSource
+from vpipe.errors import ConfigError, PlanError
+from vpipe.model.chain import Chain
+from vpipe.model.zoo import build_chain
+from vpipe.runtime.batch import Batch
+from vpipe.runtime.pipeline import Hooks, Pipeline
+from vpipe.train.lr import learning_rate
+from vpipe.train.optim import build_optimizer
+
+__all__ = ["Setup", "build_setup", "build_training_pipeline"]
+
+_BERT_VOCAB_SIZE = 30522
+_SEQUENCE_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Model and data of a run, the same on every rank; nothing big is in memory yet."""
+
+    config: RunConfig
+    chain: Chain
+    source: BatchSource
+    held_out: BatchSource | None
+    vocab_size: int | None
+    iterations_per_epoch: int
+    total_iterations: int
+
+    def batches(self, fields: tuple[str, ...], start: int, count: int) -> Iterator[Batch]:
+        """Yield `count` training batches from iteration `start` on, with `fields` only."""
+        size = self.config.train.batch_size
+        numbered = iterate_batches(
+            seed=self.config.seed, num_samples=self.source.num_samples, batch_size=size, start=start
+        )
+        for item in islice(numbered, count):
+            yield Batch(self.source.batch(item.indices, fields, epoch=item.epoch), size)
+
+    def evaluation_batches(self, fields: tuple[str, ...]) -> Iterator[Batch]:
+        """Yield the held-out batches; the last one may be short."""
+        if self.held_out is None:
+            return
+        size, most = self.config.eval_batch_size, self.config.train.eval_batches
+        for indices in evaluation_batches(self.held_out.num_samples, size, most):
+            yield Batch(self.held_out.batch(indices, fields), len(indices))
+
+    @property
+    def evaluates(self) -> bool:
+        """Say whether there is anything to evaluate on."""
+        return self.held_out is not None and self.config.train.eval_batches != 0
+
+
+def build_setup(config: RunConfig) -> Setup:
+    """Open the data and describe the model.
+
+    Raises:
+        DataError, ModelError, PlanError: they are missing, do not fit each other, or do not fit the plan.
+    """
+    source = _open(config, "train")
+    if source is None:
+        raise ConfigError("data: there is no training data; the entry function returned nothing for the split 'train'")
+    held_out = _open(config, "eval") if config.train.eval_batches != 0 else None
+    vocab_size = source.meta.vocab_size if isinstance(source, BertDataset) else _synthetic_vocab_size(config)
+    chain = build_chain(config.model, data_vocab_size=vocab_size)
+    if config.num_stages > len(chain):
+        raise PlanError(
+            f"{config.num_stages} stages are more than the model's {len(chain)} blocks; use at most {len(chain)} "
+            "(pipeline.num_ranks times pipeline.stages_per_rank)"
+        )
+    per_epoch = num_iterations(source.num_samples, config.train.batch_size)
+    total = config.train.iterations or per_epoch * (config.train.epochs or 1)
+    return Setup(config, chain, source, held_out, vocab_size, per_epoch, total)
+
+
+def _synthetic_vocab_size(config: RunConfig) -> int | None:
+    if config.model.type != "bert":
+        return None
+    return config.model.vocab_size or _BERT_VOCAB_SIZE
+
+
+def _open(config: RunConfig, split: Split) -> BatchSource | None:
+    data, model = config.data, config.model
+    if data.type == "custom":
+        if data.entry is None:
+            raise ConfigError("data.type 'custom' needs data.entry: 'file.py:function' or 'package.module:function'")
+        return open_source(data.entry, split, options=data.options)
+    if data.synthetic_data:
+        # Held-out samples are further ones, drawn from another seed.
+        return SyntheticBertSource(
+            data.synthetic_samples if split == "train" else max(1, data.synthetic_samples // 10),
+            sequence_length=data.sequence_length or _SEQUENCE_LENGTH,
+            vocab_size=model.vocab_size or _BERT_VOCAB_SIZE,
+            seed=config.seed + (split == "eval"),
+            dynamic=data.masking == "dynamic",
+        )
+    if data.data_dir is None:
+        raise ConfigError(
+            "data.data_dir is missing; run `vpipe data prepare bert --out DIR`, or set data.synthetic_data: true"
+        )
+    return open_bert(
+        data.data_dir,
+        split,
+        masking=data.masking,
+        seed=config.seed,
+        sequence_length=data.sequence_length,
+        vocab_size=model.vocab_size,
+    )
+
+
+def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) -> Pipeline:
+    """Build this rank's part of the pipeline that the configuration describes; collective."""
+    config = setup.config
+    return Pipeline(
+        setup.chain,
+        optimizer=partial(build_optimizer, config.optimizer),
+        schedule=config.pipeline.schedule,
+        num_microbatches=config.pipeline.num_microbatches,
+        partition=config.plan.partition,
+        stages_per_rank=config.pipeline.stages_per_rank,
+        recompute_ratio=config.recompute_ratios,
+        recompute="except_last" if config.pipeline.recompute == "except_last" else "always",
+        depths=config.pipeline.stage_to_depth_map,
+        macrobatch=config.pipeline.macrobatch,
+        vertical_sync=config.pipeline.vertical_sync,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        learning_rate=lambda iteration: learning_rate(config.optimizer, iteration, setup.total_iterations),
+        seed=config.seed,
+        device=device,
+        field_specs=setup.source.fields,
+        hooks=hooks,
+    )
