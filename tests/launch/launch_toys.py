@@ -89,7 +89,7 @@ def diverge(arguments):
         dist.barrier()
         if group.rank == 1:
             raise NonFiniteLossError("the loss became NaN at iteration 12")
-        peer = 1 - group.rank
+        peer = (group.rank + 1) % 2
         try:
             dist.recv(torch.zeros(4), peer)
         except RuntimeError as error:

@@ -37,6 +37,7 @@ def test_the_lines_name_signal_hint_and_what_everybody_waited_for(tmp_path):
         0: Status("waiting for 1F3 from rank 1", 10, 97.0),
         1: None,
         2: Status("running", 12, 99.0),
+        3: Status("starting", 13, 90.0),
     }
     lines = describe_failure(KILLED, statuses, tmp_path, now=100.0)
     assert list(lines) == [2, 0]

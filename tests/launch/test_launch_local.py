@@ -72,13 +72,18 @@ def test_an_early_clean_exit_is_no_failure(tmp_path):
 def test_a_refusal_is_told_without_traceback(tmp_path, capfd):
     with pytest.raises(LaunchError) as caught:
         launch(tmp_path, "refuse", "1")
-    first, *rest = str(caught.value).splitlines()
+    first, second = str(caught.value).splitlines()
     assert first == "rank 1 stopped: train.batch_size 7 is not divisible by 2; use 8"
-    assert rest[-1] == f"  logs: {tmp_path}/output.log.*"
+    assert second == f"  logs: {tmp_path}/output.log.*"
     assert "train.batch_size 7 is not divisible" in log(tmp_path, 1)
     assert "Traceback" not in log(tmp_path, 1)
     assert f"launcher: {first}" in log(tmp_path, 0)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_rank_that_diverged_is_the_cause_and_not_those_that_lost_it(tmp_path):
+    with pytest.raises(LaunchError, match=r"^rank 1 stopped: the loss became NaN at iteration 12"):
+        launch(tmp_path, "diverge", num_ranks=3)
 
 
 def test_a_bug_keeps_its_traceback_in_the_log(tmp_path):
@@ -87,7 +92,8 @@ def test_a_bug_keeps_its_traceback_in_the_log(tmp_path):
     assert 'raise ValueError("surprise")' in log(tmp_path, 1)
 
 
-def test_an_exit_without_a_word_is_told_and_loses_no_output(tmp_path):
+def test_an_exit_without_a_word_is_told_and_loses_no_output(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with pytest.raises(LaunchError, match="rank 1 ended with exit code 3 and no message"):
         launch(tmp_path, "exit_with", "3")
     assert "last words" in log(tmp_path, 1)

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from vpipe.errors import PeerLostError
 from vpipe.launch.logs import log_path
-from vpipe.runtime.status import Status
+from vpipe.runtime.status import STARTING, Status
 
 __all__ = ["RankEnd", "describe_failure", "find_culprit", "read_end"]
 
@@ -86,7 +86,7 @@ def find_culprit(ends: Sequence[RankEnd], ended_by_launcher: Collection[int] = (
 def describe_failure(
     culprit: RankEnd, statuses: Mapping[int, Status | None], run_directory: Path, now: float
 ) -> dict[int, str]:
-    """Say for every rank of `statuses` how it ended, the culprit's line first, in one line each.
+    """Say how the culprit ended and, after that, what each other rank was doing if it had got so far; a line by rank.
 
     `now` is the time, in seconds since the epoch, up to which waits are counted.
     """
@@ -94,7 +94,7 @@ def describe_failure(
         culprit.rank: _describe_culprit(culprit, statuses.get(culprit.rank), log_path(run_directory, culprit.rank))
     }
     for rank, status in sorted(statuses.items()):
-        if rank != culprit.rank and status is not None:
+        if rank != culprit.rank and status is not None and status.text != STARTING:
             lines[rank] = f"rank {rank} was {status.text} (for {max(0.0, now - status.written_at):.1f} s)"
     return lines
 
