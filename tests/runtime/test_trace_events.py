@@ -22,6 +22,15 @@ def test_a_recorder_keeps_actions_with_their_iteration_and_waiting() -> None:
     assert third.start_ns - first.start_ns == 100
 
 
+def test_an_action_may_say_that_it_waited() -> None:
+    recorder = TraceRecorder(0, 4, lambda: 0)
+    recorder.waited(20)
+    recorder.waited(10)
+    recorder(Action.parse("0STEP3"), 0, 40)
+    recorder(Action.parse("0F0"), 40, 50)
+    assert [(event.wait_ns, event.work_ns) for event in recorder.events()] == [(30, 10), (0, 10)]
+
+
 def test_times_are_on_the_wall_clock() -> None:
     recorder = TraceRecorder(0, 1, lambda: 0)
     now = time.perf_counter_ns()

@@ -92,8 +92,10 @@ def _totals(summary: Mapping[str, Any]) -> Table:
         "held-out loss": _number(summary.get("eval_loss"), "{:.4f}"),
         "throughput": _number(summary.get("samples_per_second"), "{:.1f} samples/s"),
         "time per iteration": _number(summary.get("iteration_ms"), "{:.1f} ms"),
-        "bubble": _number(summary.get("bubble_fraction"), "{:.1%} of all ranks' time is not spent computing"),
-        "communication": _number(summary.get("communication_share"), "{:.1%} of it waiting for messages"),
+        "bubble": _number(summary.get("bubble_fraction"), "{:.1%} of all ranks' time passes without computing"),
+        "communication": _number(
+            summary.get("communication_share"), "{:.1%} of all ranks' time goes into waiting for other ranks"
+        ),
         "messages": _MISSING if sent is None else f"{_size(sent)} sent, {_size(received)} received",
         "peak memory": _size(_largest(summary.get("peak_memory_bytes"))),
     }
@@ -128,7 +130,7 @@ def _ranks(summary: Mapping[str, Any]) -> Table:
 def _picture(timeline: Mapping[str, Any]) -> list[RenderableType]:
     head = f"iteration {timeline['iteration']}, {timeline['milliseconds']:.1f} ms"
     lines: list[RenderableType] = [
-        Text.assemble((head, "bold"), "   F forward, B backward, U update, . waiting for a message"),
+        Text.assemble((head, "bold"), "   F forward, B backward, U update, . waiting for another rank"),
     ]
     for rank, row in enumerate(timeline["rows"]):
         line = Text(f"rank {rank} ", no_wrap=True, overflow="crop")

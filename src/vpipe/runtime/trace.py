@@ -25,7 +25,7 @@ class TraceEvent:
     start_ns: int
     end_ns: int
     wait_ns: int = 0
-    """Time at the start of the action during which the rank waited for a message."""
+    """Time during which the rank waited for others; drawn as if it was at the start of the action."""
 
     @property
     def duration_ns(self) -> int:
@@ -52,7 +52,8 @@ class TraceRecorder:
         self._rank = rank
         self._num_microbatches = num_microbatches
         self._iteration = iteration
-        self._rows: deque[tuple[Action, int, int, int]] = deque(maxlen=max_events)
+        self._rows: deque[tuple[Action, int, int, int, int]] = deque(maxlen=max_events)
+        self._waited_ns = 0
         self._to_wall_clock_ns = time.time_ns() - time.perf_counter_ns()
         self.enabled = True
         """Set to False for actions that are not part of the training, such as an evaluation's."""
@@ -60,7 +61,16 @@ class TraceRecorder:
     def __call__(self, action: Action, start_ns: int, end_ns: int) -> None:
         """Record one action; this is on the path of every action, so it only keeps what it gets."""
         if self.enabled:
-            self._rows.append((action, self._iteration(), start_ns, end_ns))
+            wait_ns = end_ns - start_ns if action.kind in _WAITS else self._waited_ns
+            self._rows.append((action, self._iteration(), start_ns, end_ns, wait_ns))
+        self._waited_ns = 0
+
+    def waited(self, duration_ns: int) -> None:
+        """Say that of the action that runs now this was waiting for other ranks, as in an update's all-reduce.
+
+        Receives need not say so: all of their time is waiting.
+        """
+        self._waited_ns += duration_ns
 
     def events(self) -> list[TraceEvent]:
         """Return what was recorded, in the order in which it was done."""
@@ -72,7 +82,7 @@ class TraceRecorder:
                 first + action.microbatch // self._num_microbatches,
                 start + shift,
                 end + shift,
-                end - start if action.kind in _WAITS else 0,
+                wait,
             )
-            for action, first, start, end in self._rows
+            for action, first, start, end, wait in self._rows
         ]
