@@ -92,8 +92,7 @@ def _shard_tensors(chain: Chain, states: Mapping[int, Mapping[str, Tensor]]) -> 
                 continue
             value = tensor.detach().cpu().contiguous()
             # safetensors refuses tensors that share memory.
-            storage = value.untyped_storage()
-            if storage.data_ptr() in written or storage.nbytes() != value.nbytes:
+            if value.untyped_storage().data_ptr() in written:
                 value = value.clone()
             written.add(value.untyped_storage().data_ptr())
             name = chain.blocks[block].global_name(local)
