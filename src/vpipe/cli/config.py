@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from vpipe.config.load import dump_config, read_config
+from vpipe.cli.shared import read_config_aloud
+from vpipe.config.load import dump_config
 from vpipe.config.reference import reference_lines
 
 __all__ = ["command"]
@@ -31,8 +32,6 @@ def command(file: Path | None, overrides: tuple[str, ...], form: str, fields: bo
         return
     if file is None:
         raise click.UsageError("Missing argument 'FILE', or --fields.")
-    config, warnings = read_config(file, overrides)
-    for warning in warnings:
-        click.echo(f"warning: {file}: {warning}", err=True)
+    config = read_config_aloud(file, overrides)
     text = dump_config(config) if form == "yaml" else json.dumps(config.model_dump(mode="json"), indent=2)
     click.echo(text.rstrip("\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import click
 
 from vpipe.config import RunConfig, read_config
 
-__all__ = ["read_config_aloud"]
+__all__ = ["read_config_aloud", "threads_of"]
 
 
 def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -18,3 +19,8 @@ def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
     return loaded.config
+
+
+def threads_of(config: RunConfig) -> int:
+    """Return the compute threads of each rank: as configured, else an equal share of the cores."""
+    return config.launch.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // config.num_ranks)

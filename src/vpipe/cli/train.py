@@ -34,15 +34,16 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
 def run_rank(arguments: Sequence[str]) -> None:
     """Be one rank of the run that the file `arguments[0]` describes, with the overrides that follow."""
     from vpipe.config import load_config
+    from vpipe.launch.run_directory import agree_run_directory
     from vpipe.train.trainer import train_rank
 
-    train_rank(load_config(arguments[0], arguments[1:]))
+    train_rank(load_config(arguments[0], arguments[1:]), agree_run_directory)
 
 
 def _launch(path: Path, overrides: Sequence[str]) -> None:
     from rich.console import Console
 
-    from vpipe.cli.shared import read_config_aloud
+    from vpipe.cli.shared import read_config_aloud, threads_of
     from vpipe.launch.local import launch_local
     from vpipe.launch.progress import ProgressDisplay
     from vpipe.launch.run_directory import create_run_directory
@@ -63,7 +64,7 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
             ["vpipe.cli.train:run_rank", str(path), *overrides],
             config.num_ranks,
             run_directory=run_directory,
-            threads_per_rank=config.launch.threads_per_rank or max(1, (os.cpu_count() or 1) // config.num_ranks),
+            threads_per_rank=threads_of(config),
             master_port=config.launch.master_port,
             on_poll=progress.poll,
         )

@@ -1,8 +1,8 @@
 """Moves values between stages: receives are posted ahead, sends never make compute wait.
 
 Messages travel on *channels*, one per cut and direction. With gloo a message is matched by a tag made of channel and serial number.
-NCCL has no tags and runs the operations of a communicator in order, so there every directed pair of ranks gets a
-communicator of its own; `validate` has shown that the order of sends equals the order of receives on each.
+NCCL has no tags and runs the operations of a communicator in order, so there every directed pair of ranks gets one communicator for
+activations and one for gradients; `validate` has shown that the order of sends equals the order of receives on each.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -69,12 +70,12 @@ class Transport:
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    def _open_groups(self) -> dict[tuple[int, int], dist.ProcessGroup]:
+    def _open_groups(self) -> dict[tuple[int, int, bool], dist.ProcessGroup]:
         ranks = [self._placement.rank_of(stage) for stage in range(self._placement.num_stages)]
-        pairs = {(a, b) for a, b in zip(ranks, ranks[1:], strict=False) if a != b}
-        directed = sorted(pairs | {(b, a) for a, b in pairs})
+        forward = {(source, target, True) for source, target in pairwise(ranks) if source != target}
+        backward = {(target, source, False) for source, target, _ in forward}
         # new_group is collective: every rank makes every group, in the same order.
-        return {pair: dist.new_group(sorted(pair), backend="nccl") for pair in directed}
+        return {link: dist.new_group(sorted(link[:2]), backend="nccl") for link in sorted(forward | backward)}
 
     def start(
         self,
@@ -111,8 +112,8 @@ class Transport:
             other = cut if action.stage == cut - 1 else cut - 1
             peer = self._placement.rank_of(other)
             sending = action.kind in (Kind.SEND_F, Kind.SEND_B)
-            pair = (self._rank, peer) if sending else (peer, self._rank)
-            self._channels[key] = _Channel(index, peer, MessageLayout(index, specs), self._groups.get(pair))
+            link = (self._rank, peer, forward) if sending else (peer, self._rank, forward)
+            self._channels[key] = _Channel(index, peer, MessageLayout(index, specs), self._groups.get(link))
         return self._channels[key]
 
     def _tag(self, channel: _Channel, microbatch: int) -> int:

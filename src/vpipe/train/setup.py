@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import torch
+from torch import nn
 
 from vpipe.config import RunConfig
 from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations
@@ -19,6 +19,7 @@ from vpipe.data.synthetic import SyntheticBertSource
 from vpipe.errors import ConfigError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.zoo import build_chain
+from vpipe.runtime.assembly import resolve_partition
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.pipeline import Hooks, Pipeline
 from vpipe.train.lr import learning_rate
@@ -58,6 +59,19 @@ class Setup:
         size, most = self.config.eval_batch_size, self.config.train.eval_batches
         for indices in evaluation_batches(self.held_out.num_samples, size, most):
             yield Batch(self.held_out.batch(indices, fields), len(indices))
+
+    def optimizer(self, named_parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """Make the optimizer of one stage."""
+        return build_optimizer(self.config.optimizer, named_parameters)
+
+    def learning_rate(self, iteration: float) -> float:
+        """Return the learning rate after `iteration` iterations."""
+        return learning_rate(self.config.optimizer, iteration, self.total_iterations)
+
+    @property
+    def partition(self) -> tuple[int, ...]:
+        """Return the blocks of each stage."""
+        return resolve_partition(self.config.plan.partition, self.chain, self.config.num_stages)
 
     @property
     def evaluates(self) -> bool:
@@ -124,22 +138,22 @@ def _open(config: RunConfig, split: Split) -> BatchSource | None:
 
 def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) -> Pipeline:
     """Build this rank's part of the pipeline that the configuration describes; collective."""
-    config = setup.config
+    pipeline = setup.config.pipeline
     return Pipeline(
         setup.chain,
-        optimizer=partial(build_optimizer, config.optimizer),
-        schedule=config.pipeline.schedule,
-        num_microbatches=config.pipeline.num_microbatches,
-        partition=config.plan.partition,
-        stages_per_rank=config.pipeline.stages_per_rank,
-        recompute_ratio=config.recompute_ratios,
-        recompute="except_last" if config.pipeline.recompute == "except_last" else "always",
-        depths=config.pipeline.stage_to_depth_map,
-        macrobatch=config.pipeline.macrobatch,
-        vertical_sync=config.pipeline.vertical_sync,
-        clip_grad_norm=config.optimizer.clip_grad_norm,
-        learning_rate=lambda iteration: learning_rate(config.optimizer, iteration, setup.total_iterations),
-        seed=config.seed,
+        optimizer=setup.optimizer,
+        schedule=pipeline.schedule,
+        num_microbatches=pipeline.num_microbatches,
+        partition=setup.partition,
+        stages_per_rank=pipeline.stages_per_rank,
+        recompute_ratio=setup.config.recompute_ratios,
+        recompute="except_last" if pipeline.recompute == "except_last" else "always",
+        depths=pipeline.stage_to_depth_map,
+        macrobatch=pipeline.macrobatch,
+        vertical_sync=pipeline.vertical_sync,
+        clip_grad_norm=setup.config.optimizer.clip_grad_norm,
+        learning_rate=setup.learning_rate,
+        seed=setup.config.seed,
         device=device,
         field_specs=setup.source.fields,
         hooks=hooks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ import torch.distributed as dist
 
 from vpipe.config import RunConfig, dump_config
 from vpipe.errors import ConfigError
-from vpipe.launch.run_directory import agree_run_directory
 from vpipe.report.summary import summarize_trace
 from vpipe.report.trace import write_timeline
 from vpipe.runtime.pipeline import Hooks, Pipeline, StepResult
 from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.runtime.status import StatusFile, status_path
 from vpipe.runtime.trace import TraceEvent, TraceRecorder
-from vpipe.train.lr import learning_rate
 from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_bytes
 from vpipe.train.save import save_model
 from vpipe.train.setup import Setup, build_setup, build_training_pipeline
@@ -112,7 +110,7 @@ class Trainer:
                     "loss": result.loss,
                     **{f"{name}_loss": part for name, part in result.parts.items() if len(result.parts) > 1},
                     "gradient_norm": result.gradient_norm,
-                    "learning_rate": learning_rate(self.config.optimizer, result.iteration, total),
+                    "learning_rate": self.setup.learning_rate(result.iteration),
                     "samples_per_second": self._meter.samples_per_second,
                     "elapsed_s": time.perf_counter() - self._start,
                 }
@@ -200,8 +198,14 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train_rank(config: RunConfig) -> dict[str, Any]:
-    """Be one rank of a training run: join the others, train, leave; return the summary."""
+def train_rank(config: RunConfig, find_directory: Callable[[Path, ProcessGroup], Path]) -> dict[str, Any]:
+    """Be one rank of a training run: join the others, train, leave; return the summary.
+
+    `find_directory` gives the run's directory, the same on all ranks, from the log directory.
+
+    Raises:
+        ConfigError: another number of ranks was started than the configuration says.
+    """
     launch = config.launch
     device = default_device() if launch.device == "auto" else launch.device
     with process_group(launch.distributed_backend, launch.timeout_seconds, device=device) as group:
@@ -210,4 +214,4 @@ def train_rank(config: RunConfig) -> dict[str, Any]:
                 f"pipeline.num_ranks is {config.num_ranks} but {group.num_ranks} ranks were started; start as many, or "
                 f"change it with --set pipeline.num_ranks={group.num_ranks}"
             )
-        return Trainer(config, agree_run_directory(config.log_directory, group), group).run()
+        return Trainer(config, find_directory(config.log_directory, group), group).run()
