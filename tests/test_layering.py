@@ -20,7 +20,8 @@ ROWS = (
     ("config",),
     ("model", "data"),
     ("runtime",),
-    ("train", "report", "launch"),
+    ("report",),
+    ("train", "launch"),
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
