@@ -10,16 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpipe.data.bert_meta import BertMeta, Masking, Split, read_meta
-from vpipe.data.draws import Stream
+from vpipe.data.bert_meta import MASK_STREAMS, BertMeta, Masking, Split, read_meta
 from vpipe.data.masking import IGNORED, mask_tokens
 from vpipe.data.source import BatchSource, FieldSpec, Indices, check_fields, row_numbers
 from vpipe.data.store import check_file, open_array
 from vpipe.errors import DataError
 
 __all__ = ["BertDataset", "bert_fields", "open_bert"]
-
-_MASK_STREAMS: dict[Split, Stream] = {"train": Stream.MASK_TRAIN, "eval": Stream.MASK_EVAL}
 
 
 def bert_fields(sequence_length: int) -> dict[str, FieldSpec]:
@@ -136,7 +133,7 @@ class BertDataset(BatchSource):
             rows,
             vocab_size=self.meta.vocab_size,
             seed=self._seed,
-            stream=_MASK_STREAMS[self.split],
+            stream=MASK_STREAMS[self.split],
             epoch=epoch if self.masking == "dynamic" else 0,
         )
         return {"input_ids": input_ids, "labels": labels}

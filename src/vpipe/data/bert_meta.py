@@ -12,14 +12,26 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vpipe.data.corpus import DocumentRule, TextOrigin
+from vpipe.data.draws import Stream
 from vpipe.data.store import StoredFile
 from vpipe.errors import ConfigError, DataError
 
-__all__ = ["META_FILE", "BertMeta", "BertOptions", "Masking", "Split", "SplitMeta", "fingerprint", "read_meta"]
+__all__ = [
+    "MASK_STREAMS",
+    "META_FILE",
+    "BertMeta",
+    "BertOptions",
+    "Masking",
+    "Split",
+    "SplitMeta",
+    "fingerprint",
+    "read_meta",
+]
 
 META_FILE = "meta.json"
 Masking = Literal["static", "dynamic"]
 Split = Literal["train", "eval"]
+MASK_STREAMS: dict[Split, Stream] = {"train": Stream.MASK_TRAIN, "eval": Stream.MASK_EVAL}
 
 _COMMAND = "vpipe data prepare bert"
 
@@ -28,7 +40,8 @@ _COMMAND = "vpipe data prepare bert"
 class BertOptions:
     """How text becomes a training set; each field is a flag of `vpipe data prepare bert`.
 
-    `documents` says what ends a document, see `split_documents`; `limit_samples` bounds each split; `num_passes` goes over the text several times, with other pairs and masks.
+    `documents` says what ends a document, see `split_documents`;
+    `limit_samples` bounds each split; `num_passes` goes over the text several times, with other pairs and masks.
 
     Raises:
         ConfigError: a value is out of range.

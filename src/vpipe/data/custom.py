@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from vpipe.data.bert_meta import Split
@@ -67,12 +68,16 @@ def load_entry(entry: str, base: Path | None = None, key: str = "data.entry") ->
     module = _load_file((base or Path()) / place, key) if place.endswith(".py") else _load_module(place, key)
     function = getattr(module, name, None)
     if not callable(function):
-        known = [known for known, value in vars(module).items() if inspect.isfunction(value) and known[0] != "_"]
+        known = [known for known, value in vars(module).items() if _is_own_function(value, module)]
         raise ConfigError(f"{key}: {place} has no function '{name}'; it has {', '.join(known) or 'no functions'}")
     return function  # type: ignore[no-any-return]
 
 
-def _load_file(path: Path, key: str) -> object:
+def _is_own_function(value: object, module: ModuleType) -> bool:
+    return inspect.isfunction(value) and value.__module__ == module.__name__ and not value.__name__.startswith("_")
+
+
+def _load_file(path: Path, key: str) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"{key}: there is no file {path}; paths are relative to the run's YAML file")
     path = path.resolve()
@@ -94,7 +99,7 @@ def _load_file(path: Path, key: str) -> object:
     return module
 
 
-def _load_module(name: str, key: str) -> object:
+def _load_module(name: str, key: str) -> ModuleType:
     try:
         found = importlib.util.find_spec(name) is not None
     except (ModuleNotFoundError, ValueError):

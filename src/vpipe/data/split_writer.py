@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from vpipe.data.bert_meta import BertOptions, Split, SplitMeta
+from vpipe.data.bert_meta import MASK_STREAMS, BertOptions, Split, SplitMeta
 from vpipe.data.draws import Stream
 from vpipe.data.flat_text import FlatText, tokenize_documents
 from vpipe.data.masking import mask_tokens
@@ -26,7 +26,6 @@ _ROWS_PER_WRITE = 2048
 _NAMES: dict[Split, str] = {"train": "training", "eval": "evaluation"}
 _PAIRS: dict[Split, Stream] = {"train": Stream.PAIRS_TRAIN, "eval": Stream.PAIRS_EVAL}
 _SHUFFLE: dict[Split, Stream] = {"train": Stream.SHUFFLE_TRAIN, "eval": Stream.SHUFFLE_EVAL}
-_MASK: dict[Split, Stream] = {"train": Stream.MASK_TRAIN, "eval": Stream.MASK_EVAL}
 
 
 class SplitWriter:
@@ -106,7 +105,7 @@ class SplitWriter:
         if self._options.masking == "dynamic":
             return {"tokens": tokens.astype(id_type), **common}
         input_ids, labels = mask_tokens(
-            tokens, rows, vocab_size=self._vocab_size, seed=self._options.seed, stream=_MASK[split]
+            tokens, rows, vocab_size=self._vocab_size, seed=self._options.seed, stream=MASK_STREAMS[split]
         )
         label_type = np.int16 if self._vocab_size <= 1 << 15 else np.int32
         return {"input_ids": input_ids.astype(id_type), "labels": labels.astype(label_type), **common}

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from vpipe.data.batches import (
+    batch_indices,
+    evaluation_batches,
+    iterate_batches,
+    microbatch_rows,
+    num_iterations,
+    split_indices,
+)
+from vpipe.errors import ConfigError, DataError
+
+
+def test_an_epoch_has_full_batches_of_different_samples() -> None:
+    batches = [batch_indices(1, 0, iteration, 4, 14) for iteration in range(num_iterations(14, 4))]
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert len({sample for batch in batches for sample in batch.tolist()}) == 12
+
+
+def test_the_last_samples_get_their_turn_in_other_epochs() -> None:
+    batches = iterate_batches(seed=0, num_samples=14, batch_size=4, epochs=10)
+    assert {sample for batch in batches for sample in batch.indices.tolist()} == set(range(14))
+
+
+def test_iterating_goes_through_the_epochs_in_order() -> None:
+    places = [
+        (batch.epoch, batch.iteration) for batch in iterate_batches(seed=0, num_samples=9, batch_size=4, epochs=2)
+    ]
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_starting_later_gives_the_same_batches() -> None:
+    whole = list(islice(iterate_batches(seed=7, num_samples=10, batch_size=3), 8))
+    resumed = list(islice(iterate_batches(seed=7, num_samples=10, batch_size=3, start=5), 3))
+    for before, after in zip(whole[5:], resumed, strict=True):
+        assert (before.epoch, before.iteration) == (after.epoch, after.iteration)
+        assert np.array_equal(before.indices, after.indices)
+
+
+def test_too_few_samples_for_a_batch() -> None:
+    with pytest.raises(
+        DataError, match=r"train.batch_size is 8 but the data has 5 samples; use a batch_size of at most 5"
+    ):
+        num_iterations(5, 8)
+
+
+def test_iteration_outside_the_epoch() -> None:
+    with pytest.raises(DataError, match="iteration 2 was asked for; an epoch has iterations 0 to 1"):
+        batch_indices(0, 0, 2, 4, 9)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size_below_one(batch_size: int) -> None:
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        num_iterations(5, batch_size)
+
+
+@pytest.mark.parametrize(("num_samples", "sizes"), [(8, [4, 4]), (9, [4, 4, 1]), (3, [3])])
+def test_evaluation_reads_every_sample_once_in_order(num_samples: int, sizes: list[int]) -> None:
+    batches = list(evaluation_batches(num_samples, 4))
+    assert [len(batch) for batch in batches] == sizes
+    assert np.concatenate(batches).tolist() == list(range(num_samples))
+
+
+def test_evaluation_can_stop_early() -> None:
+    assert [batch.tolist() for batch in evaluation_batches(9, 2, max_batches=2)] == [[0, 1], [2, 3]]
+
+
+def test_microbatches_are_equal_and_in_order() -> None:
+    assert microbatch_rows(6, 3) == (slice(0, 2), slice(2, 4), slice(4, 6))
+
+
+@pytest.mark.parametrize("num_microbatches", [0, 4, 7])
+def test_batch_that_does_not_divide(num_microbatches: int) -> None:
+    with pytest.raises(ConfigError, match=f"6 samples cannot be cut into {num_microbatches} .* that fit: 1, 2, 3, 6"):
+        microbatch_rows(6, num_microbatches)
+
+
+def test_the_last_evaluation_microbatch_may_be_short() -> None:
+    assert [part.tolist() for part in split_indices(np.arange(5), 2)] == [[0, 1], [2, 3], [4]]
