@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Iterator
 
@@ -51,9 +52,15 @@ def _check_schedule(run: RunConfig) -> Iterator[Problem]:
 
 
 def _check_flow(run: RunConfig) -> Iterator[Problem]:
-    """Build the schedule when nothing is known against it: it has rules of its own about ranks and microbatches."""
+    """Build the schedule when nothing is known against it: it has rules of its own about ranks and microbatches.
+
+    A huge one is left to the run itself, which needs it anyway: here the answer has to come at once.
+    """
     pipeline = run.pipeline
-    if list(_check_schedule(run)) or list(_check_asynchronous(run)) or list(_check_depths(run)):
+    known = (_check_schedule, _check_partition, _check_asynchronous, _check_depths)
+    if run.num_stages * pipeline.num_microbatches > _MAX_BUILT or any(
+        problem for check in known for problem in check(run)
+    ):
         return
     try:
         build_schedule(
@@ -257,16 +264,18 @@ def _check_optimizer(run: RunConfig) -> Iterator[Problem]:
 
 
 def _nearest_divisors(number: int, near: int) -> list[int]:
-    """Return the divisors of `number` next below and next above `near`."""
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    below = [divisor for divisor in divisors if divisor < near][-1:]
-    return below + [divisor for divisor in divisors if divisor > near][:1]
+    """Return the divisors of `number` next below and next above `near`, as far as a short search finds them."""
+    below = (divisor for divisor in range(min(near - 1, number), max(0, near - _SEARCH), -1) if number % divisor == 0)
+    above = (divisor for divisor in range(near + 1, min(number, near + _SEARCH) + 1) if number % divisor == 0)
+    return [next(below, 1), *itertools.islice(above, 1)]
 
 
 def _or(numbers: list[int]) -> str:
     return " or ".join(map(str, numbers))
 
 
+_SEARCH = 10_000
+_MAX_BUILT = 20_000
 _ENTRY_FORM = "'file.py:function' or 'package.module:function'"
 _BERT_ONLY = (
     "size",

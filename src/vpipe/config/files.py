@@ -114,9 +114,10 @@ def _count_ranks(path: Path, ranks_of: Any) -> tuple[int, int]:
             )
     given = [ranks_of[stage][0] for stage in stages]
     num_ranks = len(set(given))
-    expected = [stage % num_ranks for stage in range(num_stages)]
-    if num_stages % num_ranks or given != expected:
-        wrong = next(stage for stage in range(num_stages) if num_stages % num_ranks or given[stage] != expected[stage])
+    even = num_stages % num_ranks == 0
+    expected = [stage % num_ranks if even else stage for stage in range(num_stages)]
+    if given != expected:
+        wrong = next(stage for stage in range(num_stages) if given[stage] != expected[stage])
         raise ConfigError(
             f"{path}: stage_to_rank_map puts stage {wrong} on rank {given[wrong]}; stages lie on ranks in order, here "
             f"{expected}; reorder 'machines' to choose devices"

@@ -138,7 +138,7 @@ def _translate_model(flat: Mapping[str, Any], result: Translation) -> None:
 def _translate_schedule(flat: Mapping[str, Any], result: Translation) -> None:
     """Find out the schedule from the keys that implied it; `schedule` itself has the last word."""
     mode = flat.get("sync_mode")
-    if mode is not None and mode not in _SYNC_MODES:
+    if mode is not None and mode not in list(_SYNC_MODES):
         text = f"sync_mode = {show(mode)} is not one of 'asp', 'bsp'{did_you_mean(mode, _SYNC_MODES)}"
         result.problems.append(Problem(("pipeline.schedule",), text))
     elif flat.get("schedule") is not None:

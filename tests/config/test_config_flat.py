@@ -1,0 +1,224 @@
+"""The original's flat keys mean what they meant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpipe.config import LoadedConfig, build_config, read_config
+from vpipe.config.flat import FLAT_KEYS
+from vpipe.config.problems import native_keys
+from vpipe.config.text import format_yaml
+from vpipe.errors import ConfigError
+
+FLAT: dict[str, Any] = {
+    "directory": "bert",
+    "module": "vgpus=4",
+    "partition": "vgpus=4/vpipe.json",
+    "config_file": "vgpus=4/mp_conf.json",
+    "machines": ["localhost:0", "localhost:1", "localhost:2", "localhost:3"],
+    "sync_mode": "asp",
+    "distributed_backend": "gloo",
+    "model_type": "bert",
+    "data_dir": "/path/to/dataset",
+    "log_directory": "/path/to/logs",
+    "batch_size": 16,
+    "learning_rate": 0.03,
+    "learning_rate_policy": "polynomial",
+    "weight_decay": 0.01,
+    "epochs": 2,
+    "print_frequency": 100,
+    "verbose_frequency": 0,
+    "recompute": True,
+    "macrobatch": False,
+    "synthetic_data": False,
+}
+MAPS = {
+    "module_to_stage_map": [0, 1, 2, 3, 3],
+    "stage_to_rank_map": {"0": [0], "1": [1], "2": [2], "3": [3]},
+    "stage_to_depth_map": {"0": 6, "1": 4, "2": 2, "3": 0},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as the original laid it out, with `configs` beside `bert`."""
+    experiment = tmp_path / "bert" / "vgpus=4"
+    experiment.mkdir(parents=True)
+    (experiment / "vpipe.json").write_text('{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}')
+    (experiment / "plain.json").write_text('{"partition": [12, 13, 13, 11]}')
+    (experiment / "mp_conf.json").write_text(json.dumps(MAPS))
+    (tmp_path / "configs").mkdir()
+    return tmp_path
+
+
+def load(folder: Path, *overrides: str, **changes: Any) -> LoadedConfig:
+    content = {key: value for key, value in {**FLAT, **changes}.items() if value != "absent"}
+    path = folder / "run.yml"
+    path.write_text(format_yaml(content))
+    return read_config(path, overrides)
+
+
+def error_of(folder: Path, *overrides: str, **changes: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(folder, *overrides, **changes)
+    return str(error.value).removeprefix(f"{folder}/run.yml: ").replace(f"{folder}/bert/", "")
+
+
+def test_every_key_arrives(folder: Path) -> None:
+    run, warnings = load(folder)
+    assert warnings == ()
+    assert (run.model.type, run.model.size, run.model.num_layers, run.num_blocks) == ("bert", "large", 24, 49)
+    assert (run.pipeline.schedule, run.num_ranks, run.num_stages, run.pipeline.num_microbatches) == (
+        "pipedream",
+        4,
+        4,
+        1,
+    )
+    assert run.plan.partition == [12, 13, 13, 11]
+    assert run.recompute_ratios == [0.3, 0, 0, 0]
+    assert run.pipeline.stage_to_depth_map == [6, 4, 2, 0]
+    assert run.launch.machines == FLAT["machines"]
+    assert run.launch.distributed_backend == "gloo"
+    assert (run.data.data_dir, run.log_directory) == (Path("/path/to/dataset"), Path("/path/to/logs"))
+    assert (run.train.batch_size, run.train.epochs, run.train.iterations) == (16, 2, None)
+    assert (run.train.print_frequency, run.train.verbose_frequency) == (100, 0)
+    assert (run.optimizer.name, run.optimizer.learning_rate) == ("lamb", 0.03)
+    assert (run.optimizer.learning_rate_policy, run.optimizer.weight_decay) == ("polynomial", 0.01)
+
+
+def test_files_are_found_where_the_original_kept_them(folder: Path) -> None:
+    (folder / "configs" / "run.yml").write_text(format_yaml(FLAT))
+    assert read_config(folder / "configs" / "run.yml").config.plan.partition == [12, 13, 13, 11]
+    assert (
+        load(folder, directory="absent", partition="bert/vgpus=4/vpipe.json", config_file="absent").config.num_ranks
+        == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule", "num_microbatches"),
+    [
+        ({"sync_mode": "asp"}, "pipedream", 1),
+        ({"sync_mode": "bsp"}, "1f1b", 4),
+        ({"sync_mode": "bsp", "num_microbatches": 8}, "1f1b", 8),
+        ({"sync_mode": "bsp", "schedule": "gpipe", "config_file": "absent"}, "gpipe", 4),
+        ({"sync_mode": "asp", "schedule": "gpipe", "config_file": "absent"}, "gpipe", 4),
+        ({"sync_mode": "bsp", "no_input_pipelining": True, "config_file": "absent"}, "naive", 1),
+        ({"sync_mode": "asp", "pipeline": {"num_microbatches": 2}}, "pipedream", 2),
+        ({"sync_mode": "asp", "pipeline": {"schedule": "1f1b"}}, "1f1b", 4),
+    ],
+    ids=str,
+)
+def test_sync_mode(folder: Path, changes: dict[str, Any], schedule: str, num_microbatches: int) -> None:
+    pipeline = load(folder, **changes).config.pipeline
+    assert (pipeline.schedule, pipeline.num_microbatches) == (schedule, num_microbatches)
+
+
+def test_overrides_go_through_the_same_translation(folder: Path) -> None:
+    run = load(folder, "sync_mode=bsp", "batch_size=32", "pipeline.num_microbatches=8", "model.hidden_size=128").config
+    assert (run.pipeline.schedule, run.train.batch_size, run.microbatch_size) == ("1f1b", 32, 4)
+    assert (run.model.hidden_size, run.model.num_layers) == (128, 24)
+
+
+def test_a_flat_override_beats_a_native_key() -> None:
+    run = build_config(
+        {"data": {"synthetic_data": True}, "train": {"iterations": 1}, "pipeline": {"schedule": "gpipe"}},
+        overrides=["sync_mode=asp", "batch_size=4"],
+    )
+    assert (run.pipeline.schedule, run.train.batch_size) == ("pipedream", 4)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "partition", "ratios"),
+    [
+        (True, "vgpus=4/vpipe.json", [0.3, 0, 0, 0]),
+        ("absent", "vgpus=4/vpipe.json", [0.3, 0, 0, 0]),
+        (False, "vgpus=4/vpipe.json", [0, 0, 0, 0]),
+        (True, "vgpus=4/plain.json", [1, 1, 1, 1]),
+        ("absent", "vgpus=4/plain.json", [0, 0, 0, 0]),
+        (False, [12, 13, 13, 11], [0, 0, 0, 0]),
+    ],
+)
+def test_recompute(folder: Path, recompute: object, partition: object, ratios: list[float]) -> None:
+    assert load(folder, recompute=recompute, partition=partition).config.recompute_ratios == ratios
+
+
+def test_native_sections_beside_flat_keys(folder: Path) -> None:
+    run = load(folder, model={"num_layers": 24, "hidden_size": 64}, optimizer={"name": "adamw", "eps": 1e-6}).config
+    assert (run.model.size, run.model.hidden_size) == (None, 64)
+    assert (run.optimizer.name, run.optimizer.eps, run.optimizer.learning_rate) == ("adamw", 1e-6, 0.03)
+
+
+def test_macrobatch_flows_as_many_microbatches_as_stages(folder: Path) -> None:
+    run, warnings = load(folder, macrobatch=True, config_file="absent")
+    assert (run.pipeline.num_microbatches, run.schedule_options) == (4, {"microbatches_per_update": 4})
+    assert warnings == (
+        "macrobatch: a batch of 16 flows as 4 microbatches and gives one update; the original put as many whole "
+        "batches into an update",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"lr_warmup": True}, "lr_warmup has no meaning any more and is ignored; use warmup_iterations"),
+        (
+            {"compress_activations": False},
+            "compress_activations has no meaning any more and is ignored; activations are never compressed",
+        ),
+        ({"recompute": False}, "recompute is false, so recompute_ratio = [0.3, 0.0, 0.0, 0.0] is ignored"),
+        (
+            {"recompute_ratio": [0, 0, 0, 0]},
+            "recompute is true and recompute_ratio is [0, 0, 0, 0]: nothing is recomputed",
+        ),
+    ],
+    ids=str,
+)
+def test_warnings(folder: Path, changes: dict[str, Any], warning: str) -> None:
+    assert load(folder, **changes).warnings == (warning,)
+
+
+ADVICE = "; VPipe has 'bert'; for another model give a 'model:' section with type: custom"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sync_mode": "asq"}, "sync_mode = 'asq' is not one of 'asp', 'bsp'; did you mean 'asp'?"),
+        ({"model_type": "translation"}, "model_type = 'translation' is not supported yet" + ADVICE),
+        ({"model_type": "brt"}, "model_type = 'brt' is not known; did you mean 'bert'?" + ADVICE),
+        ({"directory": "gnmt", "partition": "uniform", "config_file": "absent"},
+         "directory = 'gnmt' is model code that VPipe does not have" + ADVICE),
+        ({"module": "large_4"}, "module = 'large_4' is not known; 'vgpus=N' is BERT-large" + ADVICE),
+        ({"container": "/vpipe.sif"}, "container = '/vpipe.sif': containers are not supported yet; remove the key"),
+        ({"batch_sise": 4}, "batch_sise = 4 is not a known key; did you mean 'batch_size'?"),
+        ({"epochs": "two"}, "epochs = 'two' is not a whole number of at least 1, or null"),
+        ({"batch_size": 15, "num_microbatches": 2},
+         "batch_size = 15 cannot be cut into num_microbatches = 2 equal microbatches; use a batch size of 14 or 16, "
+         "or 1 or 3 microbatches"),
+        ({"train": {"batch_size": 8}}, "batch_size and train.batch_size are the same setting, given twice; keep one"),
+        ({"machines": ["localhost:0"]},
+         "machines = ['localhost:0'] lists 1 for 4 ranks (pipeline.num_ranks); give one 'host:device' per rank"),
+        ({"machines": ["a:0", "a:1", "a:2", "a:3"]},
+         "machines: 'a' is another machine; starting ranks over ssh is not supported yet; use 'localhost:0', or "
+         "start the ranks yourself with torchrun and leave machines out"),
+        ({"partition": "none.json"}, "partition = none.json: no such file"),
+        ({"partition": [12, 13, 13, 10]},
+         "partition = [12, 13, 13, 10]: has 48 blocks in all, and the model has 49; add 1"),
+        ({"config_file": 3}, "config_file = 3 is not a path"),
+        ({"config_file": "none.json"}, "config_file = none.json: no such file"),
+        ({"macrobatch": True, "sync_mode": "bsp"}, "macrobatch = true needs pipeline.schedule = pipedream, not '1f1b'"),
+        ({"epochs": "absent"}, "train.epochs and train.iterations are both missing; give one of them"),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_wording(folder: Path, changes: dict[str, Any], message: str) -> None:
+    assert error_of(folder, **changes) == message
+
+
+def test_flat_and_native_keys_do_not_collide() -> None:
+    assert set(FLAT_KEYS).isdisjoint(native_keys())
