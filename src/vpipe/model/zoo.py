@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from vpipe.config.entry import load_entry
 from vpipe.config.sections import ModelConfig
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain
-from vpipe.model.entry import load_entry
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -111,7 +111,7 @@ def _read_config(directory: Path) -> BertConfig:
 def _build_custom(model: ModelConfig, directory: Path | str) -> Chain:
     if model.entry is None:
         raise ModelError("model.type 'custom' needs model.entry: 'file.py:function' or 'package.module:function'")
-    function = load_entry(model.entry, directory)
+    function = load_entry("model.entry", model.entry, directory)
     try:
         chain = function(**model.options)
     except Exception as error:  # the user's code may raise anything
