@@ -126,7 +126,6 @@ def test_a_custom_entry_gives_its_chain(custom):
         ("mine.py:number", {}, "returned int, not a vpipe Chain$", None),
         ("mine.py:fails", {}, "model.entry 'mine.py:fails' failed: KeyError: 'gone'", KeyError),
         ("mine.py:build", {"widht": 3}, "failed: TypeError: .*unexpected keyword argument 'widht'", TypeError),
-        ("mine.py:none", {}, "has no function 'none'", None),
     ],
 )
 def test_a_custom_entry_that_gives_no_chain_is_refused(custom, entry, options, message, cause):
