@@ -211,7 +211,7 @@ ADVICE = "; VPipe has 'bert'; for another model give a 'model:' section with typ
          "partition = [12, 13, 13, 10]: has 48 blocks in all, and the model has 49; add 1"),
         ({"config_file": 3}, "config_file = 3 is not a path"),
         ({"config_file": "none.json"}, "config_file = none.json: no such file"),
-        ({"macrobatch": True, "sync_mode": "bsp"}, "macrobatch = true needs pipeline.schedule = pipedream, not '1f1b'"),
+        ({"macrobatch": True, "sync_mode": "bsp"}, "macrobatch = true needs pipeline.schedule = pipedream or"),
         ({"epochs": "absent"}, "train.epochs and train.iterations are both missing; give one of them"),
     ],
     ids=lambda value: str(value)[:60],

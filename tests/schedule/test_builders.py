@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "1f1b-eager": ("1f1b", {"depths": (6, 4, 2, 0)}),
     "pipedream-eager": ("pipedream", {"depths": (6, 4, 2, 0)}),
     "pipedream-vertical-sync": ("pipedream", {"vertical_sync": True}),
-    "pipedream-2bw": ("pipedream", {"microbatches_per_update": 4}),
+    "interleaved-3-stages-per-rank": ("interleaved", {"stages_per_rank": 3}),
 }
 PICTURES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SCHEDULES} | VARIANTS
 
@@ -68,8 +68,8 @@ def test_legal_at_every_size_or_refused_with_the_size_s_name(name: str) -> None:
     assert all(re.search("num_ranks|num_microbatches", refusal) for refusal in refusals)
 
 
-@pytest.mark.parametrize("name", ["naive", "gpipe", "1f1b", "pipedream"])
-def test_these_refuse_no_size(name: str) -> None:
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_family_refuses_a_size(name: str) -> None:
     assert all(build_schedule(name, p, m).num_microbatches == m for p, m in SIZES)
 
 
@@ -143,17 +143,23 @@ def test_pipedream_takes_the_time_of_1f1b_but_fills_only_once() -> None:
     assert _simulate("1f1b", 4, 8).makespan * 10 == 3 * 110
 
 
-def test_synchronous_schedules_update_once_at_the_end() -> None:
-    for name in ("naive", "gpipe", "1f1b"):
-        for stage, order in enumerate(build_schedule(name, 4, 8).orders):
-            assert str(order[-1]) == f"{stage}STEP7"
-            assert sum(action.kind is Kind.STEP for action in order) == 1
+@pytest.mark.parametrize("name", [name for name, entry in SCHEDULES.items() if entry.synchronous])
+def test_synchronous_schedules_update_each_stage_once_at_the_end(name: str) -> None:
+    schedule = build_schedule(name, 4, 8)
+    for rank, order in enumerate(schedule.orders):
+        stages = schedule.placement.stages_of(rank)
+        assert {str(action) for action in order[-len(stages) :]} == {f"{stage}STEP7" for stage in stages}
+        assert sum(action.kind is Kind.STEP for action in order) == len(stages)
 
 
-def test_backwards_are_in_microbatch_order() -> None:
-    for name in ("naive", "gpipe", "1f1b", "pipedream"):
-        for order in build_schedule(name, 4, 8).orders:
-            assert [action.microbatch for action in order if action.kind is Kind.B] == list(range(8))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_each_kind_of_backward_is_in_microbatch_order_on_every_stage(name: str) -> None:
+    for p, m in [(1, 3), (4, 8), (4, 3), (5, 11)]:
+        schedule = build_schedule(name, p, m)
+        for stage in range(schedule.num_stages):
+            for halves in ((Kind.B, Kind.I), (Kind.B, Kind.W)):
+                order = [action.microbatch for action in schedule.stage_order(stage) if action.kind in halves]
+                assert order == list(range(m)), (p, m, stage)
 
 
 def test_shallow_depth_is_slower_and_eager_depth_hides_latency() -> None:

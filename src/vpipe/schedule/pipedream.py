@@ -27,7 +27,7 @@ from vpipe.schedule.placement import Placement
 from vpipe.schedule.schedule import Schedule, WeightRule, freeze
 from vpipe.schedule.warmup import one_f_one_b_order, resolve_depths
 
-__all__ = ["build_pipedream"]
+__all__ = ["build_pipedream", "build_pipedream_2bw"]
 
 
 def build_pipedream(
@@ -58,6 +58,29 @@ def build_pipedream(
     return Schedule("pipedream", num_microbatches, Placement(num_ranks), freeze(orders), False, rule)
 
 
+def build_pipedream_2bw(
+    num_ranks: int,
+    num_microbatches: int,
+    *,
+    depths: Sequence[int] | None = None,
+    microbatches_per_update: int | None = None,
+) -> Schedule:
+    """Build PipeDream with two weight versions: `build_pipedream` with several microbatches per update, under its name.
+
+    `microbatches_per_update` is the least that two versions allow unless given: one per rank, or the deepest warmup.
+
+    Raises:
+        ScheduleError: `depths` that cannot be run, or `microbatches_per_update` too small for the ranks or the depths.
+    """
+    resolved = resolve_depths(depths, num_ranks, num_microbatches)
+    group = max(num_ranks, *resolved) if microbatches_per_update is None else microbatches_per_update
+    _check_update(num_ranks, max(resolved), group, vertical_sync=False)
+    if group < num_ranks:
+        raise ScheduleError(_too_small(group, num_ranks, max(resolved)))
+    orders = [list(_with_updates(stage, depth, num_microbatches, group)) for stage, depth in enumerate(resolved)]
+    return Schedule("pipedream-2bw", num_microbatches, Placement(num_ranks), freeze(orders), False, WeightRule.DELAYED)
+
+
 def _with_updates(stage: int, depth: int, num_microbatches: int, group: int) -> list[Action]:
     """Return the stage's 1F1B order with an update after the last backward of each group."""
     order = []
@@ -79,10 +102,14 @@ def _check_update(num_ranks: int, deepest: int, group: int, vertical_sync: bool)
             f"vertical_sync cannot be combined with microbatches_per_update={group}: with two versions all stages use "
             "the same one already; leave vertical_sync out, or set microbatches_per_update=1"
         )
+    if group < max(num_ranks, deepest):
+        raise ScheduleError(f"{_too_small(group, num_ranks, deepest)} (or 1 for plain PipeDream)")
+
+
+def _too_small(group: int, num_ranks: int, deepest: int) -> str:
     least = max(num_ranks, deepest)
-    if group < least:
-        raise ScheduleError(
-            f"microbatches_per_update={group} is too small for {num_ranks} ranks and a deepest warmup of {deepest}: "
-            f"with two weight versions at least {least} microbatches must go into an update; set "
-            f"microbatches_per_update >= {least} (or 1 for plain PipeDream)"
-        )
+    return (
+        f"microbatches_per_update={group} is too small for {num_ranks} ranks and a deepest warmup of {deepest}: "
+        f"with two weight versions at least {least} microbatches must go into an update; set "
+        f"microbatches_per_update >= {least}"
+    )

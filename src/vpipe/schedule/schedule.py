@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from vpipe.schedule.action import Action
+from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
 
-__all__ = ["Schedule", "WeightRule", "freeze"]
+__all__ = ["Schedule", "WeightRule", "freeze", "uses_split_backward"]
 
 
 class WeightRule(str, Enum):
@@ -69,3 +69,8 @@ class Schedule:
 def freeze(orders: Sequence[Sequence[Action]]) -> tuple[tuple[Action, ...], ...]:
     """Turn lists of actions into the tuples that a `Schedule` holds."""
     return tuple(tuple(order) for order in orders)
+
+
+def uses_split_backward(schedule: Schedule) -> bool:
+    """Return whether backwards are split into input and weight gradients (I and W): an executor must know how."""
+    return any(action.kind is Kind.I or action.kind is Kind.W for order in schedule.orders for action in order)
