@@ -47,6 +47,8 @@ def test_the_path_has_no_gap_from_start_to_end(seed: int) -> None:
         ("gpipe", {}),
         ("1f1b", {}),
         ("pipedream", {"depths": (5, 4, 1, 0)}),
+        ("interleaved", {"stages_per_rank": 3}),
+        ("zb-v", {}),
     ]
     for name, options in cases:
         schedule = build_schedule(name, 4, 7, **options)
@@ -60,4 +62,12 @@ def test_the_path_has_no_gap_from_start_to_end(seed: int) -> None:
         assert path[-1].end == simulation.makespan
         assert all(before.end == after.start for before, after in pairwise(path))
         assert sum(event.end - event.start for event in path) == pytest.approx(simulation.makespan)
-        assert {event.action.kind for event in path} <= {Kind.F, Kind.B, Kind.STEP, Kind.SEND_F, Kind.SEND_B}
+        assert {event.action.kind for event in path} <= {
+            Kind.F,
+            Kind.B,
+            Kind.I,
+            Kind.W,
+            Kind.STEP,
+            Kind.SEND_F,
+            Kind.SEND_B,
+        }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -28,18 +29,17 @@ def _ends_by_definition(schedule: Schedule, costs: Costs) -> dict[Action, float]
     """Compute every end as the longest path into it, link contention left out."""
     durations = costs.durations(schedule.num_stages)
     place = {action: (rank, i) for rank, order in enumerate(schedule.orders) for i, action in enumerate(order)}
-    transfers = costs.transfers(schedule.num_stages)
+    ahead, back = costs.hops(schedule.placement)
 
     @cache
     def end(action: Action) -> float:
         rank, index = place[action]
         starts = [end(schedule.orders[rank][index - 1])] if index else [0.0]
-        step = {Kind.F: -1, Kind.B: 1}.get(action.kind, 0)
+        step = {Kind.F: -1, Kind.B: 1, Kind.I: 1}.get(action.kind, 0)
         other = Action(action.stage + step, action.kind, action.microbatch)
         if step and other in place:
-            cut = min(action.stage, other.stage)
-            crosses = place[other][0] != rank
-            starts.append(end(other) + (costs.latency + transfers[cut] if crosses else 0.0))
+            hop = (ahead if step < 0 else back)[min(action.stage, other.stage)]
+            starts.append(end(other) + hop.occupied + hop.latency)
         return max(starts) + durations[action.kind][action.stage]
 
     return {action: end(action) for order in schedule.orders for action in order}
@@ -54,6 +54,9 @@ def _ends_by_definition(schedule: Schedule, costs: Costs) -> dict[Action, float]
         ("1f1b", {}),
         ("pipedream", {}),
         ("pipedream", {"depths": (6, 4, 2, 0)}),
+        ("interleaved", {}),
+        ("zb-h1", {}),
+        ("v-min", {}),
     ],
 )
 def test_every_end_is_the_longest_path_into_it(name: str, options: dict[str, Any], seed: int) -> None:
@@ -166,3 +169,16 @@ def test_a_larger_schedule_keeps_the_closed_form() -> None:
     simulation = simulate(build_schedule("1f1b", 32, 128))
     assert sum(map(len, simulation.events)) == 32 * (2 * 128 + 1)
     assert simulation.makespan == (128 + 31) * 3
+
+
+def test_cost_grows_with_the_number_of_actions_and_no_faster() -> None:
+    def seconds(p: int, m: int) -> float:
+        schedule = build_schedule("1f1b", p, m)
+        start = time.process_time()
+        simulate(schedule)
+        return time.process_time() - start
+
+    small = min(seconds(32, 64) for _ in range(3))
+    large = min(seconds(128, 256) for _ in range(2))
+    # 16 times as many actions; quadratic cost would be 256 times as much.
+    assert large < 64 * max(small, 1e-3)

@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Kind
 from vpipe.schedule.placement import Placement
 
-__all__ = ["Costs"]
+__all__ = ["Costs", "Hop", "Link"]
+
+_STAGE_TIMES = ("forward", "input_grad", "weight_grad", "step")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One direction of a link between two ranks."""
+
+    latency: float = 0.0
+    """From the end of a transfer's time on the link to its arrival."""
+    bandwidth: float = math.inf
+    """Bytes per unit of time."""
+
+    def __post_init__(self) -> None:
+        _check_time("latency", self.latency)
+        if math.isnan(self.bandwidth) or self.bandwidth <= 0:
+            raise ScheduleError(
+                f"bandwidth must be above 0, got {self.bandwidth:g}; leave it out for links that cost no time"
+            )
+
+
+class Hop(NamedTuple):
+    """What one message between neighbouring stages costs: time on its link, then time until it arrives."""
+
+    occupied: float
+    latency: float
 
 
 @dataclass(frozen=True)
@@ -22,7 +49,7 @@ class Costs:
     """
 
     forward: tuple[float, ...]
-    """One forward; also one recomputation."""
+    """One forward."""
     input_grad: tuple[float, ...]
     """The input-gradient half of a backward."""
     weight_grad: tuple[float, ...]
@@ -35,16 +62,19 @@ class Costs:
     """Bytes per unit of time, each direction of each link."""
     message_bytes: tuple[float, ...] = ()
     """Bytes that each stage sends to the next; the gradient that comes back is as large. Empty: nothing."""
+    recompute: tuple[float, ...] = ()
+    """One recomputation. Empty: as long as the forward."""
+    dispatch: float = 0.0
+    """What every computation takes on top, before it starts: the executor's own time. The rank counts as working."""
+    links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
+    """Links that are not like the rest, by (sending rank, receiving rank): each direction by itself."""
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            values = getattr(self, item.name)
-            values = values if isinstance(values, tuple) else (values,)
-            for value in values:
-                if math.isnan(value) or value < 0 or (math.isinf(value) and item.name != "bandwidth"):
-                    raise ScheduleError(f"{item.name} must be a finite number from 0 on, got {value:g}")
-        if self.bandwidth == 0:
-            raise ScheduleError("bandwidth must be above 0; leave it out for links that cost no time")
+        for name in (*_STAGE_TIMES, "recompute", "message_bytes"):
+            for value in getattr(self, name):
+                _check_time(name, value)
+        _check_time("dispatch", self.dispatch)
+        Link(self.latency, self.bandwidth)
 
     @classmethod
     def from_rank_shares(
@@ -58,6 +88,9 @@ class Costs:
         latency: float = 0.0,
         bandwidth: float = math.inf,
         message_bytes: float = 0.0,
+        recompute: float | Sequence[float] | None = None,
+        dispatch: float = 0.0,
+        links: Mapping[tuple[int, int], Link] | None = None,
     ) -> Costs:
         """Split each rank's share of one microbatch (one number, or one per rank) evenly over its stages.
 
@@ -85,40 +118,65 @@ class Costs:
             latency=latency,
             bandwidth=bandwidth,
             message_bytes=(float(message_bytes),) * placement.num_stages,
+            recompute=() if recompute is None else split("recompute", recompute),
+            dispatch=dispatch,
+            links=links or {},
         )
 
     def durations(self, num_stages: int) -> dict[Kind, tuple[float, ...]]:
-        """Return the time of each kind of computation, per stage.
+        """Return the time that each kind of computation takes its rank, dispatch included, per stage.
 
         Raises:
             ScheduleError: the costs are for another number of stages.
         """
-        for name in ("forward", "input_grad", "weight_grad", "step"):
+        for name in _STAGE_TIMES if not self.recompute else (*_STAGE_TIMES, "recompute"):
             if len(getattr(self, name)) != num_stages:
                 raise ScheduleError(
                     f"{name} has {len(getattr(self, name))} entries for {num_stages} stages; give one per stage"
                 )
-        both = tuple(i + w for i, w in zip(self.input_grad, self.weight_grad, strict=True))
-        return {
+        times = {
             Kind.F: self.forward,
-            Kind.R: self.forward,
-            Kind.B: both,
+            Kind.R: self.recompute or self.forward,
+            Kind.B: tuple(i + w for i, w in zip(self.input_grad, self.weight_grad, strict=True)),
             Kind.I: self.input_grad,
             Kind.W: self.weight_grad,
             Kind.STEP: self.step,
         }
+        if not self.dispatch:
+            return times
+        return {kind: tuple(self.dispatch + time for time in stages) for kind, stages in times.items()}
 
-    def transfers(self, num_stages: int) -> tuple[float, ...]:
-        """Return how long a message between stage s and s + 1 occupies its link, for every stage but the last.
+    def hops(self, placement: Placement) -> tuple[tuple[Hop, ...], tuple[Hop, ...]]:
+        """Return what the message from stage s to s + 1 costs, and the gradient from s + 1 to s, for every cut s.
 
         Raises:
-            ScheduleError: `message_bytes` is for another number of stages.
+            ScheduleError: `message_bytes` is for another number of stages, or `links` for other ranks.
         """
-        if not self.message_bytes:
-            return (0.0,) * (num_stages - 1)
-        if len(self.message_bytes) not in (num_stages - 1, num_stages):
+        num_stages = placement.num_stages
+        if self.message_bytes and len(self.message_bytes) not in (num_stages - 1, num_stages):
             raise ScheduleError(
                 f"message_bytes has {len(self.message_bytes)} entries for {num_stages} stages; give one per stage (the "
                 "last one sends nothing on and may be left out)"
             )
-        return tuple(size / self.bandwidth for size in self.message_bytes[: num_stages - 1])
+        for pair in self.links:
+            if not all(0 <= rank < placement.num_ranks for rank in pair):
+                raise ScheduleError(
+                    f"links has one for ranks {pair}, but there are only 0 to {placement.num_ranks - 1}"
+                )
+        cuts = [(stage, placement.rank_of(stage), placement.rank_of(stage + 1)) for stage in range(num_stages - 1)]
+        return (
+            tuple(self._hop(stage, lower, upper) for stage, lower, upper in cuts),
+            tuple(self._hop(stage, upper, lower) for stage, lower, upper in cuts),
+        )
+
+    def _hop(self, cut: int, sender: int, receiver: int) -> Hop:
+        if sender == receiver:
+            return Hop(0.0, 0.0)
+        link = self.links.get((sender, receiver))
+        latency, bandwidth = (self.latency, self.bandwidth) if link is None else (link.latency, link.bandwidth)
+        return Hop(self.message_bytes[cut] / bandwidth if self.message_bytes else 0.0, latency)
+
+
+def _check_time(name: str, value: float) -> None:
+    if math.isnan(value) or math.isinf(value) or value < 0:
+        raise ScheduleError(f"{name} must be a finite number from 0 on, got {value:g}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.simulate import Event, Simulation
+from vpipe.schedule.transfers import Transfer, transfers_of
 
 __all__ = ["critical_path"]
-
-_SENDS = {Kind.F: Kind.SEND_F, Kind.B: Kind.SEND_B, Kind.I: Kind.SEND_B}
 
 
 def critical_path(simulation: Simulation) -> tuple[Event, ...]:
@@ -25,10 +23,10 @@ def critical_path(simulation: Simulation) -> tuple[Event, ...]:
 
 class _Tracer:
     def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
         self._schedule = simulation.schedule
         self._events = simulation.events
-        self._transfers = simulation.costs.transfers(self._schedule.num_stages)
-        self._links: dict[tuple[int, int], list[tuple[int, float]]] = {}
+        self._messages: dict[tuple[int, int], list[Transfer]] = {}
 
     def trace(self) -> list[Event]:
         """Walk back from the last end."""
@@ -63,32 +61,16 @@ class _Tracer:
 
     def _trace_transfer(self, path: list[Event], rank: int, index: int, receiver: int, arrival: float) -> int:
         """Add the transfer of a result, and those that kept its link busy; return what the first of them waited for."""
-        messages = self._messages(rank, receiver)
-        number = bisect_right(messages, (index, math.inf)) - 1
+        if (rank, receiver) not in self._messages:
+            for message in transfers_of(self._simulation, rank):
+                self._messages.setdefault((rank, message.receiver), []).append(message)
+        messages = self._messages[rank, receiver]
+        number = bisect_right(messages, index, key=lambda message: message.producer) - 1
         end = arrival
         while True:
-            index, start = messages[number]
-            event = self._events[rank][index]
-            if end > start:
-                send = Action(event.action.stage, _SENDS[event.action.kind], event.action.microbatch)
-                path.append(Event(send, start, end))
-            if start == event.end:
-                return index
-            end, number = start, number - 1
-
-    def _messages(self, rank: int, receiver: int) -> list[tuple[int, float]]:
-        """List what `rank` sends to `receiver`: the place of its computation and when its transfer starts."""
-        if (rank, receiver) in self._links:
-            return self._links[rank, receiver]
-        messages, free = [], 0.0
-        for index, (action, _, end) in enumerate(self._events[rank]):
-            if action.kind not in _SENDS:
-                continue
-            target = action.stage + (1 if action.kind is Kind.F else -1)
-            if 0 <= target < self._schedule.num_stages and self._schedule.rank_of(target) == receiver:
-                occupied = self._transfers[min(action.stage, target)]
-                start = max(end, free) if occupied else end
-                free = start + occupied if occupied else free
-                messages.append((index, start))
-        self._links[rank, receiver] = messages
-        return messages
+            message = messages[number]
+            if end > message.start:
+                path.append(Event(message.action, message.start, end))
+            if message.start == self._events[rank][message.producer].end:
+                return message.producer
+            end, number = message.start, number - 1

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.costs import Costs
+from vpipe.schedule.costs import Costs, Hop
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.schedule import Schedule
 
@@ -102,8 +102,7 @@ class _Run:
         self.schedule = schedule
         self.events: list[list[Event]] = [[] for _ in schedule.orders]
         self._durations = costs.durations(stages)
-        self._transfers = costs.transfers(stages)
-        self._latency = costs.latency
+        self._hops_forward, self._hops_backward = costs.hops(schedule.placement)
         self._rank_of = [schedule.rank_of(stage) for stage in range(stages)]
         # When the input of a forward / backward is there, at stage * num_microbatches + microbatch; None: not sent yet.
         width = schedule.num_microbatches
@@ -135,10 +134,12 @@ class _Run:
             events.append(Event(action, start, clock))
             if kind is forward and stage < last:
                 receiver, index = self._rank_of[stage + 1], index + width
-                inputs[index] = clock if receiver == rank else self._arrival(rank, receiver, stage, clock)
+                hop = self._hops_forward[stage]
+                inputs[index] = clock if receiver == rank else self._arrival(rank, receiver, hop, clock)
             elif goes_back and stage > 0:
                 receiver, index = self._rank_of[stage - 1], index - width
-                gradients[index] = clock if receiver == rank else self._arrival(rank, receiver, stage - 1, clock)
+                hop = self._hops_backward[stage - 1]
+                gradients[index] = clock if receiver == rank else self._arrival(rank, receiver, hop, clock)
                 index = ~index
             else:
                 continue
@@ -147,13 +148,12 @@ class _Run:
                 freed.append(receiver)
         return freed
 
-    def _arrival(self, sender: int, receiver: int, cut: int, ready: float) -> float:
-        occupied = self._transfers[cut]
-        if occupied:
+    def _arrival(self, sender: int, receiver: int, hop: Hop, ready: float) -> float:
+        if hop.occupied:
             link = (sender, receiver)
-            ready = max(ready, self._link_free.get(link, 0.0)) + occupied
+            ready = max(ready, self._link_free.get(link, 0.0)) + hop.occupied
             self._link_free[link] = ready
-        return ready + self._latency
+        return ready + hop.latency
 
     def check_finished(self) -> None:
         """Raise when ranks are left waiting."""
