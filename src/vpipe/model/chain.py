@@ -177,11 +177,13 @@ class Chain:
         with torch.no_grad():
             target.copy_(source)
 
-    def infer(self, cuts: Sequence[int], fields: Mapping[str, Tensor]) -> dict[int, tuple[ValueSpec, ...]]:
+    def infer(
+        self, cuts: Sequence[int], fields: Mapping[str, Tensor], *, training: bool = True
+    ) -> dict[int, tuple[ValueSpec, ...]]:
         """Return what crosses each of `cuts` for one microbatch, by running the blocks on the meta device.
 
-        `fields` are tensors of one microbatch, of which only shape and type matter. Blocks after the last cut are not
-        run.
+        `fields` are tensors of one microbatch, of which only shape and type matter. Without `training` blocks are in
+        evaluation mode. Blocks after the last cut are not run.
 
         Raises:
             ModelError: a cut is outside the chain, a field is missing, a block cannot run on the meta device, or writes
@@ -200,7 +202,7 @@ class Chain:
                     specs[index] = tuple(spec_of(name, leaf) for name, leaf in leaves.items())
                     values = {**batch, **leaves}
                 if index < last:
-                    values.update(run_on_meta(self.blocks[index], values))
+                    values.update(run_on_meta(self.blocks[index], values, training=training))
         return specs
 
     def _check_inferable(self, cuts: Sequence[int], fields: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:

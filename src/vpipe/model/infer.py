@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ValueSpec, call_block
+from vpipe.model.modes import evaluating
 
 __all__ = ["build_on_meta", "leaf_of", "run_on_meta", "spec_of"]
 
@@ -19,8 +20,8 @@ def build_on_meta(block: Block) -> nn.Module:
         return block.build()
 
 
-def run_on_meta(block: Block, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what `block` writes for meta tensors `values`.
+def run_on_meta(block: Block, values: Mapping[str, Tensor], *, training: bool = True) -> dict[str, Tensor]:
+    """Return what `block` writes for meta tensors `values`, in the mode that it was built in or in an evaluation.
 
     Raises:
         ModelError: it cannot run on the meta device, or writes another number of values than it declares.
@@ -30,7 +31,8 @@ def run_on_meta(block: Block, values: Mapping[str, Tensor]) -> dict[str, Tensor]
     for name, parameter in module.named_parameters():
         tensors[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     try:
-        return call_block(block, lambda *inputs: torch.func.functional_call(module, tensors, inputs), values)
+        with evaluating([] if training else [module]):
+            return call_block(block, lambda *inputs: torch.func.functional_call(module, tensors, inputs), values)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         shapes = ", ".join(f"{name} {tuple(values[name].shape)}" for name in block.inputs)
         raise ModelError(

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch.distributed as dist
 
 from vpipe.errors import ConfigError
+from vpipe.runtime.wait import telling_losses
 
 __all__ = ["agree"]
 
 
 def agree(facts: Mapping[str, object], group: dist.ProcessGroup | None) -> None:
-    """Check that every rank has the same `facts`; collective.
+    """Check that every rank of `group` has the same `facts`; collective. None means one process.
 
     Raises:
         ConfigError: they differ; raised on every rank, naming the fact and who has what.
@@ -21,11 +22,14 @@ def agree(facts: Mapping[str, object], group: dist.ProcessGroup | None) -> None:
         return
     mine = {name: str(value) for name, value in facts.items()}
     everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, mine, group=group)
+    with telling_losses("all ranks to compare their plans"):
+        dist.all_gather_object(everyone, mine, group=group)
     for name in mine:
-        values = [theirs.get(name, "(nothing)") for theirs in everyone]
-        if len(set(values)) > 1:
-            rows = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        holders: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(everyone):
+            holders.setdefault(theirs.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            rows = "; ".join(f"rank {', '.join(map(str, ranks))}: {value}" for value, ranks in holders.items())
             raise ConfigError(
-                f"ranks do not agree on the {name}: {rows}. Start all ranks with the same code and configuration"
+                f"ranks do not agree on the {name}: {rows}. Start all ranks with the same code, configuration and data"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from itertools import accumulate
 from typing import Literal
 
@@ -10,26 +12,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vpipe.errors import PlanError
+from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Chain, ValueSpec
-from vpipe.plan.partition import check_partition, partition_by_weight, partition_uniform, recompute_blocks
+from vpipe.plan.partition import partition_by_weight, partition_uniform, recompute_blocks, validate_partition
 from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.stage import Stage
 from vpipe.runtime.update import TiedCopy, TiedGroup
-from vpipe.runtime.weights import WeightVersions
+from vpipe.runtime.weights import OptimizerFactory, WeightVersions
 from vpipe.schedule.placement import Placement
 
 __all__ = ["RecomputeMode", "build_stages", "crossing_specs", "parameter_sizes", "resolve_partition", "tied_groups"]
 
 RecomputeMode = Literal["always", "except_last", "never"]
-OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 def parameter_sizes(chain: Chain) -> list[dict[str, int]]:
-    """Return for each block its trainable parameters' model-wide names and sizes, without allocating them."""
+    """Return for each block its trainable parameters' model-wide names and sizes, without allocating them.
+
+    Raises:
+        ModelError: two parameters have one name.
+    """
     with torch.device("meta"):
         modules = [block.build() for block in chain.blocks]
-    return [
+    sizes = [
         {
             block.global_name(name): parameter.numel()
             for name, parameter in module.named_parameters()
@@ -37,6 +42,13 @@ def parameter_sizes(chain: Chain) -> list[dict[str, int]]:
         }
         for block, module in zip(chain.blocks, modules, strict=True)
     ]
+    names = Counter(name for named in sizes for name in named)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ModelError(
+            f"two parameters of the model have the name '{repeated[0]}'; change the blocks' keys so that names differ, "
+            "and tie weights that are one with Chain(tied=...)"
+        )
+    return sizes
 
 
 def resolve_partition(partition: Sequence[int] | str | None, chain: Chain, num_stages: int) -> tuple[int, ...]:
@@ -51,17 +63,16 @@ def resolve_partition(partition: Sequence[int] | str | None, chain: Chain, num_s
         return tuple(partition_by_weight([sum(sizes.values()) for sizes in parameter_sizes(chain)], num_stages))
     if isinstance(partition, str):
         raise PlanError(f"partition '{partition}' is unknown; give blocks per stage, 'uniform' or 'parameters'")
-    if reasons := check_partition(partition, len(chain), num_stages):
-        raise PlanError("; ".join(reasons))
+    validate_partition(partition, len(chain), num_stages)
     return tuple(partition)
 
 
 def crossing_specs(
-    chain: Chain, partition: Sequence[int], fields: Mapping[str, Tensor]
+    chain: Chain, partition: Sequence[int], fields: Mapping[str, Tensor], *, training: bool
 ) -> dict[int, tuple[ValueSpec, ...]]:
     """Return what crosses the cut in front of each stage but the first, for one microbatch shaped like `fields`."""
     cuts = list(accumulate(partition))[:-1]
-    inferred = chain.infer(cuts, fields)
+    inferred = chain.infer(cuts, fields, training=training)
     return {stage: inferred[cut] for stage, cut in enumerate(cuts, start=1)}
 
 
@@ -83,16 +94,28 @@ def build_stages(
     for index in stages:
         start, stop = starts[index], starts[index + 1]
         modules = [chain.materialise(block, seed, device) for block in range(start, stop)]
-        names = [
-            chain.blocks[block].global_name(name)
-            for block, module in zip(range(start, stop), modules, strict=True)
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        ]
+        names = _trainable_names(chain, start, modules)
         first_recomputed = stop - recompute_blocks(stop - start, recompute_ratio[index])
         policy = _recompute_policy(first_recomputed, recompute, num_microbatches)
         held[index] = HeldStage(Stage(chain, start, stop, policy), WeightVersions(modules, names, optimizer))
     return held
+
+
+def _trainable_names(chain: Chain, start: int, modules: Sequence[nn.Module]) -> list[str]:
+    names: list[str] = []
+    holders: dict[int, str] = {}
+    for block, module in zip(chain.blocks[start:], modules, strict=False):
+        for local, parameter in module.named_parameters():
+            name = block.global_name(local)
+            if id(parameter) in holders:
+                raise ModelError(
+                    f"'{holders[id(parameter)]}' and '{name}' are one parameter; let every call of a block's build "
+                    "make a module of its own, and tie weights that are one with Chain(tied=...)"
+                )
+            holders[id(parameter)] = name
+            if parameter.requires_grad:
+                names.append(name)
+    return names
 
 
 def _recompute_policy(first_block: int, mode: RecomputeMode, num_microbatches: int) -> Callable[[int, int], bool]:
@@ -100,29 +123,40 @@ def _recompute_policy(first_block: int, mode: RecomputeMode, num_microbatches: i
     return lambda block, microbatch: block >= first_block and microbatch < spared
 
 
-def tied_groups(chain: Chain, partition: Sequence[int], placement: Placement, synchronous: bool) -> list[TiedGroup]:
-    """Return the chain's tied weights by stage and rank; collective, because groups of ranks are made.
+def tied_groups(
+    chain: Chain,
+    partition: Sequence[int],
+    placement: Placement,
+    trainable: Sequence[Mapping[str, int]],
+    *,
+    synchronous: bool,
+    timeout: timedelta,
+) -> list[TiedGroup]:
+    """Return the chain's tied weights that are trained, by stage and rank; collective, because groups are made.
+
+    `trainable` names each block's trainable parameters.
 
     Raises:
+        ModelError: only some copies of a weight are trained.
         PlanError: an asynchronous schedule cannot keep weights on different stages equal.
     """
     stage_of = [stage for stage, num_blocks in enumerate(partition) for _ in range(num_blocks)]
     groups = []
     for refs in chain.tied:
-        copies = tuple(
-            TiedCopy(
-                stage_of[ref.block],
-                placement.rank_of(stage_of[ref.block]),
-                chain.blocks[ref.block].global_name(ref.name),
-            )
-            for ref in refs
-        )
-        if not synchronous and len({copy.stage for copy in copies}) > 1:
-            names = " and ".join(copy.name for copy in copies)
+        named = [(ref.block, chain.blocks[ref.block].global_name(ref.name)) for ref in refs]
+        trained = [name in trainable[block] for block, name in named]
+        names = " and ".join(name for _, name in named)
+        if not any(trained):
+            continue
+        if not all(trained):
+            raise ModelError(f"{names} are one weight, but only some of them are trained; freeze all of them or none")
+        copies = tuple(TiedCopy(stage_of[block], placement.rank_of(stage_of[block]), name) for block, name in named)
+        stages = sorted({copy.stage for copy in copies})
+        if not synchronous and len(stages) > 1:
             raise PlanError(
-                f"{names} are one weight on stages {sorted({copy.stage for copy in copies})}, which an asynchronous schedule updates at "
-                "different times; untie them (model.tie_weights: false) or use a synchronous schedule"
+                f"{names} are one weight on stages {stages}, which an asynchronous schedule updates at different "
+                "times; untie them (model.tie_weights: false) or use a synchronous schedule"
             )
         ranks = sorted({copy.rank for copy in copies})
-        groups.append(TiedGroup(copies, dist.new_group(ranks) if len(ranks) > 1 else None))
+        groups.append(TiedGroup(copies, dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None))
     return groups

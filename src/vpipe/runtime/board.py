@@ -13,7 +13,8 @@ from vpipe.runtime.wait import post, wait_for
 
 __all__ = ["LossBoard"]
 
-_SENDS_KEPT = 4
+_SENDS_KEPT = 256
+"""More than batches are in flight in any pipeline, so that the source never waits for a rank that is merely behind."""
 
 
 class LossBoard:

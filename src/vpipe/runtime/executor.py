@@ -5,33 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from vpipe.model.rng import seeded
 from vpipe.runtime.feed import BatchFeed
+from vpipe.runtime.hooks import Record
 from vpipe.runtime.stage import MicrobatchKey, Stage
 from vpipe.runtime.transport import Transport
 from vpipe.runtime.weights import WeightVersions
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.weights import StageWeights
 
-__all__ = ["Executor", "HeldStage", "Program", "Record"]
+__all__ = ["RUNNABLE", "Executor", "HeldStage", "Program"]
 
-
-class Record(Protocol):
-    """Takes what was done and when: `time.perf_counter_ns` at its start and end."""
-
-    def __call__(self, action: Action, start_ns: int, end_ns: int) -> None: ...
+RUNNABLE = frozenset({Kind.F, Kind.B, Kind.STEP})
+"""The computations that a schedule may be made of."""
 
 
 @dataclass(frozen=True)
 class Program:
     """What one rank does from one drained pipeline to the next.
 
-    `num_microbatches` is a batch's; `microbatches_per_update` is 1 where every microbatch is an update of its own. A program
-    that only evaluates has forwards alone, and keeps nothing. Microbatches are numbered through all batches of the program,
+    `num_microbatches` is a batch's, and `microbatches_per_update`, which divides it, an update's. A program that only
+    evaluates has forwards alone, and keeps nothing. Microbatches are numbered through all batches of the program,
     `num_serials` in all, of which at most `window` are in flight on any stage.
     """
 
@@ -43,6 +41,11 @@ class Program:
     num_serials: int
     window: int
     training: bool = True
+
+    @property
+    def num_batches(self) -> int:
+        """Count the batches."""
+        return self.num_serials // self.num_microbatches
 
 
 @dataclass
@@ -56,8 +59,8 @@ class HeldStage:
 class Executor:
     """Runs programs on the stages that this rank holds.
 
-    `update(stage, microbatch)` is called for every STEP. On the rank of the last stage, `losses` holds the parts of each
-    microbatch's loss; in evaluation these are sums, and `counts` what they have to be divided by.
+    `update(stage, microbatch)` is called for every STEP. On the rank of the last stage, `losses` holds the parts of
+    each microbatch's loss; in evaluation these are sums, and `counts` what they have to be divided by.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Executor:
         self._synchronise = synchronise
         self._arrived: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
         self._leaving: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
+        self._totals: tuple[int, dict[str, float]] | None = None
         self.losses: dict[int, dict[str, Tensor]] = {}
         self.counts: dict[int, dict[str, float]] = {}
         self._dispatch: dict[Kind, Callable[[Action], None]] = {
@@ -95,6 +99,7 @@ class Executor:
     def run(self, program: Program, feed: BatchFeed) -> Iterator[Action]:
         """Execute a program; yield each update's action after it was done."""
         self._program, self._feed = program, feed
+        self._totals = None
         for index, held in self._held.items() if program.training else ():
             held.weights.start(program.weights[index].version_of)
         dispatch, record, clock = self._dispatch, self._record, time.perf_counter_ns
@@ -113,39 +118,59 @@ class Executor:
         return MicrobatchKey(self._seed, self._program.first_iteration + batch, index)
 
     def _forward(self, action: Action) -> None:
-        held, serial, program = self._held[action.stage], action.microbatch, self._program
-        stage = held.stage
+        stage, serial = self._held[action.stage].stage, action.microbatch
         inputs = self._arrived.pop((Kind.F, action.stage, serial), {})
-        fields, num_samples = self._feed.rows([serial], stage.fields)
-        if program.training:
-            modules = held.weights.modules(program.weights[action.stage].version_of[serial])
-            outputs = stage.forward(serial, modules, inputs, fields, self._key(serial))
-        else:
-            outputs = stage.evaluate(held.weights.newest, inputs, fields, self._key(serial))
+        fields, num_samples = self._feed.rows(serial, stage.fields)
+        # Blocks are seeded one by one; the caller's random numbers go on as if nothing had happened.
+        with seeded(self._seed):
+            if self._program.training:
+                outputs = self._train(action, inputs, fields, num_samples)
+            else:
+                outputs = self._evaluate(action, inputs, fields, num_samples)
         if not stage.is_last:
             self._hand_over(Kind.F, action.stage, action.stage + 1, serial, outputs)
-        elif program.training:
-            self.losses[serial] = stage.loss(serial, outputs, self._totals(stage, serial), num_samples)
-        else:
-            self.counts[serial] = stage.chain.loss.count(fields, num_samples)
-            self.losses[serial] = stage.chain.loss(outputs, dict.fromkeys(self.counts[serial], 1.0), num_samples)
         self._feed.done(serial)
 
-    def _totals(self, stage: Stage, serial: int) -> dict[str, float]:
+    def _train(
+        self, action: Action, inputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], num_samples: int
+    ) -> dict[str, Tensor]:
+        held, serial = self._held[action.stage], action.microbatch
+        modules = held.weights.modules(self._program.weights[action.stage].version_of[serial])
+        outputs = held.stage.forward(serial, modules, inputs, fields, self._key(serial))
+        if held.stage.is_last:
+            self.losses[serial] = held.stage.loss(serial, outputs, self._totals_of(serial, held.stage), num_samples)
+        return outputs
+
+    def _evaluate(
+        self, action: Action, inputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], num_samples: int
+    ) -> dict[str, Tensor]:
+        held, serial = self._held[action.stage], action.microbatch
+        outputs = held.stage.evaluate(held.weights.newest, inputs, fields, self._key(serial))
+        if held.stage.is_last:
+            loss = held.stage.chain.loss
+            self.counts[serial] = loss.count(fields, num_samples)
+            with torch.no_grad():
+                self.losses[serial] = loss(outputs, dict.fromkeys(self.counts[serial], 1.0), num_samples)
+        return outputs
+
+    def _totals_of(self, serial: int, stage: Stage) -> dict[str, float]:
+        """Return the target counts of all microbatches whose gradients go into the same update."""
         size = self._program.microbatches_per_update
-        first = serial - serial % size
-        totals: dict[str, float] = {}
-        for microbatch in range(first, first + size):
-            fields, num_samples = self._feed.rows([microbatch], stage.fields)
-            for name, count in stage.chain.loss.count(fields, num_samples).items():
-                totals[name] = totals.get(name, 0.0) + count
-        return totals
+        update = serial // size
+        if self._totals is None or self._totals[0] != update:
+            totals: dict[str, float] = {}
+            for microbatch in range(update * size, (update + 1) * size):
+                for name, count in stage.chain.loss.count(*self._feed.rows(microbatch, stage.fields)).items():
+                    totals[name] = totals.get(name, 0.0) + count
+            self._totals = update, totals
+        return self._totals[1]
 
     def _backward(self, action: Action) -> None:
         held, serial = self._held[action.stage], action.microbatch
         arrived = self._arrived.pop((Kind.B, action.stage, serial), {})
         version = self._program.weights[action.stage].version_of[serial]
-        gradients = held.weights.accumulate(version, lambda: held.stage.backward(serial, arrived))
+        with seeded(self._seed):  # for blocks that are recomputed
+            gradients = held.weights.accumulate(version, lambda: held.stage.backward(serial, arrived))
         if action.stage > 0:
             self._hand_over(Kind.B, action.stage, action.stage - 1, serial, gradients)
 

@@ -1,4 +1,4 @@
-"""Batches in, fields of microbatches out; nothing is read that the rank does not need."""
+"""Batches in, fields of microbatches out; nothing is read or moved that the rank does not need."""
 
 from __future__ import annotations
 
@@ -7,71 +7,76 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vpipe.data.batches import microbatch_rows
 from vpipe.errors import DataError
 from vpipe.runtime.batch import Batch
 
-__all__ = ["BatchFeed", "split_rows"]
-
-
-def split_rows(num_rows: int, num_microbatches: int) -> tuple[slice, ...]:
-    """Cut `num_rows` into equal consecutive microbatches.
-
-    Raises:
-        DataError: the rows cannot be shared out equally.
-    """
-    size, rest = divmod(num_rows, num_microbatches)
-    if rest or not size:
-        raise DataError(
-            f"a batch of {num_rows} samples cannot be cut into {num_microbatches} equal microbatches; "
-            f"use {max(size, 1) * num_microbatches} samples or another num_microbatches"
-        )
-    return tuple(slice(index * size, (index + 1) * size) for index in range(num_microbatches))
+__all__ = ["BatchFeed"]
 
 
 @dataclass
 class _Loaded:
     fields: Mapping[str, Tensor]
-    rows: tuple[slice, ...]
     readers_left: int
 
 
 class BatchFeed:
-    """Give stages the batch fields of numbered microbatches.
+    """Give stages the batch fields of microbatches, which are numbered through all batches.
 
-    `batches` are read in order, each once, and dropped after `num_readers` stages have read all of its microbatches.
+    `batches` are read in order, each once, and dropped after all stages have read all of its microbatches. `readers`
+    are the fields that each stage of this rank reads; `move` brings a field to the device.
     """
 
     def __init__(
         self,
         batches: Iterable[Batch],
         num_microbatches: int,
-        num_readers: int,
+        readers: Sequence[Sequence[str]],
         move: Callable[[Tensor], Tensor],
     ) -> None:
         self._batches = iter(batches)
         self._num_microbatches = num_microbatches
-        self._num_readers = num_readers
+        self._num_readers = len(readers)
+        self._names = tuple(dict.fromkeys(name for names in readers for name in names))
         self._move = move
+        self._rows: tuple[slice, ...] = ()
         self._loaded: dict[int, _Loaded] = {}
-        self._next = 0
+        self._num_read = 0
 
-    def _batch(self, index: int) -> _Loaded:
-        while self._next <= index:
-            batch = next(self._batches, None)
-            if batch is None:
-                raise DataError(f"batch {self._next} was expected but the data ended; give a num_batches that exists")
-            moved = {name: self._move(tensor) for name, tensor in batch.fields.items()}
-            rows = split_rows(batch.num_samples, self._num_microbatches)
-            self._loaded[self._next] = _Loaded(moved, rows, self._num_readers * self._num_microbatches)
-            self._next += 1
-        return self._loaded[index]
+    def rows(self, serial: int, names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
+        """Return fields `names` of microbatch `serial`, and its number of samples.
 
-    def rows(self, serials: Sequence[int], names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
-        """Return fields `names` of consecutive microbatches of one batch, and their number of samples."""
-        index, first = divmod(serials[0], self._num_microbatches)
-        batch = self._batch(index)
-        start, stop = batch.rows[first].start, batch.rows[first + len(serials) - 1].stop
-        return {name: batch.fields[name][start:stop] for name in names}, stop - start
+        Raises:
+            ConfigError: the batch cannot be shared out equally.
+            DataError: there is no such batch, it lacks a field, or is not as large as those before it.
+        """
+        index, position = divmod(serial, self._num_microbatches)
+        while self._num_read <= index:
+            self._read()
+        rows = self._rows[position]
+        fields = self._loaded[index].fields
+        return {name: fields[name][rows] for name in names}, rows.stop - rows.start
+
+    def _read(self) -> None:
+        index = self._num_read
+        batch = next(self._batches, None)
+        if batch is None:
+            raise DataError(f"batch {index} was expected but the data ended; give a num_batches that exists")
+        rows = microbatch_rows(batch.num_samples, self._num_microbatches)
+        if self._rows and rows != self._rows:
+            raise DataError(
+                f"batch {index} has {batch.num_samples} samples and those before it {self._rows[-1].stop}; batches "
+                "that share a pipeline must be equal in size: leave a short last one out (drop_last=True)"
+            )
+        if missing := [name for name in self._names if name not in batch.fields]:
+            raise DataError(
+                f"this rank reads the field '{missing[0]}', which batch {index} does not have; it has "
+                f"{', '.join(sorted(batch.fields)) or 'none'}"
+            )
+        moved = {name: self._move(batch.fields[name]) for name in self._names}
+        self._loaded[index] = _Loaded(moved, self._num_readers * self._num_microbatches)
+        self._rows = rows
+        self._num_read += 1
 
     def done(self, serial: int) -> None:
         """Say that one stage has read microbatch `serial` for the last time."""

@@ -1,7 +1,8 @@
 """One message: all values that cross a cut for one microbatch, packed into flat bytes behind a header.
 
-The header carries what the message is (cut and direction, serial number) and a hash of the agreed names, shapes and types, so that the
-receiver knows that it got what it waited for, instead of trusting the order of arrival.
+The header carries what the message is (cut and direction, serial number), a hash of the agreed names, shapes and types,
+and which values are there, so that the receiver knows that it got what it waited for, instead of trusting the order of
+arrival.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from torch import Tensor
 from vpipe.errors import TransportError
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import derive_seed
+from vpipe.runtime.buffers import ALIGNMENT
 
 __all__ = ["MessageLayout"]
 
-_ALIGNMENT = 64
-_HEADER_BYTES = _ALIGNMENT
+_IDENTITY_BYTES = 24
 
 
 class MessageLayout:
@@ -28,50 +29,62 @@ class MessageLayout:
         self.specs = tuple(specs)
         self._channel = channel
         self._agreement = derive_seed(*(str((spec.name, spec.shape, spec.dtype)) for spec in specs))
-        self._offsets: list[int] = []
-        end = _HEADER_BYTES
+        self._presence = slice(_IDENTITY_BYTES, _IDENTITY_BYTES + len(self.specs))
+        self._places: list[slice] = []
+        end = _aligned(self._presence.stop)
         for spec in specs:
-            self._offsets.append(end)
-            end += -(-spec.num_bytes // _ALIGNMENT) * _ALIGNMENT
+            self._places.append(slice(end, end + spec.num_bytes))
+            end = _aligned(end + spec.num_bytes)
         self.num_bytes = end if self.specs else 0
 
     def pack(self, buffer: Tensor, serial: int, values: Mapping[str, Tensor]) -> None:
-        """Write `values` into `buffer`.
+        """Write `values` into `buffer`; one that is missing, such as a gradient that is zero everywhere, is marked so.
 
         Raises:
             TransportError: a value does not have the agreed shape or type.
         """
         for spec, target in zip(self.specs, self._views(buffer), strict=True):
-            value = values[spec.name]
-            if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
+            value = values.get(spec.name)
+            if value is None:
+                target.zero_()
+            elif tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
                 raise TransportError(
                     f"'{spec.name}' was agreed as {spec.shape} {spec.dtype} but is {tuple(value.shape)} {value.dtype}; "
-                    "blocks must write the same shapes for every microbatch"
+                    "blocks must write the same shapes and types for every microbatch"
                 )
-            target.copy_(value)
-        buffer[:24].view(torch.int64).copy_(torch.tensor([self._channel, serial, self._agreement]))
+            else:
+                target.copy_(value)
+        buffer[:_IDENTITY_BYTES].view(torch.int64).copy_(torch.tensor(self._identity(serial)))
+        buffer[self._presence].copy_(torch.tensor([spec.name in values for spec in self.specs], dtype=torch.uint8))
 
     def unpack(self, buffer: Tensor, serial: int) -> dict[str, Tensor]:
-        """Return views of the values in `buffer`.
+        """Return views of the values that are in `buffer`.
 
         Raises:
             TransportError: the message is not the one that was waited for.
         """
-        expected = [self._channel, serial, self._agreement]
-        found = buffer[:24].view(torch.int64).tolist()
-        if found != expected:
+        found = buffer[:_IDENTITY_BYTES].view(torch.int64).tolist()
+        if found != (expected := self._identity(serial)):
             raise TransportError(
                 f"expected message (channel, serial, layout) {tuple(expected)} but received {tuple(found)}; "
                 "all ranks must run the same version, configuration and data"
             )
-        return self.views(buffer)
+        present = buffer[self._presence].tolist()
+        return {name: view for (name, view), there in zip(self.views(buffer).items(), present, strict=True) if there}
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return views of the values without looking at the header (which would make a GPU wait)."""
+        """Return views of all values without looking at the header, which would make a GPU wait; missing ones are 0."""
         return {spec.name: view for spec, view in zip(self.specs, self._views(buffer), strict=True)}
+
+    def _identity(self, serial: int) -> list[int]:
+        return [self._channel, serial, self._agreement]
 
     def _views(self, buffer: Tensor) -> list[Tensor]:
         return [
-            buffer[offset : offset + spec.num_bytes].view(spec.dtype).view(spec.shape)
-            for spec, offset in zip(self.specs, self._offsets, strict=True)
+            buffer[place].view(spec.dtype).view(spec.shape)
+            for spec, place in zip(self.specs, self._places, strict=True)
         ]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -6,23 +6,26 @@ This is the library's front door. It ties the other parts together and owns noth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain as concatenate
 from itertools import groupby, islice
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from vpipe.data.batches import microbatch_rows
 from vpipe.data.source import FieldSpec
-from vpipe.errors import ConfigError, DataError, NonFiniteLossError
-from vpipe.model.chain import Block, Chain, ValueSpec
-from vpipe.model.loss import CallableLoss
+from vpipe.errors import DataError, ExecutionError, NonFiniteLossError
+from vpipe.model.chain import Chain, ValueSpec
+from vpipe.model.modes import evaluating
+from vpipe.model.modules import Modules
 from vpipe.runtime.agreement import agree
+from vpipe.runtime.arguments import as_chain, check_training_arguments, count_batches, ratio_per_stage
 from vpipe.runtime.assembly import (
-    OptimizerFactory,
     RecomputeMode,
     build_stages,
     crossing_specs,
@@ -30,22 +33,22 @@ from vpipe.runtime.assembly import (
     resolve_partition,
     tied_groups,
 )
-from vpipe.runtime.batch import Batch, as_batch, field_tensors
+from vpipe.runtime.batch import Batch, BatchLike, as_batch, field_tensors
 from vpipe.runtime.board import LossBoard
-from vpipe.runtime.executor import Executor, Program, Record
+from vpipe.runtime.evaluation import LossSums
+from vpipe.runtime.executor import Executor, Program
+from vpipe.runtime.failure import report_failure
 from vpipe.runtime.feed import BatchFeed
+from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.process_group import ProcessGroup, destroy_process_group, initialise_process_group
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.transport import Transport
 from vpipe.runtime.update import Updater
-from vpipe.schedule.action import Action
+from vpipe.runtime.weights import OptimizerFactory
 
-__all__ = ["Pipeline", "StepResult"]
+__all__ = ["Hooks", "Pipeline", "StepResult"]
 
 _EVALUATED_TOGETHER = 32
-_TIMEOUT_SECONDS = 300.0
-
-Data = Batch | Mapping[str, Tensor] | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,35 +64,21 @@ class StepResult:
     """Before clipping, over all stages; in asynchronous schedules of this rank's stage. None without clipping."""
 
 
-def _ignore(action: Action, start_ns: int, end_ns: int) -> None:
-    """Record nothing."""
-
-
-@dataclass
-class Hooks:
-    """What a caller may watch. None of it changes what is computed."""
-
-    record: Record = field(default=_ignore)
-    """Called after each action."""
-    announce: Callable[[str], None] = field(default=lambda text: None)
-    """Called before the rank waits for something."""
-    gradients: Callable[[int, int, Mapping[str, Tensor]], None] | None = None
-    """Called before each update with stage, microbatch and the gradients by name."""
-
-
 class Pipeline:
     """Trains a chain of blocks that is spread over the ranks of the default process group.
 
     Every rank makes the same `Pipeline` and gives it the same batches; each builds and trains only its own stages.
+    Under torchrun it joins the other ranks by itself, and leaves them at the end of a `with` block or by `close`;
+    without torchrun there is one rank.
 
     Args:
-        model: a `Chain`, or modules that each take the previous one's tensor.
-        loss: a function of the last module's output and the batch's target that returns a mean over samples; not for a `Chain`.
-        optimizer: makes the optimizer of one stage from its (name, parameter) pairs, as every torch optimizer takes them.
+        model: a `Chain`, or modules that each take the previous one's tensor; these keep the weights that they have.
+        loss: for modules alone: a function of the last one's output and the batch's target, the mean over samples.
+        optimizer: makes the optimizer of one stage from its (name, parameter) pairs, which torch's optimizers take.
         schedule: a name from `vpipe schedule --list`.
-        num_microbatches: slices of a batch; in an asynchronous schedule each one is an update of its own.
+        num_microbatches: slices of a batch, by default two per rank; in `pipedream` each one is an update of its own.
         partition: blocks per stage, `uniform` (default) or `parameters`.
-        stages_per_rank: stages that each rank holds, where the schedule has it.
+        stages_per_rank: stages that each rank holds; None: as the schedule has it, mostly 1.
         recompute_ratio: per stage or for all, the trailing share of blocks that keep no activations.
         recompute: for which microbatches: `always`, `except_last` of a batch, `never`.
         depths: warmup forwards per stage, more than the schedule's own hide latency (`stage_to_depth_map`).
@@ -97,25 +86,26 @@ class Pipeline:
         vertical_sync: asynchronous with one weight version per microbatch on all stages.
         clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
         learning_rate: the rate as a function of iterations done, instead of the optimizer's own.
-        seed: for initial weights and dropout.
+        seed: for dropout, and for initial weights that the blocks draw when they are built.
         device: where this rank computes.
         field_specs: what the batch's fields look like, where batches hold only the fields that a rank needs.
         hooks: what the caller wants to watch.
+        timeout_seconds: how long a rank waits for another before it gives up.
 
     Raises:
-        ConfigError, PlanError, ScheduleError, ModelError: what was given does not fit together.
+        ConfigError, PlanError, ScheduleError, ModelError: what was given does not fit together, or ranks disagree.
     """
 
     def __init__(
         self,
-        model: Chain | nn.Sequential | Sequence[nn.Module | Block],
+        model: Chain | Modules,
         loss: Callable[..., Tensor] | None = None,
         *,
         optimizer: OptimizerFactory,
         schedule: str = "1f1b",
         num_microbatches: int | None = None,
         partition: Sequence[int] | str | None = None,
-        stages_per_rank: int = 1,
+        stages_per_rank: int | None = None,
         recompute_ratio: float | Sequence[float] = 0.0,
         recompute: RecomputeMode = "always",
         depths: Sequence[int] | None = None,
@@ -127,18 +117,13 @@ class Pipeline:
         device: torch.device | str = "cpu",
         field_specs: Mapping[str, FieldSpec] | None = None,
         hooks: Hooks | None = None,
+        timeout_seconds: float = 300.0,
     ) -> None:
-        self.chain = _as_chain(model, loss)
-        self.device = torch.device(device)
-        self._membership: ProcessGroup | None = None
-        if not dist.is_initialized():
-            self._membership = initialise_process_group(None, _TIMEOUT_SECONDS, device=device)
-            self.device = self._membership.device
-        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
-        # A group of its own, so that losses and collectives never meet the transport's messages.
-        self._control = dist.new_group(backend="gloo") if self.num_ranks > 1 else None
+        self.chain = as_chain(model, loss)
+        check_training_arguments(optimizer, recompute, clip_grad_norm)
         self.hooks = hooks or Hooks()
-        self._seed = seed
+        timeout = timedelta(seconds=timeout_seconds)
+        self._join(device, timeout)
         options: dict[str, object] = {"depths": depths} if depths is not None else {}
         if vertical_sync:
             options["vertical_sync"] = True
@@ -153,6 +138,8 @@ class Pipeline:
         )
         placement = self.programs.sample.placement
         self.partition = resolve_partition(partition, self.chain, placement.num_stages)
+        sizes = parameter_sizes(self.chain)
+        self._agree_on_plan(seed, clip_grad_norm)
         self.held = build_stages(
             self.chain,
             self.partition,
@@ -160,19 +147,21 @@ class Pipeline:
             optimizer,
             seed=seed,
             device=self.device,
-            recompute_ratio=_per_stage(recompute_ratio, placement.num_stages),
+            recompute_ratio=ratio_per_stage(recompute_ratio, placement.num_stages),
             recompute=recompute,
             num_microbatches=self.programs.num_microbatches,
         )
-        self.transport = Transport(placement, self.rank, self.device, self.hooks.announce)
+        self.transport = Transport(placement, self.rank, self.device, self.hooks.announce, timeout=timeout)
+        synchronous = self.programs.synchronous
         self._updater = Updater(
             {index: item.weights for index, item in self.held.items()},
-            [name for sizes in parameter_sizes(self.chain) for name in sizes],
-            tied_groups(self.chain, self.partition, placement, self.programs.synchronous),
-            synchronous=self.programs.synchronous,
+            [name for named in sizes for name in named],
+            tied_groups(self.chain, self.partition, placement, sizes, synchronous=synchronous, timeout=timeout),
+            synchronous=synchronous,
             clip_grad_norm=clip_grad_norm,
             learning_rate=learning_rate,
             group=self._control,
+            hooks=self.hooks,
         )
         self._executor = Executor(
             self.held,
@@ -186,8 +175,33 @@ class Pipeline:
         self._last_rank = placement.rank_of(placement.num_stages - 1)
         self._board = LossBoard(self._last_rank, len(self.chain.loss.parts), self._control)
         self._field_specs = field_specs
-        self._specs_of: dict[int, dict[int, tuple[ValueSpec, ...]]] = {}
+        self._known_crossings: dict[str, dict[int, tuple[ValueSpec, ...]]] = {}
+        self._is_busy = False
         self.iteration = 0
+
+    def _join(self, device: torch.device | str, timeout: timedelta) -> None:
+        self.device = torch.device(device)
+        self._membership: ProcessGroup | None = None
+        if not dist.is_initialized():
+            self._membership = initialise_process_group(None, timeout.total_seconds(), device=device)
+            self.device = self._membership.device
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        # A group of its own, so that losses and collectives never meet the transport's messages.
+        self._control = dist.new_group(backend="gloo", timeout=timeout) if self.num_ranks > 1 else None
+
+    def _agree_on_plan(self, seed: int, clip_grad_norm: float | None) -> None:
+        sample = self.programs.sample
+        facts = {
+            "schedule": f"{sample.name} with {self.programs.num_microbatches} microbatches ({sample.fingerprint()})",
+            "partition": list(self.partition),
+            "blocks": " ".join(block.name for block in self.chain.blocks),
+            "batch fields": self.chain.fields,
+            "parts of the loss": self.chain.loss.parts,
+            "tied weights": self.chain.tied,
+            "clip_grad_norm": clip_grad_norm,
+            "seed": seed,
+        }
+        agree(facts, self._control)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -195,134 +209,159 @@ class Pipeline:
         return tuple(dict.fromkeys(name for item in self.held.values() for name in item.stage.fields))
 
     def step(self, *data: Tensor, **fields: Tensor) -> StepResult:
-        """Train on one batch, given as tensors in the order of the model's fields or by name; empties the pipeline."""
-        return next(iter(list(self.train([fields or data], 1))))
-
-    def train(self, batches: Iterable[Data], num_batches: int | None = None) -> Iterator[StepResult]:
-        """Train on batches; yield each one's result when this rank has done its update.
-
-        An asynchronous pipeline fills with the first batch and drains with the last, so it has to know how many there are:
-        from `num_batches`, or else from ``len(batches)``.
+        """Train on one batch, given as tensors in the order of the model's fields or by name; empties the pipeline.
 
         Raises:
+            DataError, ConfigError: the batch is not one of the model's, or cannot be cut into microbatches.
             NonFiniteLossError: the loss is no number any more; on every rank.
         """
-        count = _count(batches, num_batches)
-        stream = (as_batch(data, self.chain) for data in islice(iter(batches), count))
-        for group in [1] * count if self.programs.synchronous else [count] * (count > 0):
-            program = self.programs.training(group, self.iteration)
-            yield from self._train(program, self._prepare(stream, program))
-            self.iteration += group
+        (result,) = self.train([fields or data], 1)
+        return result
 
-    def _train(self, program: Program, batches: Iterable[Batch]) -> Iterator[StepResult]:
+    def train(self, batches: Iterable[BatchLike], num_batches: int | None = None) -> Iterator[StepResult]:
+        """Train on batches; yield each one's result when this rank has done its update.
+
+        An asynchronous pipeline fills with the first batch and drains with the last: it has to know how many there are,
+        from `num_batches` or else from ``len(batches)``, and all of its results must be taken.
+
+        Raises:
+            DataError, ConfigError: a batch is not one of the model's, or cannot be cut into microbatches.
+            NonFiniteLossError: the loss is no number any more; on every rank.
+        """
+        count = count_batches(batches, num_batches, synchronous=self.programs.synchronous)
+        stream = (as_batch(data, self.chain) for data in islice(iter(batches), count))
+        return self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
+
+    def _train_each(self, batches: Iterator[Batch], count: int | None) -> Iterator[StepResult]:
+        done = 0
+        for batch in batches:
+            (result,) = self._run(self.programs.training(1, self.iteration), iter([batch]))
+            done += 1
+            yield result
+        if count is not None and done < count:
+            raise DataError(f"batch {done} was expected but the data ended; give a num_batches that exists")
+
+    def _train_all(self, batches: Iterator[Batch], count: int) -> Iterator[StepResult]:
+        agree({"number of batches": count}, self._control)
+        if count:
+            yield from self._run(self.programs.training(count, self.iteration), batches)
+
+    def _run(self, program: Program, batches: Iterator[Batch]) -> Iterator[StepResult]:
+        """Execute a training program to its end."""
         self._program = program
-        size = program.num_microbatches
-        feed = BatchFeed(batches, size, len(self.held), self._move)
-        updates_left = [len(self.held)] * (program.num_serials // size)
+        feed = self._start(program, batches)
+        updates_left = [len(self.held)] * program.num_batches
+        self._is_busy = True
         self._board.expect()
         for action in self._executor.run(program, feed):
-            batch, position = divmod(action.microbatch, size)
-            if position == size - 1:
+            batch, position = divmod(action.microbatch, program.num_microbatches)
+            if position == program.num_microbatches - 1:
                 updates_left[batch] -= 1
                 if not updates_left[batch]:
-                    yield self._result(program.first_iteration + batch, batch)
-                    if batch + 1 < len(updates_left):
+                    result = self._result(program, batch)
+                    if batch + 1 < program.num_batches:
                         self._board.expect()
+                        yield result
         self.transport.finish()
         self._board.finish()
+        self.iteration += program.num_batches
+        self._is_busy = False
+        yield result
 
-    def _result(self, iteration: int, batch: int) -> StepResult:
-        size = self.programs.num_microbatches
-        names = self.chain.loss.parts
+    def _result(self, program: Program, batch: int) -> StepResult:
+        names, size, iteration = self.chain.loss.parts, program.num_microbatches, program.first_iteration + batch
         if self.rank == self._last_rank:
             shares = [self._executor.losses.pop(batch * size + index) for index in range(size)]
-            # Where every microbatch is normalised by itself, the batch's loss is their mean.
-            scale = self.programs.microbatches_per_update / size
+            # Where a batch is several updates, each normalised by itself, the batch's loss is their mean.
+            scale = program.microbatches_per_update / size
             self._board.publish([math.fsum(share[name].item() for share in shares) * scale for name in names])
         parts = dict(zip(names, self._board.collect(), strict=True))
         loss = math.fsum(parts.values())
         if not math.isfinite(loss):
+            # Every rank comes here by itself; it must not be disturbed by others that have left already.
+            self.transport.finish_gradients()
+            self._board.finish()
             shown = ", ".join(f"{name} {value}" for name, value in parts.items())
             raise NonFiniteLossError(
-                f"the loss became {loss} at iteration {iteration} ({shown}); lower the learning rate, warm it up for longer, "
-                "clip gradients (clip_grad_norm), or look for empty or broken samples"
+                f"the loss became {loss} at iteration {iteration} ({shown}); lower the learning rate, warm it up for "
+                "longer, clip gradients (clip_grad_norm), or look for empty or broken samples"
             )
         return StepResult(iteration, loss, parts, self._updater.gradient_norm)
 
     def _update(self, stage: int, microbatch: int) -> None:
         program = self._program
-        update = program.weights[stage].update_of[microbatch]
-        if self.hooks.gradients is not None:
-            hook = self.hooks.gradients
-            self._updater.observe = lambda index, gradients: hook(index, microbatch, gradients)
         share = program.microbatches_per_update / program.num_microbatches
-        self._updater.step(stage, program.first_iteration + update * share)
+        progress = program.first_iteration + program.weights[stage].update_of[microbatch] * share
+        self._updater.step(stage, microbatch, progress)
 
-    def evaluate(self, batches: Iterable[Data]) -> dict[str, float]:
-        """Return the loss and its parts over `batches` of any size, with dropout off, on the newest weights."""
+    def evaluate(self, batches: Iterable[BatchLike]) -> dict[str, float]:
+        """Return the loss and its parts over `batches` of any size, with dropout off, on the newest weights.
+
+        Raises:
+            DataError: a batch is not one of the model's, or there is none.
+        """
+        sums = LossSums(self.chain.loss.parts)
         stream = (as_batch(data, self.chain) for data in batches)
-        sums = dict.fromkeys(self.chain.loss.parts, 0.0)
-        counts = dict.fromkeys(self.chain.loss.parts, 0.0)
-        modules = [item.weights.newest for item in self.held.values()]
-        for module in modules:
-            module.eval()
-        for _, same_size in groupby(stream, key=lambda batch: batch.num_samples):
-            while together := list(islice(same_size, _EVALUATED_TOGETHER)):
-                self._evaluate(together, sums, counts)
-        for module in modules:
-            module.train()
-        totals = torch.tensor([*sums.values(), *counts.values()], dtype=torch.float64)
-        if self._control is not None:
-            dist.broadcast(totals, self._last_rank, group=self._control)
-        values = totals.tolist()
-        parts = {name: values[index] / values[index + len(sums)] for index, name in enumerate(sums)}
-        return {"loss": math.fsum(parts.values()), **parts}
+        with evaluating([item.weights.newest for item in self.held.values()]):
+            for _, same_size in groupby(stream, key=lambda batch: batch.num_samples):
+                while together := list(islice(same_size, _EVALUATED_TOGETHER)):
+                    self._evaluate(together, sums)
+        return sums.means(self._last_rank, self._control)
 
-    def _evaluate(self, batches: list[Batch], sums: dict[str, float], counts: dict[str, float]) -> None:
+    def _evaluate(self, batches: list[Batch], sums: LossSums) -> None:
         program = self.programs.evaluation(len(batches))
-        feed = BatchFeed(self._prepare(iter(batches), program), 1, len(self.held), self._move)
-        for _ in self._executor.run(program, feed):
+        for _ in self._executor.run(program, self._start(program, iter(batches))):
             raise AssertionError("an evaluation has no updates")
         self.transport.finish()
         for serial in list(self._executor.losses):
-            for name, part in self._executor.losses.pop(serial).items():
-                sums[name] += part.item()
-            for name, number in self._executor.counts.pop(serial).items():
-                counts[name] += number
+            sums.add(self._executor.losses.pop(serial), self._executor.counts.pop(serial))
 
-    def _prepare(self, batches: Iterator[Batch], program: Program) -> Iterator[Batch]:
-        """Agree on shapes from the first batch, start the transport, and return all batches."""
+    def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
+        """Look at the first batch, agree on shapes, and start the transport."""
+        if self._is_busy:
+            raise ExecutionError(
+                "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of "
+                "its results, or give it the num_batches that you want"
+            )
         first = next(batches, None)
         if first is None:
-            raise DataError("there are no batches to train on or to evaluate")
-        num_samples = first.num_samples // program.num_microbatches
-        crossing = self._crossing(first, num_samples)
+            raise DataError("there are no batches")
+        num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
+        crossing = self._crossing(first, num_samples, program.training)
         self.transport.start(program.actions, crossing, program.num_serials, program.window)
-        return concatenate([first], batches)
+        readers = [item.stage.fields for item in self.held.values()]
+        return BatchFeed(concatenate([first], batches), program.num_microbatches, readers, self._move)
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _crossing(self, first: Batch, num_samples: int) -> dict[int, tuple[ValueSpec, ...]]:
-        """Infer what crosses each cut for microbatches of `num_samples`, once, and agree with the other ranks on the plan."""
-        if num_samples not in self._specs_of:
-            fields = field_tensors(self.chain, first, self._field_specs, num_samples)
-            crossing = crossing_specs(self.chain, self.partition, fields)
-            for index, item in self.held.items():
-                specs = crossing.get(index, ())
-                item.stage.differentiable = frozenset(spec.name for spec in specs if spec.requires_grad)
-            facts = {
-                "schedule": f"{self.programs.sample.name} {self.programs.sample.fingerprint()}",
-                "partition": self.partition,
-                "values between stages": crossing,
-                "seed": self._seed,
-            }
-            agree(facts, self._control)
-            self._specs_of[num_samples] = crossing
-        return self._specs_of[num_samples]
+    def _crossing(self, first: Batch, num_samples: int, training: bool) -> dict[int, tuple[ValueSpec, ...]]:
+        """Infer what crosses each cut for microbatches of `num_samples`; agree with the other ranks, once per shape."""
+        fields = field_tensors(self.chain, first, self._field_specs, num_samples)
+        key = str((training, [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in fields.items()]))
+        if key not in self._known_crossings:
+            crossing = crossing_specs(self.chain, self.partition, fields, training=training)
+            agree({"values between stages": crossing}, self._control)
+            self._known_crossings[key] = crossing
+        crossing = self._known_crossings[key]
+        for index, item in self.held.items():
+            item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
+        return crossing
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.
+
+        The dictionaries of all ranks together are the model's; for an `nn.Sequential`, what its own would be.
+        """
+        return {
+            self.chain.blocks[block].global_name(name): tensor
+            for item in self.held.values()
+            for block, module in enumerate(item.weights.newest, start=item.stage.start)
+            for name, tensor in module.state_dict().items()
+        }
 
     def close(self) -> None:
-        """Leave the process group, if this pipeline made it."""
+        """Leave the process group, if this pipeline joined it."""
         if self._membership is not None:
             membership, self._membership = self._membership, None
             destroy_process_group(membership)
@@ -335,30 +374,5 @@ class Pipeline:
     ) -> None:
         if error is None:
             self.close()
-
-
-def _as_chain(model: Chain | nn.Sequential | Sequence[nn.Module | Block], loss: Callable[..., Tensor] | None) -> Chain:
-    if isinstance(model, Chain):
-        if loss is not None:
-            raise ConfigError("a Chain brings its own loss; leave the loss argument out")
-        return model
-    if loss is None:
-        raise ConfigError("modules need a loss: a function of the last module's output and the target, e.g. mse_loss")
-    return Chain.from_modules(model, CallableLoss(loss))
-
-
-def _per_stage(ratio: float | Sequence[float], num_stages: int) -> list[float]:
-    ratios = list(ratio) if isinstance(ratio, Sequence) else [float(ratio)] * num_stages
-    if len(ratios) != num_stages:
-        raise ConfigError(
-            f"recompute_ratio has {len(ratios)} values but there are {num_stages} stages; give one for each"
-        )
-    return ratios
-
-
-def _count(batches: Iterable[Data], num_batches: int | None) -> int:
-    if num_batches is not None:
-        return num_batches
-    if isinstance(batches, Sized):
-        return len(batches)
-    raise ConfigError("an iterator does not say how many batches it has; pass num_batches")
+        elif self._membership is not None and isinstance(error, Exception):
+            report_failure(error)

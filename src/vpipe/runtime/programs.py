@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 
-from vpipe.runtime.executor import Program
+from vpipe.errors import ScheduleError
+from vpipe.runtime.executor import RUNNABLE, Program
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.lower import lower
 from vpipe.schedule.memory import peak_activations
@@ -17,13 +17,12 @@ from vpipe.schedule.weights import weight_usage
 
 __all__ = ["ProgramBuilder"]
 
-_BATCHES_VALIDATED = 4
-
 
 class ProgramBuilder:
     """Builds what `rank` does for one batch (synchronous) or for all batches until the pipeline drains (asynchronous).
 
     `macrobatch` makes one update of each batch in an asynchronous schedule, instead of one per microbatch.
+    `stages_per_rank` is the schedule's own where it is None.
 
     Raises:
         ScheduleError: the schedule cannot be built for these sizes and options, or would not be legal.
@@ -36,13 +35,12 @@ class ProgramBuilder:
         rank: int,
         num_microbatches: int,
         *,
-        stages_per_rank: int = 1,
+        stages_per_rank: int | None = None,
         macrobatch: bool = False,
         options: Mapping[str, object],
     ) -> None:
         self.synchronous = find_entry(name).synchronous
         self.num_microbatches = num_microbatches
-        self.microbatches_per_update = num_microbatches if self.synchronous or macrobatch else 1
         self._name = name
         self._num_ranks = num_ranks
         self._rank = rank
@@ -50,10 +48,38 @@ class ProgramBuilder:
         self._options = dict(options)
         if macrobatch:
             self._options["microbatches_per_update"] = num_microbatches
-        self._num_stages = num_ranks * stages_per_rank
-        self.sample = self.schedule(1 if self.synchronous else _BATCHES_VALIDATED)
+        self._latest: tuple[int, Program] | None = None
+        self.sample = self.schedule(1)
+        """A schedule of one batch, or of enough batches to show an asynchronous schedule's steady state."""
+        if not self.synchronous:
+            self.sample = self.schedule(self._num_batches_until_steady())
         # A longer asynchronous schedule repeats the steady state of this one.
         validate_schedule(self.sample)
+        self._check_runnable()
+        self.microbatches_per_update = self._count_microbatches_per_update()
+
+    def _num_batches_until_steady(self) -> int:
+        """Return a number of batches in which every stage has more forwards than it runs ahead, and a few pairs."""
+        depths = self._options.get("depths")
+        deepest: int = max([self.sample.num_stages, *(depths if isinstance(depths, list | tuple) else ())])
+        return 2 + -(-2 * deepest // self.num_microbatches)
+
+    def _check_runnable(self) -> None:
+        kinds = {action.kind for order in self.sample.orders for action in order} - RUNNABLE
+        if kinds:
+            raise ScheduleError(
+                f"schedule '{self._name}' has actions that can be drawn and simulated but not run yet: "
+                f"{', '.join(sorted(kinds))}; use one of forwards and full backwards, such as 1f1b or pipedream"
+            )
+
+    def _count_microbatches_per_update(self) -> int:
+        count = weight_usage(self.sample)[0].update_of.count(0)
+        if self.num_microbatches % count:
+            raise ScheduleError(
+                f"schedule '{self._name}' updates after every {count} microbatches, which do not divide a batch of "
+                f"num_microbatches={self.num_microbatches}; use a multiple of {count}"
+            )
+        return count
 
     def schedule(self, num_batches: int) -> Schedule:
         """Build the schedule of `num_batches` batches."""
@@ -62,25 +88,21 @@ class ProgramBuilder:
             self._name, self._num_ranks, count, stages_per_rank=self._stages_per_rank, **self._options
         )
 
-    @cached_property
-    def _one_batch(self) -> Program:
-        return self._program(self.sample, 0)
-
     def training(self, num_batches: int, first_iteration: int) -> Program:
         """Return the program of `num_batches` batches; a synchronous one is of a single batch."""
-        if self.synchronous:
-            return replace(self._one_batch, first_iteration=first_iteration)
-        return self._program(self.schedule(num_batches), first_iteration)
+        if self._latest is None or self._latest[0] != num_batches:
+            self._latest = num_batches, self._program(self.schedule(1 if self.synchronous else num_batches))
+        return replace(self._latest[1], first_iteration=first_iteration)
 
-    def _program(self, schedule: Schedule, first_iteration: int) -> Program:
+    def _program(self, schedule: Schedule) -> Program:
         return Program(
             actions=lower(schedule)[self._rank],
             weights=dict(enumerate(weight_usage(schedule))),
             num_microbatches=self.num_microbatches,
             microbatches_per_update=self.microbatches_per_update,
-            first_iteration=first_iteration,
+            first_iteration=0,
             num_serials=schedule.num_microbatches,
-            window=round(max(peak_activations(schedule)) * self._stages_per_rank),
+            window=round(max(peak_activations(schedule)) * schedule.placement.stages_per_rank),
         )
 
     def evaluation(self, num_microbatches: int) -> Program:
@@ -100,6 +122,6 @@ class ProgramBuilder:
             microbatches_per_update=1,
             first_iteration=0,
             num_serials=num_microbatches,
-            window=self._num_stages,
+            window=placement.num_stages,
             training=False,
         )

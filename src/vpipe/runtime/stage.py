@@ -5,7 +5,8 @@ Weights are passed in, so the same stage serves every weight version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from vpipe.model.chain import Chain, call_block
+from vpipe.errors import ModelError
+from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import derive_seed, seed_everything
 
@@ -35,23 +37,21 @@ class MicrobatchKey:
         seed_everything(derive_seed(self.seed, "dropout", self.iteration, self.microbatch, block))
 
 
-def _seeded(key: MicrobatchKey, block: int, module: nn.Module, *inputs: Tensor) -> Any:
-    key.seed_block(block)
-    return module(*inputs)
-
-
 @dataclass
 class _Saved:
-    """What a forward leaves for its backward: input leaves, and for each output where its graph begins."""
+    """What a forward leaves for its backward: the inputs that need a gradient, and where the outputs' graphs begin."""
 
     inputs: dict[str, Tensor]
     roots: dict[str, GradientEdge] = field(default_factory=dict)
+    loss: tuple[GradientEdge, Tensor] | None = None
 
 
 class Stage:
     """Blocks `start` to `stop - 1` of a chain.
 
-    `recomputes(block, microbatch)` says which blocks keep no activations for a microbatch (by its index inside the batch).
+    `recomputes(block, microbatch)` says which blocks keep no activations for a microbatch (by its index in the batch).
+
+    Forward and backward use the default random generators and leave them changed.
     """
 
     def __init__(
@@ -67,10 +67,15 @@ class Stage:
         self.is_last = stop == len(chain)
         self.outputs = () if self.is_last else chain.crossing(stop)
         self.fields = chain.fields_of(start, stop)
-        self.differentiable: frozenset[str] = frozenset()
-        """The inputs that need a gradient, as shape inference found them."""
         self._recomputes = recomputes
+        self._differentiable: frozenset[str] = frozenset()
+        self._owed: frozenset[str] = frozenset()
         self._saved: dict[int, _Saved] = {}
+
+    def expect(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
+        """Say what shape inference found to cross the cuts before and after the stage: which values need a gradient."""
+        self._differentiable = frozenset(spec.name for spec in inputs if spec.requires_grad)
+        self._owed = frozenset(spec.name for spec in outputs if spec.requires_grad)
 
     @property
     def num_saved(self) -> int:
@@ -88,14 +93,23 @@ class Stage:
         """Run microbatch `serial` and keep what its backward needs; return the values that cross the next cut.
 
         On the last stage return all values, for `loss`.
+
+        Raises:
+            ModelError: a value needs a gradient although it did not when shapes were inferred, or the other way round.
         """
-        leaves = {name: value.detach().requires_grad_(name in self.differentiable) for name, value in inputs.items()}
+        leaves = {name: value.detach().requires_grad_(name in self._differentiable) for name, value in inputs.items()}
         values = self._run(modules, {**fields, **leaves}, key)
         saved = self._saved[serial] = _Saved({name: leaf for name, leaf in leaves.items() if leaf.requires_grad})
         if self.is_last:
             return values
         outputs = {name: values[name] for name in self.outputs}
         saved.roots = {name: get_gradient_edge(value) for name, value in outputs.items() if value.requires_grad}
+        if odd := sorted(saved.roots.keys() ^ self._owed):
+            needs = "needs" if odd[0] in saved.roots else "needs no"
+            raise ModelError(
+                f"'{odd[0]}' {needs} gradient where the stage of blocks {self.start} to {self.stop - 1} ends, unlike "
+                "when shapes were inferred on the meta device; blocks must not make that depend on data or device"
+            )
         return {name: value.detach() for name, value in outputs.items()}
 
     def loss(
@@ -105,8 +119,7 @@ class Stage:
         parts = self.chain.loss(values, totals, num_samples)
         total = sum_parts(parts)
         if total.requires_grad:
-            self._saved[serial].roots = {"loss": get_gradient_edge(total)}
-            self._saved[serial].inputs["loss"] = torch.ones_like(total)
+            self._saved[serial].loss = get_gradient_edge(total), torch.ones_like(total)
         return {name: part.detach() for name, part in parts.items()}
 
     def evaluate(
@@ -119,23 +132,55 @@ class Stage:
 
     def _run(self, modules: nn.ModuleList, values: dict[str, Tensor], key: MicrobatchKey) -> dict[str, Tensor]:
         for index, module in zip(range(self.start, self.stop), modules, strict=True):
-            # Seeding inside the call makes a recomputed forward draw the same random numbers.
-            call: Callable[..., Any] = partial(_seeded, key, index, module)
+            call = partial(_seeded, key, index, module)
             if torch.is_grad_enabled() and self._recomputes(index, key.microbatch):
-                call = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
+                call = partial(_checkpointed, module, call)
             values.update(call_block(self.chain.blocks[index], call, values))
         return values
 
     def backward(self, serial: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the backward of microbatch `serial`; return the gradients of the stage's inputs.
 
-        `gradients` are those of the stage's outputs; the last stage needs none.
+        `gradients` are those of the stage's outputs; the last stage needs none. As in one process, what the loss does
+        not depend on has no gradient, which is not the same as zero to an optimizer with weight decay or momentum.
         """
         saved = self._saved.pop(serial)
-        if self.is_last and saved.roots:
-            gradients = {"loss": saved.inputs.pop("loss")}
-        names = [name for name in saved.roots if name in gradients]
-        if names:
-            torch.autograd.backward([saved.roots[name] for name in names], [gradients[name] for name in names])
-        # An input that nothing depended on still owes its sender a gradient.
-        return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in saved.inputs.items()}
+        if saved.loss is not None:
+            roots, seeds = [saved.loss[0]], [saved.loss[1]]
+        else:
+            names = [name for name in saved.roots if name in gradients]
+            roots, seeds = [saved.roots[name] for name in names], [gradients[name] for name in names]
+        if roots:
+            torch.autograd.backward(roots, seeds)
+        return {name: leaf.grad for name, leaf in saved.inputs.items() if leaf.grad is not None}
+
+
+def _seeded(key: MicrobatchKey, block: int, module: nn.Module, *inputs: Tensor) -> Any:
+    # Seeding inside the call makes a recomputed forward draw the same random numbers.
+    key.seed_block(block)
+    return module(*inputs)
+
+
+def _checkpointed(module: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> Any:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _keeping_buffers(module)
+
+    return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextmanager
+def _keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Undo what a recomputed forward does to buffers: running statistics have seen the microbatch already."""
+    kept = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, value in kept:
+            # As batch norm's own update does, this goes past autograd's version counter.
+            buffer.data.copy_(value)
+            part._buffers[name] = buffer

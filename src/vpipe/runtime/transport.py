@@ -1,25 +1,28 @@
 """Moves values between stages: receives are posted ahead, sends never make compute wait.
 
-Messages travel on *channels*, one per cut and direction. With gloo a message is matched by a tag made of channel and serial number.
-NCCL has no tags and runs the operations of a communicator in order, so there every directed pair of ranks gets one communicator for
-activations and one for gradients; `validate` has shown that the order of sends equals the order of receives on each.
+Messages travel on *channels*, one per cut and direction. With gloo a message is matched by a tag made of channel and
+serial number. NCCL has no tags and runs the operations of a communicator in order, so there every *link*, a directed
+pair of ranks, gets one communicator for activations and one for gradients. On each, receives are posted in the order of
+the program, and `validate_schedule` has shown that this is the order of the sends.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.runtime.buffers import BufferPool
 from vpipe.runtime.message import MessageLayout
-from vpipe.runtime.wait import post, wait_for
+from vpipe.runtime.wait import post, telling_losses, wait_for
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
 
@@ -28,6 +31,13 @@ __all__ = ["Transport"]
 _RECEIVES_AHEAD = 2
 _TAG_LIMIT = 1 << 31
 
+_CUT_OFFSET = {Kind.SEND_F: 1, Kind.RECV_F: 0, Kind.SEND_B: 0, Kind.RECV_B: 1}
+_FORWARD = frozenset({Kind.SEND_F, Kind.RECV_F})
+_SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
+
+_Link = tuple[int, int, bool]
+"""Source rank, target rank, and whether activations travel on it or gradients."""
+
 
 @dataclass
 class _Channel:
@@ -35,17 +45,22 @@ class _Channel:
 
     index: int
     peer: int
+    link: _Link
     layout: MessageLayout
-    group: dist.ProcessGroup | None
-    upcoming: deque[int] = field(default_factory=deque)
     posted: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
     sent: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
 
 
 class Transport:
-    """Point-to-point messages of one rank.
+    """Point-to-point messages of one rank; making one is collective.
 
-    `announce` is told what the rank is about to wait for, so that a hang or a death can be explained.
+    Args:
+        placement: which rank holds which stage.
+        rank: this rank.
+        device: where it computes.
+        announce: is told what the rank is about to wait for, so that a hang or a death can be explained.
+        timeout: how long a wait may last where communicators of its own are made.
+        ordered: match messages by their order on a link instead of by tags; None: as the process group's backend needs.
     """
 
     def __init__(
@@ -54,28 +69,47 @@ class Transport:
         rank: int,
         device: torch.device,
         announce: Callable[[str], None] = lambda _: None,
+        *,
+        timeout: timedelta | None = None,
+        ordered: bool | None = None,
     ) -> None:
+        is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+        if is_nccl and device.type != "cuda":
+            raise ConfigError(f"the process group's backend is nccl but the device is {device}; use cuda, or gloo")
         self._placement = placement
         self._rank = rank
         self._device = device
         self._announce = announce
-        self._is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-        self._wire = device if self._is_nccl else torch.device("cpu")
+        self._ordered = is_nccl if ordered is None else ordered
+        self._wire = device if is_nccl else torch.device("cpu")
         self._pool = BufferPool(self._wire)
-        self._groups = self._open_groups() if self._is_nccl else {}
+        self._groups = self._open_groups(timeout) if self._ordered else {}
+        self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], MessageLayout] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
+        self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
         self._base = 0
         self._span = 0
         self._window = 0
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    def _open_groups(self) -> dict[tuple[int, int, bool], dist.ProcessGroup]:
+    def _open_groups(self, timeout: timedelta | None) -> dict[_Link, dist.ProcessGroup]:
         ranks = [self._placement.rank_of(stage) for stage in range(self._placement.num_stages)]
         forward = {(source, target, True) for source, target in pairwise(ranks) if source != target}
         backward = {(target, source, False) for source, target, _ in forward}
         # new_group is collective: every rank makes every group, in the same order.
-        return {link: dist.new_group(sorted(link[:2]), backend="nccl") for link in sorted(forward | backward)}
+        links = sorted(forward | backward)
+        groups = {link: dist.new_group(sorted(link[:2]), timeout=timeout) for link in links}
+        for (source, target, _), group in groups.items():
+            # NCCL connects at the first message, and blocks until the other side does: in the same order everywhere,
+            # or two ranks that post their first receives from each other would wait for ever.
+            probe = torch.zeros(1, device=self._wire)
+            with telling_losses("the first message of a link"):
+                if self._rank == source:
+                    dist.send(probe, target, group)
+                elif self._rank == target:
+                    dist.recv(probe, source, group)
+        return groups
 
     def start(
         self,
@@ -92,53 +126,64 @@ class Transport:
         self._base += self._span
         self._span, self._window = num_microbatches, window
         self._channels = {}
+        self._upcoming.clear()
         for action in actions:
-            if action.kind not in _CUT_OFFSET:
-                continue
-            channel = self._channel(action, crossing)
-            if action.kind in (Kind.RECV_F, Kind.RECV_B) and channel.layout.specs:
-                channel.upcoming.append(action.microbatch)
-        for channel in self._channels.values():
+            if action.kind in _CUT_OFFSET:
+                channel = self._channel(action, crossing)
+                if action.kind not in _SENDS and channel.layout.specs:
+                    self._upcoming[channel.link].append((channel, action.microbatch))
+        for link in self._upcoming:
             for _ in range(_RECEIVES_AHEAD):
-                self._post(channel)
+                self._post_next(link)
 
     def _channel(self, action: Action, crossing: Mapping[int, Sequence[ValueSpec]]) -> _Channel:
         key = (action.kind, action.stage)
         if key not in self._channels:
-            cut = action.stage + _CUT_OFFSET[action.kind]
-            forward = action.kind in (Kind.SEND_F, Kind.RECV_F)
-            specs = [spec for spec in crossing[cut] if forward or spec.requires_grad]
+            cut, forward = action.stage + _CUT_OFFSET[action.kind], action.kind in _FORWARD
             index = 2 * cut + (0 if forward else 1)
-            other = cut if action.stage == cut - 1 else cut - 1
-            peer = self._placement.rank_of(other)
-            sending = action.kind in (Kind.SEND_F, Kind.SEND_B)
-            link = (self._rank, peer, forward) if sending else (peer, self._rank, forward)
-            self._channels[key] = _Channel(index, peer, MessageLayout(index, specs), self._groups.get(link))
+            peer = self._placement.rank_of(cut if action.stage == cut - 1 else cut - 1)
+            link = (self._rank, peer, forward) if action.kind in _SENDS else (peer, self._rank, forward)
+            self._channels[key] = _Channel(index, peer, link, self._layout(index, forward, crossing[cut]))
         return self._channels[key]
+
+    def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> MessageLayout:
+        specs = tuple(spec for spec in crossing if forward or spec.requires_grad)
+        if (index, specs) not in self._layouts:
+            self._layouts[index, specs] = MessageLayout(index, specs)
+        return self._layouts[index, specs]
 
     def _tag(self, channel: _Channel, microbatch: int) -> int:
         num_channels = 2 * self._placement.num_stages + 2
-        return (channel.index + num_channels * (self._base + microbatch)) % _TAG_LIMIT
+        return 0 if self._ordered else (channel.index + num_channels * (self._base + microbatch)) % _TAG_LIMIT
 
-    def _post(self, channel: _Channel) -> None:
-        if not channel.upcoming:
+    def _post_next(self, link: _Link) -> None:
+        if not self._upcoming[link]:
             return
-        microbatch = channel.upcoming.popleft()
+        channel, microbatch = self._upcoming[link].popleft()
         buffer = self._pool.take(channel.layout.num_bytes)
-        tag = self._tag(channel, microbatch)
-        work = post(dist.irecv, buffer, channel.peer, f"microbatch {microbatch}", channel.group, tag)
-        channel.posted[microbatch] = (work, buffer)
+        channel.posted[microbatch] = self._post(dist.irecv, channel, microbatch, buffer, f"microbatch {microbatch}")
+
+    def _post(
+        self, operation: Callable[..., dist.Work | None], channel: _Channel, microbatch: int, buffer: Tensor, what: str
+    ) -> tuple[dist.Work, Tensor]:
+        group, tag = self._groups.get(channel.link), self._tag(channel, microbatch)
+        return post(operation, buffer, channel.peer, what, group, tag), buffer
 
     def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
-        """Start sending `values` (by name) for a SEND_F or SEND_B; return without waiting for the receiver."""
+        """Start sending `values` (by name) for a SEND_F or SEND_B; return without waiting for the receiver.
+
+        Raises:
+            PeerLostError: the receiving rank died.
+            TransportError: a value does not have the shape or type that was agreed.
+        """
         channel = self._channels[action.kind, action.stage]
         if not channel.layout.specs:
             return
         buffer = self._pool.take(channel.layout.num_bytes)
         channel.layout.pack(buffer, self._base + action.microbatch, values)
-        tag = self._tag(channel, action.microbatch)
-        work = post(dist.isend, buffer, channel.peer, f"room to send {action}", channel.group, tag)
-        channel.sent[action.microbatch] = (work, buffer)
+        channel.sent[action.microbatch] = self._post(
+            dist.isend, channel, action.microbatch, buffer, f"room to send {action}"
+        )
         self.bytes_sent += channel.layout.num_bytes
         if len(channel.sent) > self._window:
             self._complete(channel, next(iter(channel.sent)))
@@ -155,15 +200,13 @@ class Transport:
             return {}
         work, buffer = channel.posted.pop(action.microbatch)
         what = _WAITED_FOR[action.kind](action)
-        self._announce(f"waiting for {what} from rank {channel.peer}")
-        wait_for(work, what, channel.peer)
-        self._announce("running")
-        self._post(channel)
+        self._wait(work, what, channel.peer, f"waiting for {what} from rank {channel.peer}")
+        self._post_next(channel.link)
         self.bytes_received += channel.layout.num_bytes
         if action.kind is Kind.RECV_B and (forward := self._channels.get((Kind.SEND_F, action.stage))) is not None:
             # The gradient's arrival shows that the forward message was received.
             self._complete(forward, action.microbatch)
-        if self._is_nccl:
+        if self._wire.type != "cpu":
             return channel.layout.views(buffer)
         values = channel.layout.unpack(buffer, self._base + action.microbatch)
         return {name: value.to(self._device) for name, value in values.items()}
@@ -171,18 +214,29 @@ class Transport:
     def _complete(self, channel: _Channel, microbatch: int) -> None:
         if microbatch in channel.sent:
             work, _ = channel.sent.pop(microbatch)
-            self._announce(f"waiting for rank {channel.peer} to take microbatch {microbatch}")
-            wait_for(work, f"the taking of microbatch {microbatch}", channel.peer)
-            self._announce("running")
+            announcement = f"waiting for rank {channel.peer} to take microbatch {microbatch}"
+            self._wait(work, f"the taking of microbatch {microbatch}", channel.peer, announcement)
+
+    def _wait(self, work: dist.Work, what: str, peer: int, announcement: str) -> None:
+        self._announce(announcement)
+        wait_for(work, what, peer)
+        self._announce("running")
 
     def finish(self) -> None:
         """End a program: wait until all that was sent has been taken."""
-        for channel in self._channels.values():
-            for microbatch in list(channel.sent):
-                self._complete(channel, microbatch)
+        self._flush(_SENDS)
+
+    def finish_gradients(self) -> None:
+        """Wait until all gradients that were sent have been taken, which they are whatever comes after them."""
+        self._flush({Kind.SEND_B})
+
+    def _flush(self, kinds: Iterable[Kind]) -> None:
+        for (kind, _), channel in self._channels.items():
+            if kind in kinds:
+                for microbatch in list(channel.sent):
+                    self._complete(channel, microbatch)
 
 
-_CUT_OFFSET = {Kind.SEND_F: 1, Kind.RECV_F: 0, Kind.SEND_B: 0, Kind.RECV_B: 1}
 _WAITED_FOR: dict[Kind, Callable[[Action], str]] = {
     Kind.RECV_F: lambda action: f"{action.stage - 1}F{action.microbatch}",
     Kind.RECV_B: lambda action: f"{action.stage + 1}B{action.microbatch}",

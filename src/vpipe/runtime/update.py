@@ -1,15 +1,19 @@
-"""One optimizer update of one stage: tied gradients, clipping, learning rate, step."""
+"""One optimizer update: tied gradients, clipping, learning rate, step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpipe.runtime.clipping import clip_coefficient, global_norm, local_norm, scale_gradients
+from vpipe.runtime.hooks import Hooks
+from vpipe.runtime.wait import telling_losses
 from vpipe.runtime.weights import WeightVersions
 
 __all__ = ["TiedCopy", "TiedGroup", "Updater"]
@@ -26,17 +30,18 @@ class TiedCopy:
 
 @dataclass(frozen=True)
 class TiedGroup:
-    """Copies of one weight in block order, and the process group of the ranks that hold them (None: all on one rank)."""
+    """Copies of one weight in block order, and the group of the ranks that hold them (None: all are on one rank)."""
 
     copies: tuple[TiedCopy, ...]
     group: dist.ProcessGroup | None
 
 
 class Updater:
-    """Applies updates; one per rank.
+    """Applies updates; one per rank. Making one is collective: copies of a tied weight start equal, as the first is.
 
-    In a synchronous schedule all stages of a batch update together: tied gradients are summed in block order and clipping
-    uses the norm over all stages. In an asynchronous one there is no common moment: each stage clips by its own norm.
+    In a synchronous schedule all stages of a batch update together, which on each rank is at the last of its STEPs:
+    tied gradients are summed in block order and clipping uses the norm over all stages. In an asynchronous one there is
+    no common moment: each stage clips by its own norm.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Updater:
         clip_grad_norm: float | None,
         learning_rate: Callable[[float], float] | None,
         group: dist.ProcessGroup | None,
+        hooks: Hooks,
     ) -> None:
         self._weights = weights
         self._positions = {name: index for index, name in enumerate(parameter_names)}
@@ -59,62 +65,99 @@ class Updater:
         self._clip = clip_grad_norm
         self._learning_rate = learning_rate
         self._group = group
-        self._stages_left = 0
+        self._hooks = hooks
+        self._due: list[tuple[int, int, float]] = []
         self.gradient_norm: float | None = None
-        self.observe: Callable[[int, Mapping[str, Tensor]], None] | None = None
-        """Called with a stage and its gradients by name, before each of its updates."""
+        self._equalise_tied()
 
-    def step(self, stage: int, progress: float) -> None:
-        """Update `stage`; `progress` is the number of iterations done, fractional in asynchronous schedules."""
+    def step(self, stage: int, microbatch: int, progress: float) -> None:
+        """Update `stage`, whose last gradient is of `microbatch`.
+
+        `progress` is the number of iterations done, fractional in asynchronous schedules.
+        """
+        self._due.append((stage, microbatch, progress))
+        if self._synchronous and len(self._due) < len(self._weights):
+            return
+        due, self._due = self._due, []
+        held = {index: self._weights[index] for index, _, _ in due}
+        self._sum_tied(held)
+        if self._clip is not None:
+            self._clip_gradients(held, self._clip)
+        for index, number, iterations in due:
+            self._apply(index, number, iterations)
+
+    def _apply(self, stage: int, microbatch: int, progress: float) -> None:
         weights = self._weights[stage]
-        if self._synchronous and self._stages_left == 0:
-            self._stages_left = len(self._weights)
-            self._sum_tied()
-            if self._clip is not None:
-                self._clip_all()
-        elif self._clip is not None and not self._synchronous:
-            named = self._named(weights)
-            self.gradient_norm = local_norm([gradient for name, gradient in named if name not in self._repeats])
-            scale_gradients([gradient for _, gradient in named], clip_coefficient(self.gradient_norm, self._clip))
-        if self._synchronous:
-            self._stages_left -= 1
-        if self.observe is not None:
-            self.observe(stage, dict(self._named(weights)))
+        if self._hooks.gradients is not None:
+            self._hooks.gradients(stage, microbatch, dict(_named(weights)))
         if self._learning_rate is not None and weights.optimizer is not None:
             for parameters in weights.optimizer.param_groups:
                 parameters["lr"] = self._learning_rate(progress)
         weights.step()
 
-    def _sum_tied(self) -> None:
+    def _sum_tied(self, held: Mapping[int, WeightVersions]) -> None:
         for item in self._tied:
-            mine = {copy: self._gradient(copy) for copy in item.copies if copy.stage in self._weights}
+            mine = {copy: _gradient(held[copy.stage], copy.name) for copy in item.copies if copy.stage in held}
             if not mine:
                 continue
             total: Tensor | None = None
             for copy in item.copies:
                 part = mine[copy] if copy in mine else torch.empty_like(next(iter(mine.values())))
                 if item.group is not None:
-                    dist.broadcast(part, copy.rank, group=item.group)
+                    with self._collective("the gradient of a tied weight"):
+                        dist.broadcast(part, copy.rank, group=item.group)
                 total = part.clone() if total is None else total.add_(part)
             assert total is not None
             for gradient in mine.values():
                 gradient.copy_(total)
 
-    def _gradient(self, copy: TiedCopy) -> Tensor:
-        weights = self._weights[copy.stage]
-        parameter = weights.parameters[weights.names.index(copy.name)]
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        return parameter.grad
+    def _equalise_tied(self) -> None:
+        for item in self._tied:
+            mine = [
+                _parameter(self._weights[copy.stage], copy.name) for copy in item.copies if copy.stage in self._weights
+            ]
+            if not mine:
+                continue
+            # The first of mine is the first of all on the rank that sends.
+            first = mine[0].detach().clone()
+            if item.group is not None:
+                with telling_losses("a tied weight"):
+                    dist.broadcast(first, item.copies[0].rank, group=item.group)
+            for parameter in mine:
+                parameter.detach().copy_(first)
 
-    def _clip_all(self) -> None:
-        assert self._clip is not None
-        named = [item for weights in self._weights.values() for item in self._named(weights)]
-        placed = [(self._positions[name], gradient) for name, gradient in named if name not in self._repeats]
-        self.gradient_norm = global_norm(placed, len(self._positions), self._group)
-        scale_gradients([gradient for _, gradient in named], clip_coefficient(self.gradient_norm, self._clip))
+    def _clip_gradients(self, held: Mapping[int, WeightVersions], most: float) -> None:
+        named = [item for weights in held.values() for item in _named(weights)]
+        counted = [(name, gradient) for name, gradient in named if name not in self._repeats]
+        if self._synchronous:
+            placed = [(self._positions[name], gradient) for name, gradient in counted]
+            with self._collective("the gradient norm"):
+                self.gradient_norm = global_norm(placed, len(self._positions), self._group)
+        else:
+            self.gradient_norm = local_norm([gradient for _, gradient in counted])
+        scale_gradients([gradient for _, gradient in named], clip_coefficient(self.gradient_norm, most))
 
-    @staticmethod
-    def _named(weights: WeightVersions) -> list[tuple[str, Tensor]]:
-        pairs = zip(weights.names, weights.gradients(), strict=True)
-        return [(name, gradient) for name, gradient in pairs if gradient is not None]
+    @contextmanager
+    def _collective(self, what: str) -> Iterator[None]:
+        self._hooks.announce(f"waiting for {what} from other ranks")
+        start = time.perf_counter_ns()
+        with telling_losses(what):
+            yield
+        self._hooks.waited(time.perf_counter_ns() - start)
+        self._hooks.announce("running")
+
+
+def _named(weights: WeightVersions) -> list[tuple[str, Tensor]]:
+    pairs = zip(weights.names, weights.gradients(), strict=True)
+    return [(name, gradient) for name, gradient in pairs if gradient is not None]
+
+
+def _parameter(weights: WeightVersions, name: str) -> nn.Parameter:
+    return weights.parameters[weights.names.index(name)]
+
+
+def _gradient(weights: WeightVersions, name: str) -> Tensor:
+    parameter = _parameter(weights, name)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -1,15 +1,30 @@
-"""Post and await one message; the loss of a peer is told in the project's words."""
+"""Post and await messages and collectives; the loss of another rank is told in the project's words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor
 
 from vpipe.runtime.failure import raise_if_peer_lost
 
-__all__ = ["post", "wait_for"]
+__all__ = ["post", "telling_losses", "wait_for"]
+
+
+@contextmanager
+def telling_losses(what: str, peer: int | None = None) -> Iterator[None]:
+    """Run a call of torch.distributed that may find out that other ranks are gone.
+
+    Raises:
+        PeerLostError: `peer`, or some rank, died or did not answer in time; the text says `what` it was waited for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise_if_peer_lost(error, what, peer)
+        raise
 
 
 def post(
@@ -25,11 +40,8 @@ def post(
     Raises:
         PeerLostError: the connection to `peer` is gone.
     """
-    try:
+    with telling_losses(what, peer):
         work = operation(buffer, peer, group, tag)
-    except RuntimeError as error:
-        raise_if_peer_lost(error, what, peer)
-        raise
     assert work is not None  # None is for ranks outside the group
     return work
 
@@ -40,8 +52,5 @@ def wait_for(work: dist.Work, what: str, peer: int | None) -> None:
     Raises:
         PeerLostError: `peer` died or did not answer in time; the text names it and `what` it was waited for.
     """
-    try:
+    with telling_losses(what, peer):
         work.wait()
-    except RuntimeError as error:
-        raise_if_peer_lost(error, what, peer)
-        raise

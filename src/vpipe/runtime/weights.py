@@ -1,8 +1,9 @@
 """The weight versions of one stage.
 
-Each version is a parameter set of its own: copies of the stage's modules that share their buffers (batch-norm statistics are
-not versioned). An update copies the newest set into one that no microbatch needs any more and steps there, so a tensor that a
-saved graph refers to is never written, and V versions cost V parameter sets. With one version the update is in place.
+Each version is a parameter set of its own: copies of the stage's modules that share their buffers (batch-norm
+statistics are not versioned). An update copies the newest set into one that no microbatch needs any more and steps
+there, so a tensor that a saved graph refers to is never written, and V versions cost V parameter sets. With one version
+the update is in place.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from vpipe.errors import ScheduleError
+from vpipe.errors import ConfigError, ScheduleError
 
-__all__ = ["WeightVersions"]
+__all__ = ["OptimizerFactory", "WeightVersions"]
+
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+"""Makes the optimizer of one stage from its (name, parameter) pairs, which every torch optimizer takes as they are."""
 
 
 class WeightVersions:
-    """Parameter sets of one stage, the gradients that wait for the next update, and its optimizer."""
+    """Parameter sets of one stage, the gradients that wait for the next update, and its optimizer.
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        names: Sequence[str],
-        optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
-    ) -> None:
-        """Start with `modules` as the only version; `names` are their trainable parameters' model-wide names."""
+    `parameters` are what the optimizer steps on, in the order of `names`: the newest version, and the gradients.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], names: Sequence[str], optimizer: OptimizerFactory) -> None:
+        """Start with `modules` as the only version; `names` are their trainable parameters' model-wide names.
+
+        Raises:
+            ConfigError: `optimizer` does not make an optimizer of these parameters.
+        """
         self._sets: list[nn.ModuleList] = [nn.ModuleList(modules)]
         self._parameters: list[list[nn.Parameter]] = [_trainable(self._sets[0])]
         self._set_of: dict[int, int] = {0: 0}
@@ -38,7 +44,8 @@ class WeightVersions:
         # Taken with .data, they keep a version counter of their own: autograd's counter of a set is raised by `step`.
         self.parameters = [nn.Parameter(parameter.data) for parameter in self._parameters[0]]
         self.names = list(names)
-        self.optimizer = optimizer(list(zip(names, self.parameters, strict=True))) if self.parameters else None
+        named = list(zip(names, self.parameters, strict=True))
+        self.optimizer = _build_optimizer(optimizer, named) if named else None
 
     @property
     def num_sets(self) -> int:
@@ -68,7 +75,7 @@ class WeightVersions:
         return self._sets[self._set_of[version]]
 
     def accumulate(self, version: int, backward: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Run the last backward that uses `version` for some microbatch, adding to the gradients of the next update."""
+        """Run the backward of one microbatch that used `version`; its gradients add to those of the next update."""
         targets = self._parameters[self._set_of[version]]
         for parameter, master in zip(targets, self.parameters, strict=True):
             parameter.grad, master.grad = master.grad, None
@@ -84,17 +91,10 @@ class WeightVersions:
 
     def step(self) -> None:
         """Make the next version from the newest one and the accumulated gradients, and forget the gradients."""
-        source = self._set_of[self._newest]
-        for version in [version for version in self._set_of if self._uses[version] == 0]:
-            if version != self._newest:
-                del self._set_of[version]
-        target = source
+        self._drop_unused()
+        target = self._set_of[self._newest]
         if self._uses[self._newest] > 0:
-            target = self._free_set()
-            if self.parameters:
-                torch._foreach_copy_(_data(self._parameters[target]), _data(self._parameters[source]))
-            for master, parameter in zip(self.parameters, self._parameters[target], strict=True):
-                master.data = parameter.data
+            target = self._copy_newest()
         else:
             del self._set_of[self._newest]
         self._newest += 1
@@ -105,12 +105,27 @@ class WeightVersions:
         # Lets autograd notice, should a graph ever still need what was just written.
         torch.autograd.graph.increment_version(self._parameters[target])
 
+    def _drop_unused(self) -> None:
+        for version in list(self._set_of):
+            if version != self._newest and not self._uses[version]:
+                del self._set_of[version]
+
+    def _copy_newest(self) -> int:
+        """Copy the newest version into a free set and let the optimizer work there; return the set."""
+        target = self._free_set()
+        if self.parameters:
+            source = self._parameters[self._set_of[self._newest]]
+            torch._foreach_copy_(_data(self._parameters[target]), _data(source))
+        for master, parameter in zip(self.parameters, self._parameters[target], strict=True):
+            master.data = parameter.data
+        return target
+
     def _free_set(self) -> int:
         taken = set(self._set_of.values())
         for index in range(len(self._sets)):
             if index not in taken:
                 return index
-        copied = copy.deepcopy(self._sets[0], _shared_buffers(self._sets[0]))
+        copied = copy.deepcopy(self._sets[0], _shared(self._sets[0]))
         self._sets.append(copied)
         self._parameters.append(_trainable(copied))
         return len(self._sets) - 1
@@ -124,8 +139,24 @@ def _data(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.detach() for parameter in parameters]
 
 
-def _shared_buffers(modules: nn.Module) -> dict[int, Tensor]:
-    """Return a deepcopy memo under which buffers and frozen parameters are shared, not copied."""
-    shared: list[Tensor] = list(modules.buffers())
-    shared += [parameter for parameter in modules.parameters() if not parameter.requires_grad]
-    return {id(tensor): tensor for tensor in shared}
+def _shared(modules: nn.Module) -> dict[int, object]:
+    """Return a deepcopy memo that shares frozen parameters, and buffers even when modules reassign them."""
+    frozen = [parameter for parameter in modules.parameters() if not parameter.requires_grad]
+    buffers = [part._buffers for part in modules.modules()]
+    return {id(item): item for item in (*frozen, *buffers)}
+
+
+def _build_optimizer(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    optimizer = factory(list(named))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"the optimizer function returned {type(optimizer).__name__}, not a torch.optim.Optimizer; give a function "
+            "of a stage's parameters, e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+    known = {id(parameter) for _, parameter in named}
+    if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
+        raise ConfigError(
+            "the optimizer holds parameters that are not of its stage; make it of the (name, parameter) pairs that the "
+            "optimizer function is given, and of nothing else"
+        )
+    return optimizer

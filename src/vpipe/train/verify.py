@@ -1,41 +1,33 @@
 """Proof that a run computes what one process computes: loss, gradients and weights, bit for bit.
 
-The pipeline runs a few iterations and leaves what it computed in files; then one process, started in the same way and with
-the same number of threads, runs the reference on the same batches and compares.
+The pipeline runs a few iterations and leaves what it computed in files; then one process, started in the same way and
+with the same number of threads, runs the reference on the same batches and compares.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vpipe.config import RunConfig, load_config
-from vpipe.runtime.feed import split_rows
+from vpipe.data.batches import microbatch_rows
 from vpipe.runtime.pipeline import Hooks, Pipeline
 from vpipe.runtime.process_group import process_group
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.schedule.weights import weight_usage
+from vpipe.train.comparison import Comparison, compare
+from vpipe.train.metrics import MetricsWriter
 from vpipe.train.reference import Reference, ReferenceResult
 from vpipe.train.setup import Setup, build_setup, build_training_pipeline
 from vpipe.train.trainer import default_device
 
-__all__ = ["Comparison", "VerifyReport", "pipeline_rank", "reference_rank", "report_path"]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How two sets of named numbers differ."""
-
-    num_tensors: int
-    num_different: int
-    max_abs_difference: float
-    first_different: str | None
+__all__ = ["VerifyReport", "pipeline_rank", "progress_path", "reference_rank", "remove_computed", "report_path"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class VerifyReport:
     """What `vpipe verify` found."""
 
     equal: bool
-    max_abs_difference: dict[str, float]
+    max_abs_difference: dict[str, float | None]
     schedule: str
     synchronous: bool
     num_ranks: int
@@ -56,13 +48,22 @@ def report_path(run_directory: Path) -> Path:
     return run_directory / "verify.json"
 
 
+def progress_path(run_directory: Path, function: str) -> Path:
+    """Return the file in which `pipeline_rank` or `reference_rank` says how far it is."""
+    return run_directory / f"{function}.jsonl"
+
+
 @dataclass
 class _Computed:
-    """What a training computed: per iteration the loss's parts, per update the gradients, in the end the parameters."""
+    """What a training computed: per iteration the loss's parts, per update the gradients, the state in the end.
+
+    `buffers` are what modules keep besides parameters, such as batch norm's statistics.
+    """
 
     losses: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]
     parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
 
 
 def pipeline_rank(arguments: Sequence[str]) -> None:
@@ -82,13 +83,23 @@ def pipeline_rank(arguments: Sequence[str]) -> None:
             gradients.setdefault(stage, []).append(copies)
 
         pipeline = build_training_pipeline(setup, group.device, Hooks(gradients=keep))
-        results = list(pipeline.train(setup.batches(pipeline.fields, 0, int(iterations)), int(iterations)))
+        losses = []
+        for result in pipeline.train(setup.batches(pipeline.fields, 0, int(iterations)), int(iterations)):
+            losses.append(dict(result.parts))
+            if group.rank == 0:
+                _tell(progress_path(Path(directory), "pipeline_rank"), len(losses), int(iterations), result.loss)
         computed = _Computed(
-            [dict(result.parts) for result in results],
+            losses,
             [_merge(updates) for updates in zip(*gradients.values(), strict=True)],
             _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
+            _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
         )
         torch.save(asdict(computed), _computed_path(Path(directory), group.rank))
+
+
+def _tell(path: Path, done: int, total: int, loss: float) -> None:
+    with MetricsWriter(path) as writer:
+        writer.write({"iteration": done, "iterations": total, "loss": loss})
 
 
 def _merge(named: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -100,8 +111,24 @@ def _parameters(pipeline: Pipeline, stage: int) -> dict[str, Tensor]:
     return {name: item.detach().cpu() for name, item in zip(weights.names, weights.parameters, strict=True)}
 
 
-def _computed_path(run_directory: Path, rank: int) -> Path:
+def _buffers(pipeline: Pipeline, stage: int) -> dict[str, Tensor]:
+    held = pipeline.held[stage]
+    blocks = pipeline.chain.blocks[held.stage.start : held.stage.stop]
+    return {
+        block.global_name(name): buffer.cpu()
+        for block, module in zip(blocks, held.weights.newest, strict=True)
+        for name, buffer in module.named_buffers()
+    }
+
+
+def _computed_path(run_directory: Path, rank: int | str) -> Path:
     return run_directory / f"computed.{rank}.pt"
+
+
+def remove_computed(run_directory: Path) -> None:
+    """Remove what the ranks computed, as big as all of the run's gradients."""
+    for path in run_directory.glob(_computed_path(Path(), "*").name):
+        path.unlink()
 
 
 def reference_rank(arguments: Sequence[str]) -> None:
@@ -112,24 +139,27 @@ def reference_rank(arguments: Sequence[str]) -> None:
     directory, path, iterations, *overrides = arguments
     config = load_config(path, overrides)
     device = default_device() if config.launch.device == "auto" else config.launch.device
-    expected = _reference(build_setup(config), int(iterations), device)
+    expected = _reference(
+        build_setup(config), int(iterations), device, progress_path(Path(directory), "reference_rank")
+    )
     found = _load(Path(directory), config.num_ranks)
     comparisons = {
-        "loss": _compare(_as_tensors(found.losses), _as_tensors(expected.losses)),
-        "gradients": _compare(_numbered(found.gradients), _numbered(expected.gradients)),
-        "parameters": _compare(found.parameters, expected.parameters),
+        "loss": compare(_as_tensors(found.losses), _as_tensors(expected.losses)),
+        "gradients": compare(_numbered(found.gradients), _numbered(expected.gradients)),
+        "parameters": compare(found.parameters, expected.parameters),
     }
-    programs = _programs(config)
+    if expected.buffers or found.buffers:
+        comparisons["buffers"] = compare(found.buffers, expected.buffers)
     report = VerifyReport(
         equal=not any(item.num_different for item in comparisons.values()),
         max_abs_difference={name: item.max_abs_difference for name, item in comparisons.items()},
         schedule=config.pipeline.schedule,
-        synchronous=programs.synchronous,
+        synchronous=_programs(config).synchronous,
         num_ranks=config.num_ranks,
         iterations=int(iterations),
         comparisons=comparisons,
     )
-    report_path(Path(directory)).write_text(json.dumps(asdict(report), indent=2) + "\n")
+    report_path(Path(directory)).write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n")
 
 
 def _programs(config: RunConfig) -> ProgramBuilder:
@@ -146,7 +176,7 @@ def _programs(config: RunConfig) -> ProgramBuilder:
     )
 
 
-def _reference(setup: Setup, iterations: int, device: str) -> _Computed:
+def _reference(setup: Setup, iterations: int, device: str, progress: Path) -> _Computed:
     config = setup.config
     programs = _programs(config)
     reference = Reference(
@@ -162,12 +192,13 @@ def _reference(setup: Setup, iterations: int, device: str) -> _Computed:
     microbatches = [
         {name: tensor[rows] for name, tensor in batch.fields.items()}
         for batch in setup.batches(setup.chain.fields, 0, iterations)
-        for rows in split_rows(batch.num_samples, size)
+        for rows in microbatch_rows(batch.num_samples, size)
     ]
     results: list[ReferenceResult] = []
     if programs.synchronous:
         for start in range(0, len(microbatches), size):
             results.append(reference.train_batch(microbatches[start : start + size]))
+            _tell(progress, len(results), iterations, math.fsum(results[-1].batch_parts(size)[0].values()))
     else:
         usage = weight_usage(programs.schedule(iterations))
         results.append(reference.train_asynchronous(microbatches, usage, size))
@@ -175,37 +206,31 @@ def _reference(setup: Setup, iterations: int, device: str) -> _Computed:
         [parts for result in results for parts in result.batch_parts(size)],
         [gradients for result in results for gradients in result.gradients],
         reference.parameters(),
+        reference.buffers(),
     )
 
 
 def _load(run_directory: Path, num_ranks: int) -> _Computed:
-    ranks = []
-    for rank in range(num_ranks):
-        path = _computed_path(run_directory, rank)
-        ranks.append(_Computed(**torch.load(path)))
-        path.unlink()
-    gradients = [_merge(updates) for updates in zip(*(rank.gradients for rank in ranks), strict=True)]
-    return _Computed(ranks[0].losses, gradients, _merge([rank.parameters for rank in ranks]))
+    ranks = [_Computed(**torch.load(_computed_path(run_directory, rank))) for rank in range(num_ranks)]
+    return _Computed(
+        ranks[0].losses,
+        [_merge(updates) for updates in zip(*(rank.gradients for rank in ranks), strict=True)],
+        _merge([rank.parameters for rank in ranks]),
+        _merge([rank.buffers for rank in ranks]),
+    )
 
 
 def _as_tensors(losses: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
     return {
         f"iteration {index}: {name}": torch.tensor(value, dtype=torch.float64)
-        for index, parts in enumerate(losses)
+        for index, parts in enumerate(losses, start=1)
         for name, value in parts.items()
     }
 
 
 def _numbered(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {
-        f"update {index}: {name}": tensor for index, named in enumerate(gradients) for name, tensor in named.items()
+        f"update {index}: {name}": tensor
+        for index, named in enumerate(gradients, start=1)
+        for name, tensor in named.items()
     }
-
-
-def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Comparison:
-    if set(found) != set(expected):
-        odd = sorted(set(found) ^ set(expected))[0]
-        return Comparison(len(expected), len(set(found) ^ set(expected)), float("inf"), f"{odd} (only on one side)")
-    different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor.cpu())]
-    differences = [float((found[name].double() - expected[name].cpu().double()).abs().max()) for name in different]
-    return Comparison(len(expected), len(different), max(differences, default=0.0), different[0] if different else None)

@@ -1,0 +1,85 @@
+"""What the library's user may write, turned into what the runtime works with; mistakes are told in the user's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import get_args
+
+from torch import Tensor
+
+from vpipe.errors import ConfigError, PlanError
+from vpipe.model.chain import Chain
+from vpipe.model.loss import CallableLoss
+from vpipe.model.modules import Modules
+from vpipe.plan.partition import check_ratios
+from vpipe.runtime.assembly import RecomputeMode
+
+__all__ = ["as_chain", "check_training_arguments", "count_batches", "ratio_per_stage"]
+
+
+def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chain:
+    """Return `model` as a chain that ends in `loss`.
+
+    Raises:
+        ConfigError: a chain with a loss beside it, or modules without one.
+        ModelError: `model` is neither a chain nor modules in a row.
+    """
+    if isinstance(model, Chain):
+        if loss is not None:
+            raise ConfigError("a Chain brings its own loss; leave the loss argument out")
+        return model
+    if not callable(loss):
+        got = "none was given" if loss is None else f"got {type(loss).__name__}"
+        raise ConfigError(
+            f"modules need a loss, and {got}; give a function of the last module's output and the batch's target that "
+            "returns the mean over samples, e.g. torch.nn.functional.mse_loss"
+        )
+    return Chain.from_modules(model, loss if isinstance(loss, CallableLoss) else CallableLoss(loss))
+
+
+def check_training_arguments(optimizer: object, recompute: str, clip_grad_norm: float | None) -> None:
+    """Raise ConfigError for arguments that would only be found out about in the middle of a training step."""
+    if not callable(optimizer):
+        raise ConfigError(
+            f"optimizer is of type {type(optimizer).__name__}; give a function that makes one of a stage's parameters, "
+            "e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+    if recompute not in get_args(RecomputeMode):
+        raise ConfigError(f"recompute is '{recompute}'; choose one of {', '.join(get_args(RecomputeMode))}")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ConfigError(f"clip_grad_norm is {clip_grad_norm}; give a number above 0, or None for no clipping")
+
+
+def ratio_per_stage(ratio: float | Sequence[float], num_stages: int) -> list[float]:
+    """Return one recompute ratio per stage.
+
+    Raises:
+        PlanError: another number of ratios than stages, or one outside 0 to 1.
+    """
+    ratios = [float(item) for item in ratio] if isinstance(ratio, Sequence) else [float(ratio)] * num_stages
+    if reasons := check_ratios(ratios, num_stages):
+        raise PlanError(f"recompute_ratio {ratios} " + "; it ".join(reasons))
+    return ratios
+
+
+def count_batches(batches: Iterable[object], num_batches: int | None, *, synchronous: bool) -> int | None:
+    """Return how many batches to train on; None, for a synchronous schedule alone: all there are.
+
+    Raises:
+        ConfigError: an asynchronous schedule needs to know, and `batches` has no length.
+    """
+    if num_batches is not None:
+        if num_batches < 0:
+            raise ConfigError(f"num_batches is {num_batches}; it must be at least 0")
+        return num_batches
+    if synchronous:
+        return None
+    if isinstance(batches, Sized):
+        try:
+            return len(batches)
+        except TypeError:
+            pass  # a DataLoader of an iterable dataset has a len() that only complains
+    raise ConfigError(
+        f"an asynchronous schedule must know when to drain, and a {type(batches).__name__} does not say how many "
+        "batches it has; pass num_batches"
+    )
