@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vpipe.report.bubble import clip_events, measure_pipeline, steady_part
+from vpipe.report.bubble import between_iterations, clip_events, measure_pipeline
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import Action
 from vpipe.schedule.costs import Costs
@@ -93,22 +93,20 @@ OVERLAPPING = [
 ]
 
 
-def test_the_first_iteration_and_the_last_of_many_are_cut_off_in_time() -> None:
-    times = measure_pipeline(steady_part(OVERLAPPING))
+def test_iterations_are_measured_from_the_start_of_one_to_the_start_of_another_on_all_ranks() -> None:
+    times = measure_pipeline(between_iterations(OVERLAPPING, 1, 4))
     assert times.makespan_ms == 6
     assert [rank.busy_ms for rank in times.ranks] == [6, 6]
     assert times.bubble_fraction == 0
 
 
-def test_of_few_iterations_only_the_first_is_cut_off() -> None:
-    few = [event for event in OVERLAPPING if event.iteration < 3]
-    assert measure_pipeline(steady_part(few)).makespan_ms == 6
-    one = [event for event in OVERLAPPING if event.iteration == 0]
-    assert steady_part(one) == one
-    assert steady_part([]) == []
+def test_without_a_next_iteration_everything_to_the_end_is_measured() -> None:
+    assert measure_pipeline(between_iterations(OVERLAPPING, 1, 5)).makespan_ms == 10
+    assert between_iterations(OVERLAPPING, 0, 5) == OVERLAPPING
+    assert between_iterations([], 0, 1) == []
 
 
-def test_an_iteration_that_a_rank_has_forgotten_is_not_measured() -> None:
-    events = [event for event in OVERLAPPING if event.rank == 0 or event.iteration > 0]
-    times = measure_pipeline(steady_part(events))
-    assert times.makespan_ms == 4
+def test_waiting_for_an_iteration_belongs_to_the_one_before() -> None:
+    waiting = _event(1, "1RECV_F1", 40, 52, wait=12, iteration=1)
+    (event,) = [item for item in between_iterations([*OVERLAPPING, waiting], 1, 4) if item.wait_ns]
+    assert (event.start_ns, event.wait_ns) == (50 * MS, 2 * MS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from vpipe.report.bubble import between_iterations
 from vpipe.report.summary import render_summary, summarize_trace
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import Action
@@ -69,7 +71,7 @@ def test_the_screen() -> None:
         "throughput          123.5 samples/s",
         "time per iteration  259.2 ms",
         "bubble              27.3% of all ranks' time passes without computing",
-        "communication       31.0% of all ranks' time goes into waiting for other ranks",
+        "communication       31.0% of all ranks' time goes into waiting for others",
         "messages            3.0 MiB sent, 3.0 MiB received",
         "peak memory         2.0 GiB",
         "",
@@ -77,10 +79,37 @@ def test_the_screen() -> None:
         "   0  0       0 to 11  1.50 ms   3.25 ms   75%        -                2  1.0 KiB   3.0 MiB        512 B",
         "   1  1 2     12             -         -     -      12%                1  3.0 MiB   1.0 KiB      2.0 GiB",
         "",
-        "iteration 7, 15.0 ms   F forward, B backward, U update, . waiting for another rank",
+        "iteration 7, 15.0 ms   F forward, B backward, U update, . waiting",
         "rank 0 F0--......B0----U0",
         "rank 1 ....F0--B0--U0",
     ]
+
+
+def test_a_narrow_console_gets_two_tables_and_no_line_is_broken() -> None:
+    lines = _text(SUMMARY, width=80).splitlines()
+    assert lines[9:16] == [
+        "rank  stages  blocks   forward  backward  busy  waiting",
+        "   0  0       0 to 11  1.50 ms   3.25 ms   75%        -",
+        "   1  1 2     12             -         -     -      12%",
+        "",
+        "rank  weight versions     sent  received  peak memory",
+        "   0                2  1.0 KiB   3.0 MiB        512 B",
+        "   1                1  3.0 MiB   1.0 KiB      2.0 GiB",
+    ]
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == len(_text(SUMMARY).splitlines()) + 4
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_picture_is_drawn_as_wide_as_the_console_where_there_are_events(width: int) -> None:
+    trace = _trace(3)
+    summary = summarize_trace(trace, trace)
+    file = io.StringIO()
+    Console(file=file, width=width).print(render_summary(summary, trace))
+    *_, first, second = file.getvalue().splitlines()
+    assert re.fullmatch(r"rank 0 F0-+\.+B0-+", first)
+    assert len(first) == width
+    assert second.startswith("rank 1 ..")
 
 
 def test_the_picture_is_coloured_on_a_terminal() -> None:
@@ -96,15 +125,16 @@ def test_any_key_may_be_missing(key: str) -> None:
 
 def test_an_empty_summary_and_a_single_rank() -> None:
     assert _text({}).strip() == ""
-    assert "peak memory  512 B" in _text({"peak_memory_bytes": 512})
+    assert re.search("peak memory +512 B", _text({"peak_memory_bytes": 512}))
 
 
 def test_numbers_of_a_rank_may_stand_with_the_rank() -> None:
     assert "5 B" in _text({"ranks": [{"rank": 0, "bytes_sent": 5}]})
 
 
-def test_summarize_measures_all_but_the_first_iteration_and_draws_the_middle_one() -> None:
-    summary = json.loads(json.dumps(summarize_trace(_trace(3), width=12)))
+def test_summarize_measures_what_it_is_told_and_draws_the_middle_iteration() -> None:
+    trace = _trace(3)
+    summary = json.loads(json.dumps(summarize_trace(trace, between_iterations(trace, 1, 3), width=12)))
     assert summary["bubble_fraction"] == pytest.approx(1 - 24 / 64)
     assert summary["communication_share"] == pytest.approx(16 / 64)
     assert summary["ranks"][0] == {
@@ -115,10 +145,10 @@ def test_summarize_measures_all_but_the_first_iteration_and_draws_the_middle_one
         "busy_share": 12 / 32,
         "waiting_share": 12 / 32,
     }
-    assert summary["timeline"] == {"iteration": 1, "milliseconds": 12.0, "rows": ["F0......B0--", "..F0B0--    "]}
+    assert summary["timeline"] == {"iteration": 2, "milliseconds": 12.0, "rows": ["F0......B0--", "..F0B0--    "]}
     assert "rank 1 ..F0B0--" in _text(summary)
 
 
 def test_summarize_an_iteration_that_was_not_recorded() -> None:
-    assert summarize_trace(_trace(1), iteration=9)["timeline"]["rows"] == []
-    assert "timeline" not in summarize_trace([])
+    assert summarize_trace(_trace(1), [], iteration=9)["timeline"] == {"iteration": 10, "milliseconds": 0.0, "rows": []}
+    assert "timeline" not in summarize_trace([], [])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from vpipe.report.timeline import draw_timeline, iteration_window
-from vpipe.report.trace import build_timeline, write_timeline
+from vpipe.report.trace import build_timeline, read_timeline, write_timeline
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import Action
 
@@ -52,7 +52,7 @@ def test_actions_become_slices_in_microseconds_from_the_first_start() -> None:
         ("B0", "compute", 10000.0, 4000.0),
         ("STEP", "compute", 14000.0, 1000.0),
     ]
-    assert slices[3]["args"] == {"action": "0B0", "stage": 0, "microbatch": 0, "iteration": 0, "wait_ms": 0.0}
+    assert slices[3]["args"] == {"action": "0B0", "stage": 0, "microbatch": 0, "iteration": 1, "wait_ms": 0.0}
     assert len({item["cname"] for item in slices}) == 5
 
 
@@ -93,3 +93,11 @@ def test_the_window_shows_neighbours_in_an_asynchronous_run() -> None:
     assert window == (ORIGIN + 4 * MS, ORIGIN + 8 * MS)
     assert draw_timeline(events, window, width=8) == ["F1------"]
     assert iteration_window(events, 7) is None
+
+
+def test_a_timeline_that_was_written_is_drawn_as_what_was_measured(tmp_path: Path) -> None:
+    write_timeline(tmp_path / "timeline.json", EVENTS)
+    events = read_timeline(tmp_path / "timeline.json")
+    window = iteration_window(events, 0)
+    assert window == (0, 15 * MS)
+    assert draw_timeline(events, window, 60) == draw_timeline(EVENTS, (ORIGIN, ORIGIN + 15 * MS), 60)

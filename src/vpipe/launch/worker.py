@@ -22,12 +22,15 @@ from typing import NoReturn
 
 from vpipe.errors import LaunchError, VPipeError
 from vpipe.launch.environment import LAUNCHER_PID, RUN_DIRECTORY
+from vpipe.launch.last_words import delay_sigterm
 from vpipe.launch.logs import configure_logging
 from vpipe.runtime.status import StatusFile, status_path
 
 __all__ = ["load_function", "run_worker"]
 
 _PR_SET_PDEATHSIG = 1
+_LAST_WORDS_SECONDS = 5
+"""How long a rank that torchrun tells to end may look for the reason."""
 
 logger = logging.getLogger("vpipe.launch.worker")  # the module's own name is __main__ when it is run
 
@@ -49,6 +52,7 @@ def run_worker(main: Callable[[], None]) -> None:
         _end(error, str(error))
     except SystemExit as error:
         if error.code not in (None, 0):
+            logger.exception("exit with %s", error.code)
             _end(error, f"exit with {error.code}", exit_code=error.code if isinstance(error.code, int) else 1)
     except Exception as error:
         logger.exception("unexpected %s", type(error).__name__)
@@ -82,6 +86,13 @@ def _prepare_process() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(launcher):  # it died before the line above
             os._exit(1)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        delay_sigterm(_LAST_WORDS_SECONDS, _say_told_to_end)
+
+
+def _say_told_to_end() -> None:
+    logger.error("told to end (SIGTERM), as torchrun does when another rank has failed; its message says why")
+    logging.shutdown()
 
 
 def _open_status() -> StatusFile | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import COMPUTE, Kind
 
-__all__ = ["PipelineTimes", "RankTimes", "StageTimes", "clip_events", "measure_pipeline", "steady_part"]
+__all__ = ["PipelineTimes", "RankTimes", "StageTimes", "between_iterations", "clip_events", "measure_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,23 @@ def clip_events(events: Iterable[TraceEvent], start_ns: int, end_ns: int) -> lis
     return clipped
 
 
-def steady_part(events: Sequence[TraceEvent]) -> list[TraceEvent]:
-    """Leave out the first iteration, whose times are longer, and of four or more the last, where the pipeline drains.
+def between_iterations(events: Sequence[TraceEvent], first: int, stop: int) -> list[TraceEvent]:
+    """Return what happened from the start of iteration `first` to that of iteration `stop`, on all ranks.
 
-    The cuts are in time, where iterations start: in an asynchronous run, what other ranks do of neighbouring iterations
-    meanwhile counts. Where there is only one iteration it is returned whole.
+    The cuts are in time: in an asynchronous run, what other ranks do of neighbouring iterations meanwhile counts. Where
+    nothing of `stop` was recorded, everything from the start on is returned.
     """
-    starts: dict[int, int] = {}
-    first_of_rank: dict[int, int] = {}
-    for event in events:
-        starts[event.iteration] = min(starts.get(event.iteration, event.start_ns), event.start_ns)
-        first_of_rank[event.rank] = min(first_of_rank.get(event.rank, event.iteration), event.iteration)
-    second = max(first_of_rank.values(), default=0) + 1
-    if second not in starts:
-        return list(events)
-    last = max(starts)
-    end = starts[last] if last - second >= 2 else max(event.end_ns for event in events)
-    return clip_events(events, starts[second], end)
+    end = _start(events, stop)
+    if end is None:
+        end = max((event.end_ns for event in events), default=0)
+    start = _start(events, first)
+    return clip_events(events, end if start is None else start, end)
+
+
+def _start(events: Sequence[TraceEvent], iteration: int) -> int | None:
+    """Return when the first rank began to compute an iteration; others may have waited for it long before."""
+    starts = (event.start_ns for event in events if event.iteration == iteration and event.action.kind in COMPUTE)
+    return min(starts, default=None)
 
 
 def _rank_times(rank: int, events: Sequence[TraceEvent]) -> RankTimes:

@@ -10,14 +10,14 @@ Keys, all optional: `final_loss`, `eval_loss`, `samples_per_second`, `iteration_
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from vpipe.report.bubble import measure_pipeline, steady_part
+from vpipe.report.bubble import measure_pipeline
 from vpipe.report.timeline import draw_timeline, iteration_window
 from vpipe.runtime.trace import TraceEvent
 
@@ -26,20 +26,23 @@ __all__ = ["render_summary", "summarize_trace"]
 _MISSING = "-"
 _STYLES = {"F": "blue", "R": "cyan", "B": "green", "I": "green", "W": "magenta", "U": "yellow", ".": "dim"}
 _CELL = re.compile(r"\d*([FRBIWU])\d*-*|(\.)+")
-_PER_RANK = ("weight_versions", "bytes_sent", "bytes_received", "peak_memory_bytes")
-_COLUMNS = (
-    *("rank", "stages", "blocks", "forward", "backward", "busy", "waiting"),
-    *("weight versions", "sent", "received", "peak memory"),
-)
+_STORED_WIDTH = 72
+_LARGEST_WIDTH = 200
+_GAP = "  "
 
 
-def summarize_trace(events: Sequence[TraceEvent], iteration: int | None = None, width: int = 96) -> dict[str, Any]:
-    """Return the part of `summary.json` that comes from measured actions of all ranks.
+def summarize_trace(
+    events: Sequence[TraceEvent],
+    measured: Sequence[TraceEvent],
+    iteration: int | None = None,
+    width: int = _STORED_WIDTH,
+) -> dict[str, Any]:
+    """Return the part of `summary.json` that comes from actions of all ranks.
 
-    `iteration` is drawn; without it the middle one of those that were recorded. Measured is the
-    `steady_part`.
+    Shares and times are those of `measured`. Of `events` the iteration `iteration` is drawn, counted from 0 as in the
+    events; without it the middle one of those that were recorded. The summary counts iterations from 1.
     """
-    times = measure_pipeline(steady_part(events))
+    times = measure_pipeline(measured)
     rows = []
     for rank in times.ranks:
         stages = [stage for stage in times.stages if stage.rank == rank.rank]
@@ -69,23 +72,35 @@ def summarize_trace(events: Sequence[TraceEvent], iteration: int | None = None, 
 def _timeline(events: Sequence[TraceEvent], iteration: int, width: int) -> dict[str, Any]:
     window = iteration_window(events, iteration)
     if window is None:
-        return {"iteration": iteration, "milliseconds": 0.0, "rows": []}
+        return {"iteration": iteration + 1, "milliseconds": 0.0, "rows": []}
     rows = draw_timeline(events, window, width)
-    return {"iteration": iteration, "milliseconds": (window[1] - window[0]) / 1e6, "rows": rows}
+    return {"iteration": iteration + 1, "milliseconds": (window[1] - window[0]) / 1e6, "rows": rows}
 
 
-def render_summary(summary: Mapping[str, Any]) -> RenderableType:
-    """Return the run as tables and a picture of one iteration, for a rich console."""
-    parts: list[RenderableType] = [_totals(summary)]
-    if summary.get("ranks"):
-        parts += [Text(), _ranks(summary)]
-    if summary.get("timeline") and summary["timeline"]["rows"]:
-        parts += [Text(), *_picture(summary["timeline"])]
-    return Group(*parts)
+def render_summary(summary: Mapping[str, Any], events: Sequence[TraceEvent] = ()) -> RenderableType:
+    """Return the run as tables and a picture of one iteration, for a rich console of any width from 80 on.
+
+    The picture is drawn anew from `events` where they are given, as wide as the console.
+    """
+    return _Screen(summary, events)
 
 
-def _totals(summary: Mapping[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
+@dataclass(frozen=True)
+class _Screen:
+    summary: Mapping[str, Any]
+    events: Sequence[TraceEvent]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        parts = [_totals(self.summary), *_rank_tables(self.summary, options.max_width)]
+        if timeline := self.summary.get("timeline"):
+            parts.append(_picture(timeline, self.events, options.max_width))
+        lines = [line for index, part in enumerate(filter(None, parts)) for line in ([Text()] if index else []) + part]
+        for line in lines:
+            line.no_wrap, line.overflow = True, "crop"
+        yield Group(*lines)
+
+
+def _totals(summary: Mapping[str, Any]) -> list[Text]:
     sent, received = (_sum(summary.get(key)) for key in ("bytes_sent", "bytes_received"))
     values = {
         "final loss": _number(summary.get("final_loss"), "{:.4f}"),
@@ -94,48 +109,79 @@ def _totals(summary: Mapping[str, Any]) -> Table:
         "time per iteration": _number(summary.get("iteration_ms"), "{:.1f} ms"),
         "bubble": _number(summary.get("bubble_fraction"), "{:.1%} of all ranks' time passes without computing"),
         "communication": _number(
-            summary.get("communication_share"), "{:.1%} of all ranks' time goes into waiting for other ranks"
+            summary.get("communication_share"), "{:.1%} of all ranks' time goes into waiting for others"
         ),
         "messages": _MISSING if sent is None else f"{_size(sent)} sent, {_size(received)} received",
         "peak memory": _size(_largest(summary.get("peak_memory_bytes"))),
     }
-    for name, value in values.items():
-        if value != _MISSING:
-            table.add_row(Text(name, style="bold"), Text(value))
-    return table
+    width = max(map(len, values)) + len(_GAP)
+    return [Text.assemble((name.ljust(width), "bold"), value) for name, value in values.items() if value != _MISSING]
 
 
-def _ranks(summary: Mapping[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in ("stages", "blocks") else "right")
-    for index, row in enumerate(summary["ranks"]):
-        versions, sent, received, memory = (_of_rank(row, summary, key, index) for key in _PER_RANK)
-        table.add_row(
-            str(row.get("rank", index)),
-            " ".join(map(str, row.get("stages", []))) or _MISSING,
-            _blocks(row.get("blocks")),
-            _number(row.get("forward_ms"), "{:.2f} ms"),
-            _number(row.get("backward_ms"), "{:.2f} ms"),
-            _number(row.get("busy_share"), "{:.0%}"),
-            _number(row.get("waiting_share"), "{:.0%}"),
-            _number(versions, "{}"),
-            _size(sent),
-            _size(received),
-            _size(memory),
-        )
-    return table
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    cell: Callable[[Mapping[str, Any]], str]
+    left: bool = False
 
 
-def _picture(timeline: Mapping[str, Any]) -> list[RenderableType]:
+_RANK = _Column("rank", lambda row: str(row["rank"]))
+_WORK = (
+    _Column("stages", lambda row: " ".join(map(str, row.get("stages", []))) or _MISSING, left=True),
+    _Column("blocks", lambda row: _blocks(row.get("blocks")), left=True),
+    _Column("forward", lambda row: _number(row.get("forward_ms"), "{:.2f} ms")),
+    _Column("backward", lambda row: _number(row.get("backward_ms"), "{:.2f} ms")),
+    _Column("busy", lambda row: _number(row.get("busy_share"), "{:.0%}")),
+    _Column("waiting", lambda row: _number(row.get("waiting_share"), "{:.0%}")),
+)
+_HELD = (
+    _Column("weight versions", lambda row: _number(row.get("weight_versions"), "{}")),
+    _Column("sent", lambda row: _size(row.get("bytes_sent"))),
+    _Column("received", lambda row: _size(row.get("bytes_received"))),
+    _Column("peak memory", lambda row: _size(row.get("peak_memory_bytes"))),
+)
+_PER_RANK = ("weight_versions", "bytes_sent", "bytes_received", "peak_memory_bytes")
+
+
+def _rank_tables(summary: Mapping[str, Any], width: int) -> list[list[Text]]:
+    """Return one table with everything about each rank, or two where the console is too narrow for it."""
+    rows = []
+    for index, given in enumerate(summary.get("ranks", [])):
+        lists = {key: summary[key] for key in _PER_RANK if isinstance(summary.get(key), list)}
+        of_rank = {key: values[index] for key, values in lists.items() if index < len(values)}
+        rows.append({"rank": index, **of_rank, **given})
+    if not rows:
+        return []
+    whole = _table((_RANK, *_WORK, *_HELD), rows)
+    if max(len(line) for line in whole) <= width:
+        return [whole]
+    return [_table((_RANK, *_WORK), rows), _table((_RANK, *_HELD), rows)]
+
+
+def _table(columns: Sequence[_Column], rows: Sequence[Mapping[str, Any]]) -> list[Text]:
+    cells = [[column.name for column in columns], *([column.cell(row) for column in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    lines = []
+    for line in cells:
+        fitted = [
+            cell.ljust(width) if column.left else cell.rjust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ]
+        lines.append(Text(_GAP.join(fitted).rstrip(), "bold" if line is cells[0] else ""))
+    return lines
+
+
+def _picture(timeline: Mapping[str, Any], events: Sequence[TraceEvent], width: int) -> list[Text]:
+    rows, names = list(timeline["rows"]), [f"rank {rank} " for rank in range(len(timeline["rows"]))]
+    if not rows:
+        return []
+    window = iteration_window(events, timeline["iteration"] - 1)
+    if window is not None:
+        rows = draw_timeline(events, window, min(width, _LARGEST_WIDTH) - max(map(len, names)))
     head = f"iteration {timeline['iteration']}, {timeline['milliseconds']:.1f} ms"
-    lines: list[RenderableType] = [
-        Text.assemble((head, "bold"), "   F forward, B backward, U update, . waiting for another rank"),
-    ]
-    for rank, row in enumerate(timeline["rows"]):
-        line = Text(f"rank {rank} ", no_wrap=True, overflow="crop")
-        line.append(_coloured(row))
-        lines.append(line)
+    lines = [Text.assemble((head, "bold"), "   F forward, B backward, U update, . waiting")]
+    for name, row in zip(names, rows, strict=True):
+        lines.append(Text(name.ljust(max(map(len, names)))).append(_coloured(row.rstrip())))
     return lines
 
 
@@ -150,13 +196,6 @@ def _blocks(blocks: Any) -> str:
     if not blocks:
         return _MISSING
     return f"{blocks[0]} to {blocks[-1]}" if blocks[0] != blocks[-1] else str(blocks[0])
-
-
-def _of_rank(row: Mapping[str, Any], summary: Mapping[str, Any], key: str, index: int) -> Any:
-    values = summary.get(key)
-    if key not in row and isinstance(values, list) and index < len(values):
-        return values[index]
-    return row.get(key)
 
 
 def _number(value: Any, form: str) -> str:

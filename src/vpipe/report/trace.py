@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vpipe.runtime.trace import TraceEvent
-from vpipe.schedule.action import COMMUNICATION, Kind
+from vpipe.schedule.action import COMMUNICATION, Action, Kind
 
-__all__ = ["build_timeline", "write_timeline"]
+__all__ = ["build_timeline", "read_timeline", "write_timeline"]
 
 # Names of chrome://tracing's own palette; Perfetto colours by the letters of an event's name, which also differ.
 _COLOURS = {
@@ -24,12 +24,13 @@ _COLOURS = {
     Kind.R: "rail_load",
     Kind.STEP: "bad",
 }
+_WAIT = "wait"
 _WAIT_COLOUR = "grey"
 _OTHER_COLOUR = "generic_work"
 
 
 def build_timeline(events: Iterable[TraceEvent]) -> dict[str, Any]:
-    """Return the trace as the object that `timeline.json` holds; time 0 is the first start."""
+    """Return the trace as the object that `timeline.json` holds; time 0 is the first start, iterations count from 1."""
     ordered = sorted(events, key=lambda event: (event.rank, event.start_ns))
     origin = min((event.start_ns for event in ordered), default=0)
     rows: list[dict[str, Any]] = []
@@ -46,6 +47,18 @@ def write_timeline(path: Path, events: Iterable[TraceEvent]) -> None:
     path.write_text(json.dumps(build_timeline(events), separators=(",", ":")), encoding="utf-8")
 
 
+def read_timeline(path: Path) -> list[TraceEvent]:
+    """Read the events of a file that `write_timeline` wrote; an action that began with waiting comes back as two."""
+    slices = [row for row in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if row["ph"] == "X"]
+    events = []
+    for row in slices:
+        start, duration = round(row["ts"] * 1e3), round(row["dur"] * 1e3)
+        action = Action.parse(row["args"]["action"])
+        wait = duration if row["cat"] == _WAIT else 0
+        events.append(TraceEvent(row["tid"], action, row["args"]["iteration"] - 1, start, start + duration, wait))
+    return events
+
+
 def _metadata(name: str, rank: int, arguments: dict[str, object]) -> dict[str, Any]:
     return {"name": name, "ph": "M", "pid": 0, "tid": rank, "args": arguments}
 
@@ -55,7 +68,7 @@ def _slices(event: TraceEvent, origin: int) -> list[dict[str, Any]]:
     action, middle = event.action, event.start_ns + event.wait_ns
     parts = []
     if event.wait_ns:
-        parts.append((f"wait {action.kind}{action.microbatch}", "wait", _WAIT_COLOUR, event.start_ns, middle))
+        parts.append((f"wait {action.kind}{action.microbatch}", _WAIT, _WAIT_COLOUR, event.start_ns, middle))
     if event.work_ns or not event.wait_ns:
         category = "communication" if action.kind in COMMUNICATION else "compute"
         name = "STEP" if action.kind is Kind.STEP else f"{action.kind}{action.microbatch}"
@@ -64,7 +77,7 @@ def _slices(event: TraceEvent, origin: int) -> list[dict[str, Any]]:
         "action": str(action),
         "stage": action.stage,
         "microbatch": action.microbatch,
-        "iteration": event.iteration,
+        "iteration": event.iteration + 1,
         "wait_ms": event.wait_ns / 1e6,
     }
     return [
