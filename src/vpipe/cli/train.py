@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,61 +12,93 @@ import click
 
 __all__ = ["command", "run_rank"]
 
+_INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key, e.g. --set train.iterations=20."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one key, e.g. --set train.iterations=20. Repeatable; `vpipe config --fields` lists all keys.",
 )
 def command(config: Path, overrides: tuple[str, ...]) -> None:
-    """Train the model of a YAML file.
+    """Train the model of the YAML file CONFIG.
 
     Starts one process per rank on this machine, shows progress, and writes everything about the run to
-    <log_directory>/<time>. Under torchrun (`torchrun --nproc-per-node 4 -m vpipe train CONFIG`) it is one rank of the run.
+    <log_directory>/<time>: config.yml, plan.json, output.log.<rank>, metrics.jsonl, timeline.json (for
+    ui.perfetto.dev), summary.json and the trained model.
+
+    Under torchrun (torchrun --nproc-per-node 4 -m vpipe train CONFIG) it is one rank of the run.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
         from vpipe.launch.worker import run_worker
 
-        run_worker(lambda: run_rank([str(config), *overrides]))
-        return
-    _launch(config, overrides)
+        run_worker(lambda: _be_rank(config, overrides))
+    else:
+        _launch(config, overrides)
 
 
 def run_rank(arguments: Sequence[str]) -> None:
     """Be one rank of the run that the file `arguments[0]` describes, with the overrides that follow."""
+    _train(Path(arguments[0]), arguments[1:])
+
+
+def _be_rank(path: Path, overrides: Sequence[str]) -> None:
+    run_directory = _train(path, overrides)
+    if os.environ.get("RANK", "0") == "0":
+        _print_summary(run_directory)
+
+
+def _train(path: Path, overrides: Sequence[str]) -> Path:
     from vpipe.config import load_config
     from vpipe.launch.run_directory import agree_run_directory
     from vpipe.train.trainer import train_rank
 
-    train_rank(load_config(arguments[0], arguments[1:]), agree_run_directory)
+    return train_rank(load_config(path, overrides), agree_run_directory)[0]
 
 
 def _launch(path: Path, overrides: Sequence[str]) -> None:
+    from vpipe.cli.shared import read_config_aloud, threads_of
+
+    config = read_config_aloud(path, overrides)  # before torch is imported: mistakes are told at once
+
     from rich.console import Console
 
-    from vpipe.cli.shared import read_config_aloud, threads_of
     from vpipe.launch.local import launch_local
     from vpipe.launch.progress import ProgressDisplay
     from vpipe.launch.run_directory import create_run_directory
-    from vpipe.report.summary import render_summary
 
-    config = read_config_aloud(path, overrides)
-    console = Console()
     run_directory = create_run_directory(config.log_directory)
-    console.print(
-        f"{config.pipeline.schedule}, {config.num_ranks} ranks, {config.pipeline.num_microbatches} microbatches of "
-        f"{config.microbatch_size}; logs in {run_directory}",
-        highlight=False,
-        soft_wrap=True,
+    ranks = "1 rank" if config.num_ranks == 1 else f"{config.num_ranks} ranks"
+    click.echo(
+        f"{config.pipeline.schedule}, {ranks}, {config.pipeline.num_microbatches} microbatches of "
+        f"{config.microbatch_size}; logs in {run_directory}"
     )
-    progress = ProgressDisplay(run_directory / "metrics.jsonl", console, print_frequency=config.train.print_frequency)
-    with progress:
-        launch_local(
-            ["vpipe.cli.train:run_rank", str(path), *overrides],
-            config.num_ranks,
-            run_directory=run_directory,
-            threads_per_rank=threads_of(config),
-            master_port=config.launch.master_port,
-            on_poll=progress.poll,
-        )
-    console.print(render_summary(json.loads((run_directory / "summary.json").read_text())))
+    progress = ProgressDisplay(run_directory / "metrics.jsonl", Console(), print_frequency=config.train.print_frequency)
+    try:
+        with progress:
+            launch_local(
+                ["vpipe.cli.train:run_rank", str(path), *overrides],
+                config.num_ranks,
+                run_directory=run_directory,
+                threads_per_rank=threads_of(config),
+                master_port=config.launch.master_port,
+                on_poll=progress.poll,
+            )
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; all ranks were ended. Logs: {run_directory}/output.log.*", err=True)
+        sys.exit(_INTERRUPTED)
+    _print_summary(run_directory)
+
+
+def _print_summary(run_directory: Path) -> None:
+    from rich.console import Console
+
+    from vpipe.report.summary import render_summary
+    from vpipe.report.trace import read_timeline
+
+    summary = json.loads((run_directory / "summary.json").read_text())
+    Console().print(render_summary(summary, read_timeline(run_directory / "timeline.json")))

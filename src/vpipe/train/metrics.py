@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: lines of JSON, throughput, memory, and a loss that is a number."""
+"""What a run says about itself while it trains: lines of JSON, throughput and memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from vpipe.errors import NonFiniteLossError
-
-__all__ = ["MetricsWriter", "ThroughputMeter", "peak_memory_bytes", "validate_loss"]
+__all__ = ["MetricsWriter", "ThroughputMeter", "peak_memory_bytes"]
 
 _PROCESS_STATUS = Path("/proc/self/status")
 
@@ -52,35 +50,38 @@ def _finite(value: object) -> object:
 
 
 class _Mark(NamedTuple):
-    iterations: int
     samples: int
     seconds: float
 
 
 class ThroughputMeter:
-    """Samples per second: of the latest `window` iterations, and of all but the first `skip`, which are slower.
+    """Samples per second now, and the mean time of an iteration in the steady state.
 
-    While there are no more than `skip` iterations, all of them count. Rates are 0 before the first.
+    A run is one or more *stretches*, at whose ends the pipeline is empty: call `begin` at each start. An iteration's
+    time is that from the end of the one before it, so a stretch's first, in which the pipeline fills, never counts;
+    neither does the run's second, which is slower, nor the last `num_draining` of a stretch, where others are left.
     """
 
-    def __init__(self, skip: int = 2, window: int = 10, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, num_draining: int = 0, window: int = 10, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._skip = skip
+        self._num_draining = num_draining
         self._paused_seconds = 0.0
-        self._made = clock()
-        self._start = self._now = _Mark(0, 0, self._made)
-        self._recent = deque([self._start], maxlen=window + 1)
-        self._after_skip: _Mark | None = None
+        self._recent = deque([_Mark(0, clock())], maxlen=window + 1)
+        self._ends: list[float] = []
+        self._is_first_stretch = True
+        self._finished = (0, 0.0)
+
+    def begin(self) -> None:
+        """Start a stretch."""
+        self._finished = self._counted()
+        self._is_first_stretch = self._is_first_stretch and not self._ends
+        self._ends = []
 
     def update(self, num_samples: int) -> None:
         """Note that an iteration of `num_samples` has just ended."""
-        seconds = self._clock() - self._paused_seconds
-        self._now = _Mark(self._now.iterations + 1, self._now.samples + num_samples, seconds)
-        self._recent.append(self._now)
-        if self._now.iterations > self._skip and self._after_skip is not None:
-            self._start = self._after_skip
-        if self._now.iterations == self._skip:
-            self._after_skip = self._now
+        now = self._clock()
+        self._ends.append(now)
+        self._recent.append(_Mark(self._recent[-1].samples + num_samples, now - self._paused_seconds))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -92,29 +93,25 @@ class ThroughputMeter:
             self._paused_seconds += self._clock() - start
 
     @property
-    def elapsed_s(self) -> float:
-        """Seconds since the meter was made, pauses included."""
-        return self._clock() - self._made
-
-    @property
     def samples_per_second(self) -> float:
-        """The rate over the latest iterations."""
-        return _rate(self._now.samples - self._recent[0].samples, self._now.seconds - self._recent[0].seconds)
+        """The rate over the latest iterations; 0 before the first."""
+        first, last = self._recent[0], self._recent[-1]
+        return (last.samples - first.samples) / (last.seconds - first.seconds) if last.seconds > first.seconds else 0.0
 
     @property
-    def overall_samples_per_second(self) -> float:
-        """The rate over the run, without its first iterations."""
-        return _rate(self._now.samples - self._start.samples, self._now.seconds - self._start.seconds)
+    def iteration_ms(self) -> float | None:
+        """The mean time of an iteration in the steady state; None while no iteration counts."""
+        iterations, seconds = self._counted()
+        return seconds * 1e3 / iterations if iterations else None
 
-    @property
-    def iteration_ms(self) -> float:
-        """The mean time of an iteration over the run, without the first ones."""
-        iterations = self._now.iterations - self._start.iterations
-        return (self._now.seconds - self._start.seconds) * 1e3 / iterations if iterations else 0.0
-
-
-def _rate(samples: int, seconds: float) -> float:
-    return samples / seconds if seconds > 0 else 0.0
+    def _counted(self) -> tuple[int, float]:
+        """Return how many iterations count, and their time."""
+        ends, (iterations, seconds) = self._ends, self._finished
+        first = 1 if self._is_first_stretch and len(ends) > 2 + self._num_draining else 0
+        last = len(ends) - 1
+        if last - self._num_draining > first:
+            last -= self._num_draining
+        return (iterations + last - first, seconds + ends[last] - ends[first]) if last > first else self._finished
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
@@ -130,19 +127,3 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def validate_loss(loss: float, iteration: int, learning_rate: float | None = None) -> None:
-    """Check that the loss is a number.
-
-    Raises:
-        NonFiniteLossError: it is NaN or infinite; the message says when and what to try.
-    """
-    if math.isfinite(loss):
-        return
-    rate = "" if learning_rate is None else f" with learning rate {learning_rate:g}"
-    raise NonFiniteLossError(
-        f"the loss became {loss} at iteration {iteration}{rate}; lower optimizer.learning_rate, raise "
-        "optimizer.warmup_iterations, set optimizer.clip_grad_norm (1.0 is common), or look for empty or broken "
-        "samples in the data"
-    )

@@ -16,7 +16,7 @@ __all__ = ["save_model"]
 
 
 def save_model(pipeline: Pipeline, setup: Setup, directory: Path, group: ProcessGroup) -> None:
-    """Write the newest weights to `directory`, for BERT so that `BertForPreTraining.from_pretrained` loads it; collective.
+    """Write the newest weights to `directory`, where transformers' `from_pretrained` finds a BERT; collective.
 
     Raises:
         ModelError: `directory` already holds a model.

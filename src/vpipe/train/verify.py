@@ -27,7 +27,16 @@ from vpipe.train.reference import Reference, ReferenceResult
 from vpipe.train.setup import Setup, build_setup, build_training_pipeline
 from vpipe.train.trainer import default_device
 
-__all__ = ["VerifyReport", "pipeline_rank", "progress_path", "reference_rank", "remove_computed", "report_path"]
+__all__ = [
+    "VerifyReport",
+    "pipeline_directory",
+    "pipeline_rank",
+    "progress_path",
+    "reference_directory",
+    "reference_rank",
+    "remove_computed",
+    "report_path",
+]
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,19 @@ def report_path(run_directory: Path) -> Path:
     return run_directory / "verify.json"
 
 
-def progress_path(run_directory: Path, function: str) -> Path:
-    """Return the file in which `pipeline_rank` or `reference_rank` says how far it is."""
-    return run_directory / f"{function}.jsonl"
+def pipeline_directory(run_directory: Path) -> Path:
+    """Return where the pipeline's ranks write."""
+    return run_directory / "pipeline"
+
+
+def reference_directory(run_directory: Path) -> Path:
+    """Return where the one process writes."""
+    return run_directory / "one_process"
+
+
+def progress_path(directory: Path) -> Path:
+    """Return the file in one of these two that says how far the training is."""
+    return directory / "metrics.jsonl"
 
 
 @dataclass
@@ -87,7 +106,7 @@ def pipeline_rank(arguments: Sequence[str]) -> None:
         for result in pipeline.train(setup.batches(pipeline.fields, 0, int(iterations)), int(iterations)):
             losses.append(dict(result.parts))
             if group.rank == 0:
-                _tell(progress_path(Path(directory), "pipeline_rank"), len(losses), int(iterations), result.loss)
+                _tell(progress_path(pipeline_directory(Path(directory))), len(losses), int(iterations), result.loss)
         computed = _Computed(
             losses,
             [_merge(updates) for updates in zip(*gradients.values(), strict=True)],
@@ -140,7 +159,7 @@ def reference_rank(arguments: Sequence[str]) -> None:
     config = load_config(path, overrides)
     device = default_device() if config.launch.device == "auto" else config.launch.device
     expected = _reference(
-        build_setup(config), int(iterations), device, progress_path(Path(directory), "reference_rank")
+        build_setup(config), int(iterations), device, progress_path(reference_directory(Path(directory)))
     )
     found = _load(Path(directory), config.num_ranks)
     comparisons = {

@@ -1,0 +1,101 @@
+"""What came out of a run: `summary.json` and `timeline.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from vpipe.report.bubble import between_iterations
+from vpipe.report.summary import summarize_trace
+from vpipe.report.trace import write_timeline
+from vpipe.runtime.pipeline import Pipeline
+from vpipe.runtime.process_group import ProcessGroup
+from vpipe.runtime.trace import TraceEvent
+from vpipe.schedule.memory import peak_activations
+from vpipe.train.metrics import peak_memory_bytes
+from vpipe.train.setup import Setup
+from vpipe.train.stretches import Stretch, choose_measured
+
+__all__ = ["Outcome", "count_filling", "summarize_run"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank knows at the end.
+
+    `iteration_ms` is None where no iteration was followed by another one that counts; `events` are this rank's.
+    """
+
+    final_loss: float
+    eval_loss: float | None
+    iteration_ms: float | None
+    events: Sequence[TraceEvent]
+    stretches: Sequence[Stretch]
+
+
+def summarize_run(
+    pipeline: Pipeline, setup: Setup, group: ProcessGroup, outcome: Outcome, run_directory: Path
+) -> dict[str, Any]:
+    """Join what all ranks know and return it as the summary; rank 0 writes the files. Collective."""
+    filling = count_filling(pipeline)
+    stretch, measured = choose_measured(outcome.stretches, filling)
+    first, stop = max(stretch.start, measured.start - filling), min(stretch.stop, measured.stop + 1)
+    mine = {
+        "bytes_sent": pipeline.transport.bytes_sent,
+        "bytes_received": pipeline.transport.bytes_received,
+        "peak_memory_bytes": peak_memory_bytes(group.device),
+        "weight_versions": sum(held.weights.num_sets for held in pipeline.held.values()),
+        "iteration_ms": outcome.iteration_ms,
+        "events": [event for event in outcome.events if first <= event.iteration < stop],
+    }
+    everyone: list[dict[str, Any]] = [{} for _ in range(group.num_ranks)]
+    dist.all_gather_object(everyone, mine, group=group.control)
+    around = [event for rank in everyone for event in rank.pop("events")]
+    inside = between_iterations(around, *measured)
+    drawn = [event for event in around if measured.start <= event.iteration < measured.stop]
+    config, iterations = setup.config, setup.total_iterations
+    seen_ms = [rank.pop("iteration_ms") for rank in everyone]
+    # As rank 0 saw it, which has a microbatch first and last.
+    iteration_ms = seen_ms[0] or _span_ms(inside) / measured.num_iterations
+    summary: dict[str, Any] = {
+        "schedule": config.pipeline.schedule,
+        "iterations": iterations,
+        "num_samples": iterations * config.train.batch_size,
+        "final_loss": outcome.final_loss,
+        "eval_loss": outcome.eval_loss,
+        "samples_per_second": config.train.batch_size / iteration_ms * 1e3 if iteration_ms else 0.0,
+        "iteration_ms": iteration_ms,
+        "measured_iterations": [measured.start + 1, measured.stop],
+        **{key: [rank[key] for rank in everyone] for key in everyone[0]},
+        **summarize_trace(drawn, inside),
+    }
+    ends = list(accumulate(pipeline.partition))
+    for row in summary["ranks"]:
+        row["blocks"] = [
+            block for stage in row["stages"] for block in range(ends[stage] - pipeline.partition[stage], ends[stage])
+        ]
+    if group.rank == 0:
+        write_timeline(run_directory / "timeline.json", drawn)
+        (run_directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def count_filling(pipeline: Pipeline) -> int:
+    """Count the iterations until an asynchronous pipeline is full; 0 for a synchronous one."""
+    programs = pipeline.programs
+    if programs.synchronous:
+        return 0
+    in_flight = max(peak_activations(programs.sample)) * programs.sample.placement.stages_per_rank
+    return math.ceil(round(in_flight) / programs.num_microbatches)
+
+
+def _span_ms(events: Sequence[TraceEvent]) -> float:
+    start = min((event.start_ns for event in events), default=0)
+    return (max((event.end_ns for event in events), default=0) - start) / 1e6
