@@ -98,7 +98,7 @@ class ArraySource:
 
 def _rows(array: NDArray[np.generic] | Tensor, rows: NDArray[np.int64]) -> Tensor:
     if isinstance(array, Tensor):
-        return array[torch.from_numpy(rows)]
+        return array[torch.from_numpy(rows.copy())]  # torch warns of arrays that are not writable
     if array.dtype.kind not in "biuf":
         raise DataError(f"an array of {array.dtype} cannot become a tensor; use numbers or booleans")
     return torch.from_numpy(np.asarray(array[rows]))
