@@ -283,8 +283,8 @@ class Pipeline:
             self._board.finish()
             shown = ", ".join(f"{name} {value}" for name, value in parts.items())
             raise NonFiniteLossError(
-                f"the loss became {loss} at iteration {iteration} ({shown}); lower the learning rate, warm it up for "
-                "longer, clip gradients (clip_grad_norm), or look for empty or broken samples"
+                f"the loss became {loss} at iteration {iteration + 1} ({shown}); lower the learning rate, warm it up "
+                "for longer, clip gradients (clip_grad_norm), or look for empty or broken samples"
             )
         return StepResult(iteration, loss, parts, self._updater.gradient_norm)
 
