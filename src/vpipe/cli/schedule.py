@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import click
 
 from vpipe.schedule.action import Kind
+from vpipe.schedule.chrome_trace import to_chrome_trace
+from vpipe.schedule.compare import comparison_lines, text_grids
 from vpipe.schedule.costs import Costs
+from vpipe.schedule.csv_form import from_csv, to_csv
 from vpipe.schedule.overview import overview, overview_lines
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry
 from vpipe.schedule.render import Segment, legend, summary_lines, text_grid, to_dict
+from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate import Simulation, simulate
+from vpipe.schedule.svg import to_svg
 
 __all__ = ["command"]
 
 _MAX_DRAWN = 20_000  # actions; a picture of more is no picture
+_FORMATS = ["text", "json", "svg", "csv", "trace"]
 _COLOURS = {
     Kind.F: "blue",
     Kind.R: "cyan",
@@ -28,6 +38,23 @@ _COLOURS = {
     Kind.W: "magenta",
     Kind.STEP: "yellow",
 }
+
+
+class _Times(click.ParamType[Any]):
+    """A number, or one per rank."""
+
+    name = "N[,N...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | tuple[float, ...]:
+        if not isinstance(value, str):
+            return float(value)
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a number; write one, or one per rank, e.g. 1,1,2,1", param, ctx)
+        return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -46,10 +73,15 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
     "--microbatches", default=8, show_default=True, help="Microbatches that flow until the pipeline is empty."
 )
 @click.option("--stages-per-rank", type=int, help="Stages that each rank holds.  [default: the schedule's own]")
-@click.option("--forward", default=1.0, show_default=True, help="Time of a rank's share of one microbatch's forward.")
-@click.option("--input-grad", default=1.0, show_default=True, help="The same, input-gradient half of the backward.")
-@click.option("--weight-grad", default=1.0, show_default=True, help="The same, weight-gradient half.")
-@click.option("--step", default=0.0, show_default=True, help="Time of a rank's optimizer update.")
+@click.option(
+    "--forward", type=_Times(), default=1.0, show_default=True, help="Time of a rank's share of a microbatch's forward."
+)
+@click.option("--input-grad", type=_Times(), default=1.0, show_default=True, help="Of its backward: the inputs' half.")
+@click.option(
+    "--weight-grad", type=_Times(), default=1.0, show_default=True, help="Of its backward: the weights' half."
+)
+@click.option("--step", type=_Times(), default=0.0, show_default=True, help="Time of a rank's optimizer update.")
+@click.option("--dispatch", default=0.0, show_default=True, help="Time that every action takes on top.")
 @click.option("--latency", default=0.0, show_default=True, help="Time a message is under way.")
 @click.option(
     "--bandwidth", type=float, help="Bytes per unit of time on each link and direction.  [default: unlimited]"
@@ -62,83 +94,122 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
     help="1f1b, pipedream: forwards that each stage runs before its first backward.",
 )
 @click.option(
-    "--microbatches-per-update", type=int, help="pipedream: gradients per update; above 1: two versions (2BW)."
+    "--microbatches-per-update", type=int, help="pipedream, pipedream-2bw: gradients per update; above 1: two versions."
 )
 @click.option("--vertical-sync", is_flag=True, default=None, help="pipedream: one version number through all stages.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--format", "form", type=click.Choice(_FORMATS), default="text", show_default=True)
 @click.option("--list", "list_all", is_flag=True, help="List the schedules, with numbers for the given sizes.")
+@click.option("--compare", metavar="NAME,NAME,...", help="Show several schedules on one scale of time.")
+@click.option(
+    "--csv",
+    "csv_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Show the schedule in a file: one row per rank, cells like 2F0 (what --format csv writes, or torch's own).",
+)
 def command(
     name: str | None,
     ranks: int,
     microbatches: int,
     stages_per_rank: int | None,
-    forward: float,
-    input_grad: float,
-    weight_grad: float,
-    step: float,
-    latency: float,
-    bandwidth: float | None,
-    message_bytes: float,
     depths: tuple[int, ...] | None,
     microbatches_per_update: int | None,
     vertical_sync: bool | None,
     form: str,
     list_all: bool,
+    compare: str | None,
+    csv_file: Path | None,
+    **times: Any,
 ) -> None:
     """Show the schedule NAME: order, bubble, memory.
 
-    Times are a rank's share of one microbatch, in any unit; several stages on a rank split it evenly. A full backward
-    takes the input-gradient and the weight-gradient time together.
+    Times are a rank's share of one microbatch, in any unit: one number, or one per rank. Several stages on a rank split
+    it evenly. A full backward takes the input-gradient and the weight-gradient time together.
     """
+    # A process that lives for one answer: collecting garbage would only walk through millions of actions again and again.
+    gc.disable()
+    asked = [name is not None, list_all, compare is not None, csv_file is not None]
+    if sum(asked) != 1:
+        raise click.UsageError(
+            f"name a schedule ({', '.join(SCHEDULES)}), or ask for --list, --compare or --csv, one of them"
+        )
     if list_all:
         _print_list(ranks, microbatches, form)
         return
-    if name is None:
-        raise click.UsageError(f"name a schedule ({', '.join(SCHEDULES)}), or ask for --list")
-    given = {
-        "depths": depths,
-        "microbatches_per_update": microbatches_per_update,
-        "vertical_sync": vertical_sync or None,
-    }
-    options = {option: value for option, value in given.items() if value is not None}
-    schedule = build_schedule(name, ranks, microbatches, stages_per_rank=stages_per_rank, **options)
-    costs = Costs.from_rank_shares(
-        schedule.placement,
-        forward=forward,
-        input_grad=input_grad,
-        weight_grad=weight_grad,
-        step=step,
-        latency=latency,
-        bandwidth=math.inf if bandwidth is None else bandwidth,
-        message_bytes=message_bytes,
-    )
-    simulation = simulate(schedule, costs)
-    if form == "json":
-        click.echo(json.dumps(to_dict(simulation)))
+    if csv_file is not None:
+        schedules = [from_csv(csv_file.read_text(encoding="utf-8"), csv_file.stem)]
+        sentences = [f"read from {csv_file.name}."]
     else:
-        _print_text(simulation, find_entry(name).summary)
+        given = {
+            "stages_per_rank": stages_per_rank,
+            "depths": depths,
+            "microbatches_per_update": microbatches_per_update,
+            "vertical_sync": vertical_sync or None,
+        }
+        options = {option: value for option, value in given.items() if value is not None}
+        names = [name] if name is not None else [part.strip() for part in str(compare).split(",")]
+        schedules = [_build(each, ranks, microbatches, options, shared=name is None) for each in names]
+        sentences = [find_entry(each).summary for each in names]
+    simulations = [simulate(schedule, _costs(schedule, **times)) for schedule in schedules]
+    _print(simulations, sentences, form, several=compare is not None)
+
+
+def _build(name: str, ranks: int, microbatches: int, options: Mapping[str, Any], *, shared: bool) -> Schedule:
+    """Build a schedule; of options that several schedules share, take those it has."""
+    if shared:
+        options = {option: value for option, value in options.items() if option in find_entry(name).parameters}
+    return build_schedule(name, ranks, microbatches, **options)
+
+
+def _costs(schedule: Schedule, *, bandwidth: float | None, **times: Any) -> Costs:
+    return Costs.from_rank_shares(schedule.placement, bandwidth=math.inf if bandwidth is None else bandwidth, **times)
 
 
 def _print_list(ranks: int, microbatches: int, form: str) -> None:
     rows = overview(ranks, microbatches)
     if form == "json":
         click.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
-    else:
+    elif form == "text":
         click.echo("\n".join(overview_lines(rows, ranks, microbatches)))
+    else:
+        raise click.UsageError(f"--list has no --format {form}; it is a table: text or json")
 
 
-def _print_text(simulation: Simulation, sentence: str) -> None:
-    num_actions = sum(map(len, simulation.events))
+def _print(simulations: Sequence[Simulation], sentences: Sequence[str], form: str, *, several: bool) -> None:
+    num_actions = sum(len(events) for simulation in simulations for events in simulation.events)
+    if form == "json":
+        dicts = [to_dict(simulation) for simulation in simulations]
+        click.echo(json.dumps(dicts if several else dicts[0]))
+    elif form == "csv":
+        if several:
+            raise click.UsageError("a CSV holds one schedule; name one instead of --compare")
+        click.echo(to_csv(simulations[0].schedule), nl=False)
+    elif form == "trace":
+        click.echo(json.dumps(to_chrome_trace(simulations)))
+    elif form == "svg":
+        if num_actions > _MAX_DRAWN:
+            raise click.UsageError(f"no picture of {num_actions} actions; ask for fewer ranks or microbatches")
+        click.echo(to_svg(simulations, sentences), nl=False)
+    else:
+        _print_pictures(simulations, num_actions)
+        lines = comparison_lines(simulations) if several else summary_lines(simulations[0], sentences[0])
+        click.echo("\n".join(lines))
+
+
+def _print_pictures(simulations: Sequence[Simulation], num_actions: int) -> None:
     if num_actions > _MAX_DRAWN:
         click.echo(
             f"(no picture of {num_actions} actions; ask for fewer ranks or microbatches, or for --format json)\n"
         )
-    else:
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        for line in text_grid(simulation).lines(columns):
+        return
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    grids = text_grids(simulations) if len(simulations) > 1 else [text_grid(simulations[0])]
+    for simulation, grid in zip(simulations, grids, strict=True):
+        if len(simulations) > 1:
+            click.echo(click.style(simulation.schedule.name, bold=True))
+        for line in grid.lines(columns):
             click.echo("".join(map(_coloured, line)).rstrip())
-        click.echo(f"\n{legend(simulation.schedule)}\n")
-    click.echo("\n".join(summary_lines(simulation, sentence)))
+        click.echo()
+    click.echo(f"{legend(*(simulation.schedule for simulation in simulations))}\n")
 
 
 def _coloured(segment: Segment) -> str:

@@ -10,7 +10,7 @@ import click
 
 from vpipe.config import RunConfig, read_config
 
-__all__ = ["read_config_aloud", "threads_of"]
+__all__ = ["plural", "read_config_aloud", "threads_of"]
 
 
 def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -24,3 +24,8 @@ def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
 def threads_of(config: RunConfig) -> int:
     """Return the compute threads of each rank: as configured, else an equal share of the cores."""
     return config.launch.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // config.num_ranks)
+
+
+def plural(number: int, one: str, many: str) -> str:
+    """Return the number with its noun."""
+    return f"{number} {one if number == 1 else many}"

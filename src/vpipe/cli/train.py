@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from vpipe.cli.shared import plural, read_config_aloud, threads_of
+
 __all__ = ["command", "run_rank"]
 
 _INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
@@ -61,8 +63,6 @@ def _train(path: Path, overrides: Sequence[str]) -> Path:
 
 
 def _launch(path: Path, overrides: Sequence[str]) -> None:
-    from vpipe.cli.shared import read_config_aloud, threads_of
-
     config = read_config_aloud(path, overrides)  # before torch is imported: mistakes are told at once
 
     from rich.console import Console
@@ -72,11 +72,9 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
     from vpipe.launch.run_directory import create_run_directory
 
     run_directory = create_run_directory(config.log_directory)
-    ranks = "1 rank" if config.num_ranks == 1 else f"{config.num_ranks} ranks"
-    click.echo(
-        f"{config.pipeline.schedule}, {ranks}, {config.pipeline.num_microbatches} microbatches of "
-        f"{config.microbatch_size}; logs in {run_directory}"
-    )
+    ranks = plural(config.num_ranks, "rank", "ranks")
+    slices = plural(config.pipeline.num_microbatches, "microbatch", "microbatches")
+    click.echo(f"{config.pipeline.schedule}, {ranks}, {slices} of {config.microbatch_size}; logs in {run_directory}")
     progress = ProgressDisplay(run_directory / "metrics.jsonl", Console(), print_frequency=config.train.print_frequency)
     try:
         with progress:

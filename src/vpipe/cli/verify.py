@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from vpipe.cli.shared import plural, read_config_aloud, threads_of
 from vpipe.errors import LaunchError
 
 __all__ = ["command"]
@@ -44,8 +45,6 @@ def command(config: Path, iterations: int, overrides: tuple[str, ...], form: str
 
 
 def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, Any]:
-    from vpipe.cli.shared import read_config_aloud, threads_of
-
     config = read_config_aloud(path, overrides)  # before torch is imported: mistakes are told at once
 
     from rich.console import Console
@@ -62,7 +61,7 @@ def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, 
     )
 
     directory = create_run_directory(config.log_directory)
-    pipeline = f"{config.pipeline.schedule} on {_ranks(config.num_ranks)}"
+    pipeline = f"{config.pipeline.schedule} on {plural(config.num_ranks, 'rank', 'ranks')}"
     steps = (
         ("pipeline_rank", config.num_ranks, pipeline_directory(directory), pipeline),
         ("reference_rank", 1, reference_directory(directory), "one process"),
@@ -70,7 +69,7 @@ def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, 
     try:
         for function, num_ranks, place, what in steps:
             place.mkdir()
-            click.echo(f"training {iterations} iterations: {what}", err=True)
+            click.echo(f"training {plural(iterations, 'iteration', 'iterations')}: {what}", err=True)
             with ProgressDisplay(progress_path(place), Console(stderr=True)) as progress:
                 launch_local(
                     [f"vpipe.train.verify:{function}", str(directory), str(path), str(iterations), *overrides],
@@ -86,10 +85,6 @@ def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, 
         remove_computed(directory)
 
 
-def _ranks(number: int) -> str:
-    return "1 rank" if number == 1 else f"{number} ranks"
-
-
 def _table(report: Mapping[str, Any]) -> str:
     lines = [f"{'':12}{'compared':>10}{'different':>11}{'largest difference':>20}"]
     for name, row in report["comparisons"].items():
@@ -99,5 +94,5 @@ def _table(report: Mapping[str, Any]) -> str:
             lines.append(f"{'':12}first: {row['first_different']}")
     against = "one process" if report["synchronous"] else "one process with the same delays"
     verdict = "equal, bit for bit" if report["equal"] else "NOT equal"
-    lines.append(f"{report['schedule']} on {_ranks(report['num_ranks'])} against {against}: {verdict}")
+    lines.append(f"{report['schedule']} on {plural(report['num_ranks'], 'rank', 'ranks')} against {against}: {verdict}")
     return "\n".join(lines)

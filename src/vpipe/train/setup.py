@@ -16,7 +16,7 @@ from vpipe.data.bert_meta import Split
 from vpipe.data.custom import open_source
 from vpipe.data.source import BatchSource
 from vpipe.data.synthetic import SyntheticBertSource
-from vpipe.errors import ConfigError, PlanError
+from vpipe.errors import ConfigError, DataError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.zoo import build_chain
 from vpipe.runtime.assembly import resolve_partition
@@ -76,7 +76,7 @@ class Setup:
     @property
     def evaluates(self) -> bool:
         """Say whether there is anything to evaluate on."""
-        return self.held_out is not None and self.config.train.eval_batches != 0
+        return self.held_out is not None
 
 
 def build_setup(config: RunConfig) -> Setup:
@@ -88,7 +88,7 @@ def build_setup(config: RunConfig) -> Setup:
     source = _open(config, "train")
     if source is None:
         raise ConfigError("data: there is no training data; the entry function returned nothing for the split 'train'")
-    held_out = _open(config, "eval") if config.train.eval_batches != 0 else None
+    held_out = _open(config, "eval") if _wants_evaluation(config, source) else None
     vocab_size = source.meta.vocab_size if isinstance(source, BertDataset) else _synthetic_vocab_size(config)
     chain = build_chain(config.model, data_vocab_size=vocab_size)
     if config.num_stages > len(chain):
@@ -96,9 +96,28 @@ def build_setup(config: RunConfig) -> Setup:
             f"{config.num_stages} stages are more than the model's {len(chain)} blocks; use at most {len(chain)} "
             "(pipeline.num_ranks times pipeline.stages_per_rank)"
         )
+    for opened in (source, held_out):
+        if opened is not None:
+            _check_fields(chain, opened)
     per_epoch = num_iterations(source.num_samples, config.train.batch_size)
     total = config.train.iterations or per_epoch * (config.train.epochs or 1)
     return Setup(config, chain, source, held_out, vocab_size, per_epoch, total)
+
+
+def _wants_evaluation(config: RunConfig, source: BatchSource) -> bool:
+    """Tell whether held-out data is needed; a set that was prepared without any is only a mistake if the run asks."""
+    train = config.train
+    if train.eval_batches is None and not train.eval_frequency and isinstance(source, BertDataset):
+        return "eval" in source.meta.splits
+    return train.eval_batches != 0
+
+
+def _check_fields(chain: Chain, source: BatchSource) -> None:
+    if missing := [name for name in chain.fields if name not in source.fields]:
+        raise DataError(
+            f"the model reads the batch fields {', '.join(chain.fields)}, but the data has no '{missing[0]}', only "
+            f"{', '.join(source.fields)}; give the data that field, or rename it in the model's Chain(fields=...)"
+        )
 
 
 def _synthetic_vocab_size(config: RunConfig) -> int | None:
