@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
@@ -23,6 +25,8 @@ KEYS = [
     "peak_activations",
     "weight_versions",
     "staleness",
+    "traffic",
+    "idle",
     "actions",
 ]
 
@@ -106,6 +110,80 @@ def test_list_shows_every_schedule() -> None:
     rows = json.loads(_run("--list --ranks 8 --microbatches 16 --format json").output)
     assert [row["schedule"] for row in rows] == list(SCHEDULES)
     assert {row["schedule"]: row["weight_versions"] for row in rows}["pipedream"] == 8
+
+
+def test_times_may_differ_by_rank() -> None:
+    assert _json("1f1b --forward 1,1,2,1 --step 1,0,0,0")["makespan"] > _json("1f1b")["makespan"]  # type: ignore[operator]
+    assert _json("gpipe --ranks 1 --microbatches 2 --dispatch 0.5")["makespan"] == 2 * (1.5 + 2.5) + 0.5
+    assert "write one, or one per rank, e.g. 1,1,2,1" in _run("1f1b --forward 1,x").output
+    assert "forward has 3 numbers for 4 ranks" in str(_run("1f1b --forward 1,1,1").exception)
+
+
+def test_csv_goes_round(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text(_run("zb-v --ranks 3 --microbatches 5 --format csv").output)
+    assert file.read_text().splitlines()[1].startswith("0F0,0F1,")
+    shown, named = _json(f"--csv {file}"), _json("zb-v --ranks 3 --microbatches 5")
+    assert shown == named
+    assert "zb-v: read from mine.csv." in _run(f"--csv {file}").output
+    assert _run(f"--csv {file} --format csv").output == file.read_text()
+
+
+def test_a_csv_without_a_name_is_called_like_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("0F0,,0B0\n")
+    assert _json(f"--csv {file}")["schedule"] == "mine"
+    file.write_text("0F0,0X0\n")
+    assert "rank 0, cell 1: '0X0' is not an action" in str(_run(f"--csv {file}").exception)
+    assert "does not exist" in _run("--csv nowhere.csv").output
+
+
+def test_svg_and_trace_are_whole_documents() -> None:
+    svg = _run("v-half --format svg").output
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "The V with half of" in svg
+    trace = json.loads(_run("v-half --format trace").output)
+    assert {row["ph"] for row in trace["traceEvents"]} == {"M", "X", "C"}
+    assert "no picture of 32832 actions" in _run("1f1b --ranks 64 --microbatches 256 --format svg").output
+
+
+def test_compare_shows_several_on_one_scale() -> None:
+    output = _run("--compare 1f1b,zb-v,pipedream --ranks 2 --microbatches 3").output
+    lines = output.splitlines()
+    assert [line for line in lines if line in ("1f1b", "zb-v", "pipedream")] == ["1f1b", "zb-v", "pipedream"]
+    assert "B backward  I input gradient  W weight gradient" in output
+    assert next(line for line in lines if line.startswith("zb-v  ")).split()[1] == "9.5"
+    data = json.loads(_run("--compare 1f1b,zb-v --format json").output)
+    assert [each["makespan"] for each in data] == [33, 25.5]
+    assert _run("--compare gpipe,zb-v --format svg").output.count("url(#idle)") == 8 + 1
+
+
+def test_compare_gives_each_schedule_the_options_it_has() -> None:
+    line = "--compare 1f1b,interleaved,pipedream --stages-per-rank 3 --vertical-sync --format json"
+    plain, looped, stale = json.loads(_run(line).output)
+    assert (plain["num_stages"], looped["num_stages"], stale["num_stages"]) == (4, 12, 4)
+    assert stale["staleness"] == [3, 3, 3, 3]
+    assert isinstance(_run("zb-h1 --vertical-sync").exception, ScheduleError)  # named alone, it must have it
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("1f1b --list", "one of them"),
+        ("1f1b --compare gpipe,zb-v", "one of them"),
+        ("--compare gpipe,zb-v --format csv", "a CSV holds one schedule"),
+        ("--list --format svg", "--list has no --format svg"),
+    ],
+)
+def test_calls_that_do_not_fit_together(line: str, words: str) -> None:
+    result = _run(line)
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_the_garbage_collector_is_left_as_it_was() -> None:
+    _run("gpipe")
+    assert gc.isenabled()
 
 
 def test_unknown_names_and_options_raise_the_room_s_errors() -> None:

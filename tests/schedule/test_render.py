@@ -9,7 +9,7 @@ from vpipe.schedule.action import Kind
 from vpipe.schedule.costs import Costs
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.render import summary_lines, text_grid, to_dict
+from vpipe.schedule.render import columns_per_time, summary_lines, text_grid, to_dict
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate import Simulation, simulate
 
@@ -79,7 +79,7 @@ def test_pieces_know_what_they_draw() -> None:
 
 def test_json_has_exactly_the_promised_keys() -> None:
     data = json.loads(json.dumps(to_dict(_simulate("1f1b", 4, 8))))
-    actions = data.pop("actions")
+    actions, idle = data.pop("actions"), data.pop("idle")
     assert data == {
         "schedule": "1f1b",
         "num_ranks": 4,
@@ -91,7 +91,10 @@ def test_json_has_exactly_the_promised_keys() -> None:
         "peak_activations": [4, 3, 2, 1],
         "weight_versions": [1, 1, 1, 1],
         "staleness": [0, 0, 0, 0],
+        "traffic": 1,
     }
+    assert idle["warmup"] == [6, 5, 4, 3]
+    assert list(idle) == ["warmup", "cooldown", "imbalance", "communication", "step"]
     assert len(actions) == 4
     assert actions[2][:3] == ["2F0", "2F1", "2B0"]
     assert actions[2][-1] == "2STEP7"
@@ -114,6 +117,8 @@ def test_the_summary_says_it_in_words() -> None:
         "peak activations  4 3 2 1 microbatches held on ranks 0 to 3",
         "weight versions   1 1 1 1 parameter sets kept on ranks 0 to 3",
         "staleness         0 0 0 0 updates on ranks 0 to 3",
+        "traffic           1 times the messages of one stage per rank",
+        "idle              13.64 % warmup, 13.64 % cooldown",
     ]
 
 
@@ -131,3 +136,14 @@ def test_the_summary_of_many_ranks_is_cut_short() -> None:
     assert lines[3] == (
         "peak activations  40 39 38 37 36 35 34 33 32 31 30 29 ... 1 microbatches held on ranks 0 to 39"
     )
+
+
+def test_one_scale_for_several_pictures() -> None:
+    narrow, wide = _simulate("1f1b", 2, 2), _simulate("zb-v", 2, 2)
+    scale = columns_per_time(wide)
+    assert scale > columns_per_time(narrow)
+    assert text_grid(narrow, scale).text().splitlines()[1].startswith("rank 0 F0-----")
+
+
+def test_a_rank_that_never_idles_says_so() -> None:
+    assert summary_lines(_simulate("gpipe", 1, 2), "")[-1] == "idle              never"

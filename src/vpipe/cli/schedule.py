@@ -125,8 +125,9 @@ def command(
     Times are a rank's share of one microbatch, in any unit: one number, or one per rank. Several stages on a rank split
     it evenly. A full backward takes the input-gradient and the weight-gradient time together.
     """
-    # A process that lives for one answer: collecting garbage would only walk through millions of actions again and again.
+    # Collecting garbage would walk through millions of actions again and again, and there is none.
     gc.disable()
+    click.get_current_context().call_on_close(gc.enable)
     asked = [name is not None, list_all, compare is not None, csv_file is not None]
     if sum(asked) != 1:
         raise click.UsageError(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from vpipe.schedule.action import Kind
+from vpipe.schedule.phases import turning_points
 from vpipe.schedule.simulate import Event, Simulation
 from vpipe.schedule.transfers import transfers_of
 
@@ -105,7 +106,7 @@ class _Explainer:
     def _waits(self) -> Iterator[_Wait]:
         ready = _arrivals(self._simulation)
         for rank, events in enumerate(self._events):
-            first_backward, last_forward = _phases(events)
+            first_backward, last_forward = turning_points(events)
             clock = 0.0
             for index, (action, start, end) in enumerate(events):
                 if start > clock:
@@ -124,13 +125,6 @@ def _arrivals(simulation: Simulation) -> dict[tuple[int, bool, int], tuple[int, 
             stage = transfer.action.stage + (1 if forward else -1)
             found[stage, forward, transfer.action.microbatch] = (rank, events[transfer.producer].end)
     return found
-
-
-def _phases(events: tuple[Event, ...]) -> tuple[int, int]:
-    """Return the places of a rank's first backward and last forward."""
-    backwards = [index for index, event in enumerate(events) if event.action.kind in (Kind.B, Kind.I)]
-    forwards = [index for index, event in enumerate(events) if event.action.kind is Kind.F]
-    return backwards[0] if backwards else len(events), forwards[-1] if forwards else -1
 
 
 def _steps(events: tuple[Event, ...]) -> list[_Piece]:

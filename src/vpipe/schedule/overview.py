@@ -8,6 +8,7 @@ from vpipe.errors import ScheduleError
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.simulate import simulate
+from vpipe.schedule.traffic import traffic
 from vpipe.schedule.weights import weight_usage
 
 __all__ = ["Row", "overview", "overview_lines"]
@@ -25,6 +26,7 @@ class Row:
     peak_activations: float | None = None
     weight_versions: int | None = None
     staleness: int | None = None
+    traffic: float | None = None
 
 
 def overview(num_ranks: int, num_microbatches: int) -> list[Row]:
@@ -45,6 +47,7 @@ def overview(num_ranks: int, num_microbatches: int) -> list[Row]:
                 peak_activations=max(peak_activations(schedule)),
                 weight_versions=max(stage.num_versions for stage in usage),
                 staleness=max(max(stage.staleness) for stage in usage),
+                traffic=traffic(schedule.placement),
             )
         )
     return rows
@@ -52,11 +55,13 @@ def overview(num_ranks: int, num_microbatches: int) -> list[Row]:
 
 def overview_lines(rows: list[Row], num_ranks: int, num_microbatches: int) -> list[str]:
     """Lay `rows` out as a table."""
-    table: list[tuple[str, ...]] = [("schedule", "update", "bubble", "peak", "versions", "stale", "what it does")]
+    table: list[tuple[str, ...]] = [
+        ("schedule", "update", "bubble", "peak", "versions", "stale", "traffic", "what it does")
+    ]
     for row in rows:
         bubble = "-" if row.bubble_fraction is None else f"{row.bubble_fraction:.1%}"
-        counts = (row.peak_activations, row.weight_versions, row.staleness)
-        numbers = ["-" if count is None else f"{count:g}" for count in counts]
+        counts = (row.peak_activations, row.weight_versions, row.staleness, row.traffic)
+        numbers = ["-" if count is None else f"{count:.3g}" for count in counts]
         table.append((row.schedule, "sync" if row.synchronous else "async", bubble, *numbers, row.summary))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
@@ -65,5 +70,6 @@ def overview_lines(rows: list[Row], num_ranks: int, num_microbatches: int) -> li
         "",
         f"Bubble, peak microbatches held, weight versions and staleness on the worst of {num_ranks} ranks, for "
         f"{num_microbatches} microbatches",
-        "and backward = 2 x forward. An asynchronous schedule fills and drains once in a run, not once per update.",
+        "and backward = 2 x forward. Traffic: messages between ranks, relative to one stage per rank.",
+        "An asynchronous schedule fills and drains once in a run, not once per update.",
     ]

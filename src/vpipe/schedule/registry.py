@@ -55,7 +55,7 @@ SCHEDULES: dict[str, Entry] = {
     "interleaved": Entry(build_interleaved, True, "1F1B with several stages per rank: a smaller bubble, more traffic."),
     "looped-bfs": Entry(build_looped_bfs, True, "GPipe with several stages per rank: whole batches stage by stage."),
     "zb-h1": Entry(build_zb_h1, True, "Weight gradients fill idle time: a third of 1F1B's bubble in 1F1B's memory."),
-    "zb-h2": Entry(build_zb_h2, True, "The same, further ahead: ranks never idle between their own start and end."),
+    "zb-h2": Entry(build_zb_h2, True, "ZB-H1 further ahead: no idle time inside a rank's own, for twice the memory."),
     "zb-v": Entry(build_zb_v, True, "Zero bubble in 1F1B's memory: stages go down the ranks and up again."),
     "v-half": Entry(build_v_half, True, "The V with half of 1F1B's memory, and half of its bubble."),
     "v-min": Entry(build_v_min, True, "The V with a third of 1F1B's memory, and two thirds of its bubble."),

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.idle import CAUSES, idle_times
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.schedule import Schedule, WeightRule
 from vpipe.schedule.simulate import Event, Simulation
+from vpipe.schedule.traffic import traffic
 from vpipe.schedule.weights import StageWeights, weight_usage
 
-__all__ = ["Grid", "Segment", "legend", "summary_lines", "text_grid", "to_dict"]
+__all__ = ["Grid", "Segment", "columns_per_time", "legend", "summary_lines", "text_grid", "to_dict"]
 
 Segment = tuple[str, Kind | None]
 """A piece of a line and the kind of action it draws, for colour."""
@@ -61,15 +63,15 @@ class Grid:
         return "\n".join("".join(text for text, _ in line).rstrip() for line in self.lines(max_columns))
 
 
-def text_grid(simulation: Simulation) -> Grid:
+def text_grid(simulation: Simulation, scale: float | None = None) -> Grid:
     """Draw `simulation`: time on columns, ranks on rows; blank is idle.
 
     A cell like ``B0---`` is as wide as its action is long; with several stages per rank it starts with the stage,
     ``2B0``. An update that takes no time is a ``*`` where it happens. Widths are exact when all times are multiples of
-    a common unit that is not too fine, rounded otherwise.
+    a common unit that is not too fine, rounded otherwise. `scale` is in columns per unit of time; None: what fits.
     """
     with_stage = simulation.schedule.placement.stages_per_rank > 1
-    scale = _columns_per_time(simulation, with_stage)
+    scale = columns_per_time(simulation) if scale is None else scale
     start = min(events[0].start for events in simulation.events if events)
     width = max(1, round(simulation.makespan * scale))
     names, rows = ["time"], [_axis(scale, width)]
@@ -82,9 +84,9 @@ def text_grid(simulation: Simulation) -> Grid:
     return Grid(tuple(names), tuple(rows), tuple(kinds))
 
 
-def legend(schedule: Schedule) -> str:
-    """Say what the letters in the picture of `schedule` mean."""
-    kinds = {action.kind for order in schedule.orders for action in order}
+def legend(*schedules: Schedule) -> str:
+    """Say what the letters in the pictures of `schedules` mean."""
+    kinds = {action.kind for schedule in schedules for order in schedule.orders for action in order}
     return "  ".join([text for kind, text in _LEGEND.items() if kind in kinds] + ["(blank: idle)"])
 
 
@@ -92,11 +94,12 @@ def to_dict(simulation: Simulation) -> dict[str, object]:
     """Return the schedule and what is computed from it, ready for JSON.
 
     Per rank: `peak_activations` in microbatches and `weight_versions` in parameter sets, both in whole-rank units (on
-    a rank of v stages, one stage counts 1/v); `staleness` is the largest of the rank's stages and microbatches;
-    `actions` are its computations in text form.
+    a rank of v stages, one stage counts 1/v); `staleness` is the largest of the rank's stages and microbatches; `idle`
+    is its idle time by cause; `actions` are its computations in text form. `traffic` is the messages between ranks,
+    relative to one stage per rank.
     """
     schedule = simulation.schedule
-    usage = weight_usage(schedule)
+    usage, idle = weight_usage(schedule), idle_times(simulation)
     return {
         "schedule": schedule.name,
         "num_ranks": schedule.num_ranks,
@@ -108,6 +111,8 @@ def to_dict(simulation: Simulation) -> dict[str, object]:
         "peak_activations": [_number(peak) for peak in peak_activations(schedule)],
         "weight_versions": _versions(schedule, usage),
         "staleness": _staleness(schedule, usage),
+        "traffic": _number(traffic(schedule.placement)),
+        "idle": {cause: [rank[cause] for rank in idle] for cause in CAUSES},
         "actions": [[str(action) for action in order] for order in schedule.orders],
     }
 
@@ -127,7 +132,20 @@ def summary_lines(simulation: Simulation, sentence: str) -> list[str]:
         f"peak activations  {_listed(peak_activations(schedule))} microbatches held {ranks}",
         f"weight versions   {_listed(_versions(schedule, usage))} parameter sets kept {ranks}",
         f"staleness         {_listed(_staleness(schedule, usage))} updates {ranks}",
+        f"traffic           {traffic(schedule.placement):.3g} times the messages of one stage per rank",
+        f"idle              {_idle_shares(simulation)}",
     ]
+
+
+def _idle_shares(simulation: Simulation) -> str:
+    """List the causes of idle time, the largest first, as shares of all ranks' time."""
+    total = simulation.schedule.num_ranks * simulation.makespan
+    if not total:
+        return "never"
+    idle = idle_times(simulation)
+    shares = {cause: math.fsum(rank[cause] for rank in idle) / total for cause in CAUSES}
+    shown = sorted((cause for cause in CAUSES if shares[cause] > 5e-5), key=lambda cause: -shares[cause])
+    return ", ".join(f"{100 * shares[cause]:.2f} % {cause}" for cause in shown) or "never"
 
 
 def _versions(schedule: Schedule, usage: Sequence[StageWeights]) -> list[float]:
@@ -165,8 +183,9 @@ def _label(action: Action, with_stage: bool) -> str:
     return f"{action.stage if with_stage else ''}{kind}{action.microbatch}"
 
 
-def _columns_per_time(simulation: Simulation, with_stage: bool) -> float:
+def columns_per_time(simulation: Simulation) -> float:
     """Choose the scale: room for a label and a gap in the shortest cell that is not tiny beside the longest."""
+    with_stage = simulation.schedule.placement.stages_per_rank > 1
     sizes: dict[float, int] = {}
     for events in simulation.events:
         for action, start, end in events:
