@@ -7,6 +7,7 @@ arrival.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,8 +20,6 @@ from vpipe.runtime.buffers import ALIGNMENT
 
 __all__ = ["MessageLayout"]
 
-_IDENTITY_BYTES = 24
-
 
 class MessageLayout:
     """Where each value lies in a message; equal on both sides because both derive it from the same specs."""
@@ -29,9 +28,10 @@ class MessageLayout:
         self.specs = tuple(specs)
         self._channel = channel
         self._agreement = derive_seed(*(str((spec.name, spec.shape, spec.dtype)) for spec in specs))
-        self._presence = slice(_IDENTITY_BYTES, _IDENTITY_BYTES + len(self.specs))
+        # Channel, serial number, agreement; then for each value whether it is there.
+        self._header = struct.Struct(f"<3q{len(self.specs)}?")
         self._places: list[slice] = []
-        end = _aligned(self._presence.stop)
+        end = _aligned(self._header.size)
         for spec in specs:
             self._places.append(slice(end, end + spec.num_bytes))
             end = _aligned(end + spec.num_bytes)
@@ -54,22 +54,27 @@ class MessageLayout:
                 )
             else:
                 target.copy_(value)
-        buffer[:_IDENTITY_BYTES].view(torch.int64).copy_(torch.tensor(self._identity(serial)))
-        buffer[self._presence].copy_(torch.tensor([spec.name in values for spec in self.specs], dtype=torch.uint8))
+        present = [values.get(spec.name) is not None for spec in self.specs]
+        if buffer.device.type == "cpu":
+            # Several times as quick as tensor operations, and on the path of every message.
+            self._header.pack_into(buffer.numpy().data, 0, *self._identity(serial), *present)
+        else:
+            header = self._header.pack(*self._identity(serial), *present)
+            buffer[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
 
     def unpack(self, buffer: Tensor, serial: int) -> dict[str, Tensor]:
-        """Return views of the values that are in `buffer`.
+        """Return views of the values that are in `buffer`, which is host memory.
 
         Raises:
             TransportError: the message is not the one that was waited for.
         """
-        found = buffer[:_IDENTITY_BYTES].view(torch.int64).tolist()
-        if found != (expected := self._identity(serial)):
+        (*found,) = self._header.unpack_from(buffer.numpy().data)
+        identity, present = found[:3], found[3:]
+        if identity != (expected := self._identity(serial)):
             raise TransportError(
-                f"expected message (channel, serial, layout) {tuple(expected)} but received {tuple(found)}; "
+                f"expected message (channel, serial, layout) {tuple(expected)} but received {tuple(identity)}; "
                 "all ranks must run the same version, configuration and data"
             )
-        present = buffer[self._presence].tolist()
         return {name: view for (name, view), there in zip(self.views(buffer).items(), present, strict=True) if there}
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:

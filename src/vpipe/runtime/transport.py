@@ -1,9 +1,13 @@
 """Moves values between stages: receives are posted ahead, sends never make compute wait.
 
-Messages travel on *channels*, one per cut and direction. With gloo a message is matched by a tag made of channel and
-serial number. NCCL has no tags and runs the operations of a communicator in order, so there every *link*, a directed
-pair of ranks, gets one communicator for activations and one for gradients. On each, receives are posted in the order of
-the program, and `validate_schedule` has shown that this is the order of the sends.
+Messages travel on *channels*, one per cut and direction. With gloo all use one communicator of this transport's own,
+and a message is matched by a tag made of channel and serial number. NCCL has no tags and runs the operations of a
+communicator in order, so there every *link*, a directed pair of ranks, gets one communicator for activations and one
+for gradients. On each, receives are posted in the order of the program, and `validate_schedule` has shown that this is
+the order of the sends.
+
+A synchronous schedule without spare depth has no slack: whatever a rank does between the arrival of a message and the
+compute that waits for it delays all ranks. So `receive` posts, acknowledges and tidies before it waits, not after.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from torch import Tensor
 from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.runtime.buffers import BufferPool
+from vpipe.runtime.failure import raise_if_peer_lost
 from vpipe.runtime.message import MessageLayout
-from vpipe.runtime.wait import post, telling_losses, wait_for
+from vpipe.runtime.wait import telling_losses, wait_for
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
 
@@ -45,6 +50,7 @@ class _Channel:
 
     index: int
     peer: int
+    peer_in_group: int
     link: _Link
     layout: MessageLayout
     posted: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
@@ -59,7 +65,7 @@ class Transport:
         rank: this rank.
         device: where it computes.
         announce: is told what the rank is about to wait for, so that a hang or a death can be explained.
-        timeout: how long a wait may last where communicators of its own are made.
+        timeout: how long a wait for another rank may last.
         ordered: match messages by their order on a link instead of by tags; None: as the process group's backend needs.
     """
 
@@ -83,10 +89,13 @@ class Transport:
         self._ordered = is_nccl if ordered is None else ordered
         self._wire = device if is_nccl else torch.device("cpu")
         self._pool = BufferPool(self._wire)
-        self._groups = self._open_groups(timeout) if self._ordered else {}
+        self._groups = self._open_groups(timeout) if placement.num_ranks > 1 else {}
         self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], MessageLayout] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
+        self._answered: list[tuple[_Channel, int]] = []
+        self._program: tuple[Sequence[Action], Mapping[int, Sequence[ValueSpec]]] = ((), {})
+        self._receives: list[tuple[_Channel, int]] = []
         self._base = 0
         self._span = 0
         self._window = 0
@@ -97,8 +106,10 @@ class Transport:
         ranks = [self._placement.rank_of(stage) for stage in range(self._placement.num_stages)]
         forward = {(source, target, True) for source, target in pairwise(ranks) if source != target}
         backward = {(target, source, False) for source, target, _ in forward}
-        # new_group is collective: every rank makes every group, in the same order.
         links = sorted(forward | backward)
+        if not self._ordered:
+            return dict.fromkeys(links, dist.new_group(backend="gloo", timeout=timeout))
+        # new_group is collective: every rank makes every group, in the same order.
         groups = {link: dist.new_group(sorted(link[:2]), timeout=timeout) for link in links}
         for (source, target, _), group in groups.items():
             # NCCL connects at the first message, and blocks until the other side does: in the same order everywhere,
@@ -113,7 +124,7 @@ class Transport:
 
     def start(
         self,
-        actions: Iterable[Action],
+        actions: Sequence[Action],
         crossing: Mapping[int, Sequence[ValueSpec]],
         num_microbatches: int,
         window: int,
@@ -125,13 +136,22 @@ class Transport:
         """
         self._base += self._span
         self._span, self._window = num_microbatches, window
-        self._channels = {}
+        # The batches of a synchronous schedule run one program again and again.
+        if self._program[0] is not actions or self._program[1] is not crossing:
+            self._program = actions, crossing
+            self._channels = {}
+            self._receives = [
+                (self._channel(action, crossing), action.microbatch)
+                for action in actions
+                if action.kind in (Kind.RECV_F, Kind.RECV_B)
+            ]
+            for action in actions:
+                if action.kind in _SENDS:
+                    self._channel(action, crossing)
         self._upcoming.clear()
-        for action in actions:
-            if action.kind in _CUT_OFFSET:
-                channel = self._channel(action, crossing)
-                if action.kind not in _SENDS and channel.layout.specs:
-                    self._upcoming[channel.link].append((channel, action.microbatch))
+        for channel, microbatch in self._receives:
+            if channel.layout.specs:
+                self._upcoming[channel.link].append((channel, microbatch))
         for link in self._upcoming:
             for _ in range(_RECEIVES_AHEAD):
                 self._post_next(link)
@@ -143,7 +163,9 @@ class Transport:
             index = 2 * cut + (0 if forward else 1)
             peer = self._placement.rank_of(cut if action.stage == cut - 1 else cut - 1)
             link = (self._rank, peer, forward) if action.kind in _SENDS else (peer, self._rank, forward)
-            self._channels[key] = _Channel(index, peer, link, self._layout(index, forward, crossing[cut]))
+            peer_in_group = dist.get_group_rank(self._groups[link], peer)
+            layout = self._layout(index, forward, crossing[cut])
+            self._channels[key] = _Channel(index, peer, peer_in_group, link, layout)
         return self._channels[key]
 
     def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> MessageLayout:
@@ -161,13 +183,18 @@ class Transport:
             return
         channel, microbatch = self._upcoming[link].popleft()
         buffer = self._pool.take(channel.layout.num_bytes)
-        channel.posted[microbatch] = self._post(dist.irecv, channel, microbatch, buffer, f"microbatch {microbatch}")
+        channel.posted[microbatch] = self._post(channel, microbatch, buffer, f"microbatch {microbatch}")
 
-    def _post(
-        self, operation: Callable[..., dist.Work | None], channel: _Channel, microbatch: int, buffer: Tensor, what: str
-    ) -> tuple[dist.Work, Tensor]:
-        group, tag = self._groups.get(channel.link), self._tag(channel, microbatch)
-        return post(operation, buffer, channel.peer, what, group, tag), buffer
+    def _post(self, channel: _Channel, microbatch: int, buffer: Tensor, what: str) -> tuple[dist.Work, Tensor]:
+        tag = self._tag(channel, microbatch)
+        group = self._groups[channel.link]
+        # The group's own methods: what dist.isend and dist.irecv add to them costs more than they do.
+        operation = group.send if channel.link[0] == self._rank else group.recv
+        try:
+            return operation([buffer], channel.peer_in_group, tag), buffer
+        except RuntimeError as error:
+            raise_if_peer_lost(error, what, channel.peer)
+            raise
 
     def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
         """Start sending `values` (by name) for a SEND_F or SEND_B; return without waiting for the receiver.
@@ -181,9 +208,7 @@ class Transport:
             return
         buffer = self._pool.take(channel.layout.num_bytes)
         channel.layout.pack(buffer, self._base + action.microbatch, values)
-        channel.sent[action.microbatch] = self._post(
-            dist.isend, channel, action.microbatch, buffer, f"room to send {action}"
-        )
+        channel.sent[action.microbatch] = self._post(channel, action.microbatch, buffer, f"room to send {action}")
         self.bytes_sent += channel.layout.num_bytes
         if len(channel.sent) > self._window:
             self._complete(channel, next(iter(channel.sent)))
@@ -199,17 +224,24 @@ class Transport:
         if not channel.layout.specs:
             return {}
         work, buffer = channel.posted.pop(action.microbatch)
+        # Whatever can be done before the wait must not be done after it: compute is waiting then.
+        self._post_next(channel.link)
+        self._complete_answered()
         what = _WAITED_FOR[action.kind](action)
         self._wait(work, what, channel.peer, f"waiting for {what} from rank {channel.peer}")
-        self._post_next(channel.link)
         self.bytes_received += channel.layout.num_bytes
         if action.kind is Kind.RECV_B and (forward := self._channels.get((Kind.SEND_F, action.stage))) is not None:
             # The gradient's arrival shows that the forward message was received.
-            self._complete(forward, action.microbatch)
+            self._answered.append((forward, action.microbatch))
         if self._wire.type != "cpu":
             return channel.layout.views(buffer)
         values = channel.layout.unpack(buffer, self._base + action.microbatch)
         return {name: value.to(self._device) for name, value in values.items()}
+
+    def _complete_answered(self) -> None:
+        for channel, microbatch in self._answered:
+            self._complete(channel, microbatch)
+        self._answered.clear()
 
     def _complete(self, channel: _Channel, microbatch: int) -> None:
         if microbatch in channel.sent:
@@ -224,6 +256,7 @@ class Transport:
 
     def finish(self) -> None:
         """End a program: wait until all that was sent has been taken."""
+        self._answered.clear()
         self._flush(_SENDS)
 
     def finish_gradients(self) -> None:
