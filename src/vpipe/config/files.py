@@ -15,6 +15,12 @@ from vpipe.errors import ConfigError
 __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps"]
 
 
+_PLAN_KEYS = (
+    *("schedule", "synchronous", "num_microbatches", "microbatch_size", "depths"),
+    *("stages", "cuts", "fingerprint"),
+)
+
+
 @dataclass(frozen=True)
 class PartitionFile:
     """Blocks per stage, and recompute ratio per stage where the file has any."""
@@ -35,10 +41,12 @@ class StageMaps:
 def read_partition_file(path: Path) -> PartitionFile:
     """Read ``{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}``; the ratios may be left out.
 
+    A run's own ``plan.json`` is such a file too; what else it says is not read.
+
     Raises:
         ConfigError: the file is missing or is not of this form; the message has a line per mistake.
     """
-    content = _read_object(path, ("partition", "recompute_ratio"))
+    content = _read_object(path, ("partition", "recompute_ratio"), ignored=_PLAN_KEYS)
     partition, ratios = content.get("partition"), content.get("recompute_ratio")
     if "partition" not in content:
         raise ConfigError(f"{path}: has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]")
@@ -125,12 +133,12 @@ def _count_ranks(path: Path, ranks_of: Any) -> tuple[int, int]:
     return num_stages, num_ranks
 
 
-def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def _read_object(path: Path, keys: tuple[str, ...], ignored: tuple[str, ...] = ()) -> dict[str, Any]:
     content = parse_json(read_text(path), str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is not a JSON object with the keys {', '.join(keys)}")
     for key in content:
-        if key not in keys:
+        if key not in (*keys, *ignored):
             near = did_you_mean(key, keys) or f"; known here: {', '.join(keys)}"
             raise ConfigError(f"{path}: {key} = {show(content[key])} is not a known key{near}")
     return content

@@ -1,0 +1,75 @@
+"""What the ranks of the training tests run, and the small BERT they train."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vpipe.config import load_config
+from vpipe.data.bert_meta import BertOptions
+from vpipe.data.prepare_bert import prepare_bert
+from vpipe.launch.local import launch_local
+from vpipe.runtime.process_group import process_group
+from vpipe.train.trainer import Trainer
+
+HERE = Path(__file__).parent
+
+CONFIG = """
+log_directory: runs
+seed: 4
+model: {type: bert, num_layers: 2, hidden_size: 16, num_heads: 2, max_position_embeddings: 32, dropout: 0.2}
+data: {data_dir: set, sequence_length: 32, masking: dynamic}
+pipeline: {schedule: 1f1b, num_microbatches: 4}
+optimizer: {name: adamw, learning_rate: 3e-3, clip_grad_norm: 1.0, warmup_iterations: 3, weight_decay: 0.01}
+train: {batch_size: 8, iterations: 11, print_frequency: 5, eval_frequency: 4, eval_batch_size: 5}
+launch: {device: cpu, threads_per_rank: 1}
+"""
+
+
+def write_config(folder: Path) -> Path:
+    """Write the run's file and its data set into `folder`."""
+    rng = random.Random(1)
+    words = ["rain", "spain", "falls", "plain", "near", "some", "tall", "green", "hill", "noon"]
+    documents = [
+        [" ".join(rng.choices(words, k=rng.randint(3, 9))).capitalize() + "." for _ in range(rng.randint(2, 5))]
+        for _ in range(24)
+    ]
+    (folder / "text.txt").write_text("\n\n".join("\n".join(document) for document in documents))
+    options = BertOptions(vocab_size=64, sequence_length=32, eval_fraction=0.4, seed=3, limit_samples=28)
+    prepare_bert([folder / "text.txt"], folder / "set", options)
+    (folder / "run.yml").write_text(CONFIG)
+    return folder / "run.yml"
+
+
+def train_many(arguments: Sequence[str]) -> None:
+    """Be one rank of several runs, one after another: `arguments` are a YAML file and names with overrides in JSON."""
+    path, runs = Path(arguments[0]), json.loads(arguments[1])
+    with process_group("gloo", 60) as group:
+        for name, overrides in runs.items():
+            config = load_config(path, [*overrides, f"pipeline.num_ranks={group.num_ranks}"])
+            directory = path.parent / name
+            directory.mkdir(exist_ok=True)
+            Trainer(config, directory, group).run()
+
+
+def launch_many(path: Path, num_ranks: int, runs: Mapping[str, Sequence[str]]) -> None:
+    """Run `train_many` on `num_ranks` ranks; each run's files are in a folder of its name beside `path`."""
+    launch = path.parent / f"launch.{num_ranks}.{next(iter(runs))}"
+    launch.mkdir()
+    launch_local(
+        ["train_toys:train_many", str(path), json.dumps(runs)],
+        num_ranks,
+        run_directory=launch,
+        environment={"PYTHONPATH": str(HERE)},
+    )
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """Read a run's metrics without those that are times."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in ("samples_per_second", "elapsed_s")} for line in lines
+    ]
