@@ -158,6 +158,12 @@ def test_compare_shows_several_on_one_scale() -> None:
     assert _run("--compare gpipe,zb-v --format svg").output.count("url(#idle)") == 8 + 1
 
 
+def test_the_readme_s_picture_is_what_its_command_draws() -> None:
+    command_line = "--compare 1f1b,pipedream --ranks 4 --microbatches 8 --format svg"
+    picture = Path(__file__).parents[2] / "docs" / "images" / "schedules.svg"
+    assert picture.read_text() == _run(command_line).output, f"draw it anew: vpipe schedule {command_line} > {picture}"
+
+
 def test_compare_gives_each_schedule_the_options_it_has() -> None:
     line = "--compare 1f1b,interleaved,pipedream --stages-per-rank 3 --vertical-sync --format json"
     plain, looped, stale = json.loads(_run(line).output)

@@ -38,7 +38,7 @@ _LEFT, _RIGHT, _TOP = 76.0, 120.0, 20.0
 _LABEL_SIZE, _LEAST_LABEL = 12.0, 5.0
 _DIGIT = 0.58  # width of a digit over the size of its font
 _HELD, _VERSIONS = "#6b5b95", "#9c2f06"
-_UPPER_STAGE = 0.45  # how much paler the last stage of a rank is than its first
+_UPPER_STAGE = 0.35  # how much paler the last stage of a rank is than its first
 _NAMES = {
     Kind.F: "forward",
     Kind.R: "recompute",
@@ -177,9 +177,9 @@ def _draw_row(body: list[str], page: _Page, simulation: Simulation, events: Sequ
 
 
 def _colour(simulation: Simulation, action: Action) -> str:
-    """Return the colour of the kind, paler for later stages of the rank."""
+    """Return the colour of the kind; work on later stages of the rank is paler."""
     placement = simulation.schedule.placement
-    if placement.stages_per_rank == 1:
+    if placement.stages_per_rank == 1 or action.kind is Kind.STEP:
         return COLOURS[action.kind]
     turn = action.stage // placement.num_ranks
     return lighten(COLOURS[action.kind], _UPPER_STAGE * turn / (placement.stages_per_rank - 1))

@@ -30,7 +30,7 @@ COLOURS = {
     Kind.F: "#56b4e9",
     Kind.R: "#cc79a7",
     Kind.B: "#009e73",
-    Kind.I: "#8fd6bf",
+    Kind.I: "#c7e9a0",
     Kind.W: "#f0a830",
     Kind.STEP: "#9c2f06",
 }
