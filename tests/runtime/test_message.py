@@ -1,0 +1,101 @@
+"""A message is what was waited for, or an error that says what it is instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vpipe.errors import TransportError
+from vpipe.model.chain import ValueSpec
+from vpipe.runtime.buffers import ALIGNMENT, BufferPool
+from vpipe.runtime.message import MessageLayout
+
+SPECS = (
+    ValueSpec("hidden", (2, 3), torch.float32, True),
+    ValueSpec("mask", (2, 5), torch.bool, False),
+    ValueSpec("positions", (2,), torch.int64, False),
+    ValueSpec("scale", (), torch.float64, True),
+    ValueSpec("nothing", (0, 4), torch.float32, False),
+    ValueSpec("half", (3,), torch.bfloat16, True),
+)
+VALUES = {
+    "hidden": torch.randn(3, 2).T,  # not contiguous
+    "mask": torch.rand(2, 5) < 0.5,
+    "positions": torch.tensor([7, -1]),
+    "scale": torch.tensor(0.1, dtype=torch.float64),
+    "nothing": torch.empty(0, 4),
+    "half": torch.randn(3).bfloat16(),
+}
+
+
+def packed(layout, serial=4, values=VALUES):
+    buffer = BufferPool(torch.device("cpu")).take(layout.num_bytes).fill_(255)
+    layout.open(buffer).pack(serial, values)
+    return buffer
+
+
+def test_values_of_every_type_come_back_without_copies():
+    layout = MessageLayout(3, SPECS)
+    buffer = packed(layout)
+    found = layout.open(buffer).unpack(4)
+    assert list(found) == [spec.name for spec in SPECS]
+    for name, value in VALUES.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+    buffer.zero_()
+    assert not found["hidden"].any()
+    assert {found[name].data_ptr() % ALIGNMENT for name in VALUES if found[name].numel()} == {0}
+
+
+def test_missing_values_are_missing_and_zero_for_those_who_cannot_look():
+    layout = MessageLayout(3, SPECS)
+    buffer = packed(layout, values={"mask": VALUES["mask"]})
+    assert list(layout.open(buffer).unpack(4)) == ["mask"]
+    assert torch.equal(layout.open(buffer).values["mask"], VALUES["mask"])
+    assert not layout.open(buffer).values["hidden"].any()
+
+
+def test_nothing_to_say_needs_no_message():
+    assert MessageLayout(3, ()).num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        MessageLayout(4, SPECS),
+        MessageLayout(3, SPECS[:-1]),
+        MessageLayout(3, [ValueSpec("other", (2, 3), torch.float32, True), *SPECS[1:]]),
+        MessageLayout(3, [ValueSpec("hidden", (3, 2), torch.float32, True), *SPECS[1:]]),
+        MessageLayout(3, [ValueSpec("hidden", (2, 3), torch.int32, True), *SPECS[1:]]),
+    ],
+)
+def test_another_channel_or_layout_is_refused(other):
+    with pytest.raises(
+        TransportError, match=r"expected message \(channel, serial, layout\) \(\d, 4, \d+\) but received"
+    ):
+        other.open(packed(MessageLayout(3, SPECS))).unpack(4)
+
+
+def test_another_microbatch_is_refused():
+    layout = MessageLayout(3, SPECS)
+    with pytest.raises(TransportError, match=r"\(3, 5, \d+\) but received \(3, 4, \d+\); all ranks must run the same"):
+        layout.open(packed(layout)).unpack(5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (
+            torch.zeros(2, 4),
+            r"'hidden' was agreed as \(2, 3\) torch.float32 but is \(2, 4\) torch.float32; blocks must",
+        ),
+        (
+            torch.zeros(2, 3, dtype=torch.float64),
+            r"'hidden' was agreed as \(2, 3\) torch.float32 but is .* torch.float64",
+        ),
+        (torch.zeros(6), r"but is \(6,\) torch.float32"),
+    ],
+)
+def test_values_of_another_shape_or_type_are_refused(wrong, text):
+    with pytest.raises(TransportError, match=text):
+        packed(MessageLayout(3, SPECS), values=VALUES | {"hidden": wrong})

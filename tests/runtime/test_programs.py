@@ -1,0 +1,78 @@
+"""Programs are what the schedule says, for one batch or for all that flow until the pipeline drains."""
+
+from __future__ import annotations
+
+import pytest
+
+from vpipe.errors import ScheduleError
+from vpipe.runtime.programs import ProgramBuilder
+from vpipe.schedule.lower import lower
+from vpipe.schedule.registry import build_schedule
+
+
+def build(name="1f1b", num_ranks=3, rank=1, num_microbatches=4, **options):
+    arguments = {key: options.pop(key) for key in ("macrobatch", "stages_per_rank") if key in options}
+    return ProgramBuilder(name, num_ranks, rank, num_microbatches, options=options, **arguments)
+
+
+def test_a_synchronous_program_is_one_batch_whatever_the_number():
+    builder = build()
+    program = builder.training(5, 7)
+    assert program.actions == lower(build_schedule("1f1b", 3, 4))[1]
+    assert (program.num_serials, program.num_batches, program.first_iteration) == (4, 1, 7)
+    assert program.window == 3
+    assert builder.microbatches_per_update == 4
+
+
+def test_an_asynchronous_program_is_all_batches():
+    builder = build("pipedream", depths=[6, 4, 2])
+    program = builder.training(5, 7)
+    assert program.actions == lower(build_schedule("pipedream", 3, 20, depths=[6, 4, 2]))[1]
+    assert (program.num_serials, program.num_batches, program.first_iteration) == (20, 5, 7)
+    assert program.window == 7
+    assert builder.microbatches_per_update == 1
+    assert builder.training(2, 12).num_serials == 8
+
+
+def test_programs_are_built_once_per_length():
+    builder = build("pipedream")
+    assert builder.training(5, 0).actions is builder.training(5, 9).actions
+
+
+def test_a_macrobatch_is_one_update():
+    builder = build("pipedream", macrobatch=True)
+    assert builder.microbatches_per_update == 4
+    assert builder.training(2, 0).weights[0].update_of == (0, 0, 0, 0, 1, 1, 1, 1)
+
+
+def test_a_family_with_updates_of_its_own_size_is_understood():
+    assert build("pipedream-2bw", num_microbatches=6).microbatches_per_update == 3
+    with pytest.raises(ScheduleError, match=r"after every 3 microbatches.*num_microbatches=4; use a multiple of 3"):
+        build("pipedream-2bw", num_microbatches=4)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 8])
+def test_the_validated_sample_reaches_the_steady_state(num_microbatches):
+    depths = (14, 12, 10, 8, 6, 4, 2, 0)
+    sample = build("pipedream", 8, 0, num_microbatches, depths=depths).sample
+    forwards = [str(action) for action in sample.orders[0]].index("0B0")
+    assert forwards == depths[0] + 1
+    assert (
+        sample.fingerprint()
+        != build("pipedream", 8, 0, num_microbatches, depths=(13, *depths[1:])).sample.fingerprint()
+    )
+
+
+def test_an_evaluation_only_goes_forward():
+    program = build("naive", num_ranks=2, rank=1, stages_per_rank=2).evaluation(2)
+    assert " ".join(map(str, program.actions)) == (
+        "1RECV_F0 1F0 1SEND_F0 3RECV_F0 3F0 1RECV_F1 1F1 1SEND_F1 3RECV_F1 3F1"
+    )
+    assert not program.training
+
+
+def test_stages_per_rank_are_the_familys_own_unless_given():
+    assert build("naive", stages_per_rank=None).sample.num_stages == 3
+    assert build("naive", stages_per_rank=2).sample.num_stages == 6
+    with pytest.raises(ScheduleError, match="stages_per_rank=2"):
+        build("1f1b", stages_per_rank=2)
