@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["derive_seed", "seed_everything", "seeded"]
+__all__ = ["RandomState", "derive_seed", "seed_everything", "seeded"]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -30,16 +30,27 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run a block of code under `seed` and leave the default generators as they were."""
-    # As torch.random.fork_rng does it, which takes several times as long: this is around every action of a rank.
-    state = torch.default_generator.get_state()
-    cuda_state = torch.cuda.get_rng_state() if _uses_cuda() else None
+    state = RandomState()
     try:
         seed_everything(seed)
         yield
     finally:
-        torch.default_generator.set_state(state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state)
+        state.restore()
+
+
+class RandomState:
+    """The state of the default generators at the moment this is made."""
+
+    def __init__(self) -> None:
+        # As torch.random.fork_rng does it, which takes several times as long.
+        self._cpu = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state() if _uses_cuda() else None
+
+    def restore(self) -> None:
+        """Go back to it."""
+        torch.default_generator.set_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
 
 
 def _uses_cuda() -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vpipe.model.rng import seeded
+from vpipe.model.rng import RandomState
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Record
 from vpipe.runtime.stage import MicrobatchKey, Stage
@@ -103,15 +103,22 @@ class Executor:
         for index, held in self._held.items() if program.training else ():
             held.weights.start(program.weights[index].version_of)
         dispatch, record, clock = self._dispatch, self._record, time.perf_counter_ns
-        for action in program.actions:
-            start = clock()
-            dispatch[action.kind](action)
-            if self._synchronise:
-                # A device's time is only known once it has done the work.
-                torch.cuda.current_stream().synchronize()
-            record(action, start, clock())
-            if action.kind is Kind.STEP:
-                yield action
+        # Blocks are seeded one by one; the caller's random numbers go on as if nothing had happened.
+        callers = RandomState()
+        try:
+            for action in program.actions:
+                start = clock()
+                dispatch[action.kind](action)
+                if self._synchronise:
+                    # A device's time is only known once it has done the work.
+                    torch.cuda.current_stream().synchronize()
+                record(action, start, clock())
+                if action.kind is Kind.STEP:
+                    callers.restore()
+                    yield action
+                    callers = RandomState()
+        finally:
+            callers.restore()
 
     def _key(self, microbatch: int) -> MicrobatchKey:
         batch, index = divmod(microbatch, self._program.num_microbatches)
@@ -121,12 +128,10 @@ class Executor:
         stage, serial = self._held[action.stage].stage, action.microbatch
         inputs = self._arrived.pop((Kind.F, action.stage, serial), {})
         fields, num_samples = self._feed.rows(serial, stage.fields)
-        # Blocks are seeded one by one; the caller's random numbers go on as if nothing had happened.
-        with seeded(self._seed):
-            if self._program.training:
-                outputs = self._train(action, inputs, fields, num_samples)
-            else:
-                outputs = self._evaluate(action, inputs, fields, num_samples)
+        if self._program.training:
+            outputs = self._train(action, inputs, fields, num_samples)
+        else:
+            outputs = self._evaluate(action, inputs, fields, num_samples)
         if not stage.is_last:
             self._hand_over(Kind.F, action.stage, action.stage + 1, serial, outputs)
         self._feed.done(serial)
@@ -169,8 +174,7 @@ class Executor:
         held, serial = self._held[action.stage], action.microbatch
         arrived = self._arrived.pop((Kind.B, action.stage, serial), {})
         version = self._program.weights[action.stage].version_of[serial]
-        with seeded(self._seed):  # for blocks that are recomputed
-            gradients = held.weights.accumulate(version, lambda: held.stage.backward(serial, arrived))
+        gradients = held.weights.accumulate(version, lambda: held.stage.backward(serial, arrived))
         if action.stage > 0:
             self._hand_over(Kind.B, action.stage, action.stage - 1, serial, gradients)
 

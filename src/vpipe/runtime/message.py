@@ -18,7 +18,7 @@ from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import derive_seed
 from vpipe.runtime.buffers import ALIGNMENT
 
-__all__ = ["MessageLayout"]
+__all__ = ["Message", "MessageLayout"]
 
 
 class MessageLayout:
@@ -29,66 +29,84 @@ class MessageLayout:
         self._channel = channel
         self._agreement = derive_seed(*(str((spec.name, spec.shape, spec.dtype)) for spec in specs))
         # Channel, serial number, agreement; then for each value whether it is there.
-        self._header = struct.Struct(f"<3q{len(self.specs)}?")
+        self.header = struct.Struct(f"<3q{len(self.specs)}?")
         self._places: list[slice] = []
-        end = _aligned(self._header.size)
+        end = _aligned(self.header.size)
         for spec in specs:
             self._places.append(slice(end, end + spec.num_bytes))
             end = _aligned(end + spec.num_bytes)
         self.num_bytes = end if self.specs else 0
 
-    def pack(self, buffer: Tensor, serial: int, values: Mapping[str, Tensor]) -> None:
-        """Write `values` into `buffer`; one that is missing, such as a gradient that is zero everywhere, is marked so.
+    def open(self, buffer: Tensor) -> Message:
+        """Return the message that `buffer` is memory for."""
+        return Message(self, buffer)
+
+    def identity(self, serial: int) -> tuple[int, int, int]:
+        """Return what tells a message from all others: channel, serial number, and the hash of what was agreed."""
+        return self._channel, serial, self._agreement
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return the values' places in `buffer`."""
+        return {
+            spec.name: buffer[place].view(spec.dtype).view(spec.shape)
+            for spec, place in zip(self.specs, self._places, strict=True)
+        }
+
+
+class Message:
+    """One message in its buffer. What can be prepared before it is filled or has arrived is prepared here."""
+
+    def __init__(self, layout: MessageLayout, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.values = layout.views(buffer)
+        """Views of all values, whatever the header says; missing ones are 0."""
+        self._layout = layout
+        # Python's own access to host memory is several times as quick as tensor operations.
+        self._memory = buffer.numpy().data if buffer.device.type == "cpu" else None
+
+    def pack(self, serial: int, values: Mapping[str, Tensor]) -> None:
+        """Write `values`; one that is missing, such as a gradient that is zero everywhere, is marked so.
 
         Raises:
             TransportError: a value does not have the agreed shape or type.
         """
-        for spec, target in zip(self.specs, self._views(buffer), strict=True):
-            value = values.get(spec.name)
+        present = []
+        for spec in self._layout.specs:
+            value, target = values.get(spec.name), self.values[spec.name]
+            present.append(value is not None)
             if value is None:
                 target.zero_()
-            elif tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
+            elif value.shape != target.shape or value.dtype != target.dtype:
                 raise TransportError(
                     f"'{spec.name}' was agreed as {spec.shape} {spec.dtype} but is {tuple(value.shape)} {value.dtype}; "
                     "blocks must write the same shapes and types for every microbatch"
                 )
             else:
                 target.copy_(value)
-        present = [values.get(spec.name) is not None for spec in self.specs]
-        if buffer.device.type == "cpu":
-            # Several times as quick as tensor operations, and on the path of every message.
-            self._header.pack_into(buffer.numpy().data, 0, *self._identity(serial), *present)
+        header = self._layout.header
+        if self._memory is not None:
+            header.pack_into(self._memory, 0, *self._layout.identity(serial), *present)
         else:
-            header = self._header.pack(*self._identity(serial), *present)
-            buffer[: len(header)].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            content = bytearray(header.pack(*self._layout.identity(serial), *present))
+            self.buffer[: len(content)].copy_(torch.frombuffer(content, dtype=torch.uint8))
 
-    def unpack(self, buffer: Tensor, serial: int) -> dict[str, Tensor]:
-        """Return views of the values that are in `buffer`, which is host memory.
+    def unpack(self, serial: int) -> dict[str, Tensor]:
+        """Return views of the values that are there; without looking at the header on a GPU, which would make it wait.
 
         Raises:
             TransportError: the message is not the one that was waited for.
         """
-        (*found,) = self._header.unpack_from(buffer.numpy().data)
-        identity, present = found[:3], found[3:]
-        if identity != (expected := self._identity(serial)):
+        if self._memory is None:
+            return self.values
+        channel, number, agreement, *present = self._layout.header.unpack_from(self._memory)
+        if (channel, number, agreement) != (expected := self._layout.identity(serial)):
             raise TransportError(
-                f"expected message (channel, serial, layout) {tuple(expected)} but received {tuple(identity)}; "
+                f"expected message (channel, serial, layout) {expected} but received {(channel, number, agreement)}; "
                 "all ranks must run the same version, configuration and data"
             )
-        return {name: view for (name, view), there in zip(self.views(buffer).items(), present, strict=True) if there}
-
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return views of all values without looking at the header, which would make a GPU wait; missing ones are 0."""
-        return {spec.name: view for spec, view in zip(self.specs, self._views(buffer), strict=True)}
-
-    def _identity(self, serial: int) -> list[int]:
-        return [self._channel, serial, self._agreement]
-
-    def _views(self, buffer: Tensor) -> list[Tensor]:
-        return [
-            buffer[place].view(spec.dtype).view(spec.shape)
-            for spec, place in zip(self.specs, self._places, strict=True)
-        ]
+        if all(present):
+            return self.values
+        return {name: view for (name, view), there in zip(self.values.items(), present, strict=True) if there}
 
 
 def _aligned(num_bytes: int) -> int:

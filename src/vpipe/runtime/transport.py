@@ -26,7 +26,7 @@ from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.runtime.buffers import BufferPool
 from vpipe.runtime.failure import raise_if_peer_lost
-from vpipe.runtime.message import MessageLayout
+from vpipe.runtime.message import Message, MessageLayout
 from vpipe.runtime.wait import telling_losses, wait_for
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
@@ -53,8 +53,10 @@ class _Channel:
     peer_in_group: int
     link: _Link
     layout: MessageLayout
-    posted: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
-    sent: dict[int, tuple[dist.Work, Tensor]] = field(default_factory=dict)
+    posted: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
+    sent: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
+    idle: list[Message] = field(default_factory=list)
+    """Messages that were sent and taken: memory for the next ones."""
 
 
 class Transport:
@@ -182,18 +184,18 @@ class Transport:
         if not self._upcoming[link]:
             return
         channel, microbatch = self._upcoming[link].popleft()
-        buffer = self._pool.take(channel.layout.num_bytes)
-        channel.posted[microbatch] = self._post(channel, microbatch, buffer, f"microbatch {microbatch}")
+        message = channel.layout.open(self._pool.take(channel.layout.num_bytes))
+        channel.posted[microbatch] = self._post(channel, microbatch, message), message
 
-    def _post(self, channel: _Channel, microbatch: int, buffer: Tensor, what: str) -> tuple[dist.Work, Tensor]:
+    def _post(self, channel: _Channel, microbatch: int, message: Message) -> dist.Work:
         tag = self._tag(channel, microbatch)
         group = self._groups[channel.link]
         # The group's own methods: what dist.isend and dist.irecv add to them costs more than they do.
         operation = group.send if channel.link[0] == self._rank else group.recv
         try:
-            return operation([buffer], channel.peer_in_group, tag), buffer
+            return operation([message.buffer], channel.peer_in_group, tag)
         except RuntimeError as error:
-            raise_if_peer_lost(error, what, channel.peer)
+            raise_if_peer_lost(error, f"room for microbatch {microbatch}", channel.peer)
             raise
 
     def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
@@ -206,9 +208,9 @@ class Transport:
         channel = self._channels[action.kind, action.stage]
         if not channel.layout.specs:
             return
-        buffer = self._pool.take(channel.layout.num_bytes)
-        channel.layout.pack(buffer, self._base + action.microbatch, values)
-        channel.sent[action.microbatch] = self._post(channel, action.microbatch, buffer, f"room to send {action}")
+        message = channel.idle.pop() if channel.idle else channel.layout.open(self._pool.take(channel.layout.num_bytes))
+        message.pack(self._base + action.microbatch, values)
+        channel.sent[action.microbatch] = self._post(channel, action.microbatch, message), message
         self.bytes_sent += channel.layout.num_bytes
         if len(channel.sent) > self._window:
             self._complete(channel, next(iter(channel.sent)))
@@ -223,7 +225,7 @@ class Transport:
         channel = self._channels[action.kind, action.stage]
         if not channel.layout.specs:
             return {}
-        work, buffer = channel.posted.pop(action.microbatch)
+        work, message = channel.posted.pop(action.microbatch)
         # Whatever can be done before the wait must not be done after it: compute is waiting then.
         self._post_next(channel.link)
         self._complete_answered()
@@ -233,9 +235,9 @@ class Transport:
         if action.kind is Kind.RECV_B and (forward := self._channels.get((Kind.SEND_F, action.stage))) is not None:
             # The gradient's arrival shows that the forward message was received.
             self._answered.append((forward, action.microbatch))
-        if self._wire.type != "cpu":
-            return channel.layout.views(buffer)
-        values = channel.layout.unpack(buffer, self._base + action.microbatch)
+        values = message.unpack(self._base + action.microbatch)
+        if self._wire == self._device:
+            return values
         return {name: value.to(self._device) for name, value in values.items()}
 
     def _complete_answered(self) -> None:
@@ -245,9 +247,10 @@ class Transport:
 
     def _complete(self, channel: _Channel, microbatch: int) -> None:
         if microbatch in channel.sent:
-            work, _ = channel.sent.pop(microbatch)
+            work, message = channel.sent.pop(microbatch)
             announcement = f"waiting for rank {channel.peer} to take microbatch {microbatch}"
             self._wait(work, f"the taking of microbatch {microbatch}", channel.peer, announcement)
+            channel.idle.append(message)
 
     def _wait(self, work: dist.Work, what: str, peer: int, announcement: str) -> None:
         self._announce(announcement)
