@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from vpipe.data.prepare_bert import prepare_bert
 from vpipe.launch.local import launch_local
 from vpipe.runtime.process_group import process_group
 from vpipe.train.trainer import Trainer
+from vpipe.train.verify import pipeline_directory, run_pipeline
 
 HERE = Path(__file__).parent
 
@@ -42,6 +44,45 @@ def write_config(folder: Path) -> Path:
     prepare_bert([folder / "text.txt"], folder / "set", options)
     (folder / "run.yml").write_text(CONFIG)
     return folder / "run.yml"
+
+
+CHAIN_CONFIG = """
+log_directory: runs
+model: {type: custom, entry: 'chain_toys.py:chain'}
+data: {type: custom, entry: 'chain_toys.py:data'}
+pipeline: {schedule: 1f1b, num_ranks: 2, num_microbatches: 4}
+optimizer: {name: adamw, learning_rate: 1e-2}
+train: {batch_size: 8, iterations: 6}
+launch: {device: cpu, threads_per_rank: 1}
+"""
+
+
+def write_chain_config(folder: Path) -> Path:
+    """Write the file of a run with a model and data of the user's own into `folder`."""
+    shutil.copy(HERE / "chain_toys.py", folder)
+    (folder / "chain.yml").write_text(CHAIN_CONFIG)
+    return folder / "chain.yml"
+
+
+def verify_many(arguments: Sequence[str]) -> None:
+    """Be one rank of the pipelines of several verifications: names with overrides in JSON."""
+    with process_group("gloo", 60) as group:
+        for name, (path, overrides) in json.loads(arguments[0]).items():
+            directory = Path(path).parent / name
+            pipeline_directory(directory).mkdir(parents=True, exist_ok=True)
+            run_pipeline(load_config(path, overrides), 2, directory, group)
+
+
+def launch_verifications(folder: Path, num_ranks: int, runs: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+    """Run the pipelines of several verifications on `num_ranks` ranks."""
+    launch = folder / f"verify.{num_ranks}"
+    launch.mkdir()
+    launch_local(
+        ["train_toys:verify_many", json.dumps(runs)],
+        num_ranks,
+        run_directory=launch,
+        environment={"PYTHONPATH": str(HERE)},
+    )
 
 
 def train_many(arguments: Sequence[str]) -> None:

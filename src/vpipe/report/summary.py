@@ -193,9 +193,15 @@ def _coloured(row: str) -> Text:
 
 
 def _blocks(blocks: Any) -> str:
-    if not blocks:
-        return _MISSING
-    return f"{blocks[0]} to {blocks[-1]}" if blocks[0] != blocks[-1] else str(blocks[0])
+    """Write runs of consecutive numbers as such; a rank with several stages has several."""
+    runs: list[list[int]] = []
+    for block in blocks or ():
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    shown = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(shown[:2] + ["..."] * (len(shown) > 2)) or _MISSING
 
 
 def _number(value: Any, form: str) -> str:

@@ -51,7 +51,7 @@ def summarize_run(
         "bytes_sent": pipeline.transport.bytes_sent,
         "bytes_received": pipeline.transport.bytes_received,
         "peak_memory_bytes": peak_memory_bytes(group.device),
-        "weight_versions": sum(held.weights.num_sets for held in pipeline.held.values()),
+        "weight_versions": max(held.weights.num_sets for held in pipeline.held.values()),
         "iteration_ms": outcome.iteration_ms,
         "events": [event for event in outcome.events if first <= event.iteration < stop],
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 from vpipe.config import RunConfig, load_config
 from vpipe.data.batches import microbatch_rows
 from vpipe.runtime.pipeline import Hooks, Pipeline
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.schedule.weights import weight_usage
 from vpipe.train.comparison import Comparison, compare
@@ -36,6 +36,8 @@ __all__ = [
     "reference_rank",
     "remove_computed",
     "report_path",
+    "run_pipeline",
+    "run_reference",
 ]
 
 
@@ -86,34 +88,50 @@ class _Computed:
 
 
 def pipeline_rank(arguments: Sequence[str]) -> None:
-    """Be one rank of the pipeline: train, and keep the results.
+    """Be one rank of the pipeline.
 
     `arguments` are a folder, a configuration file, the number of iterations, and overrides.
     """
     directory, path, iterations, *overrides = arguments
     config = load_config(path, overrides)
-    device = default_device() if config.launch.device == "auto" else config.launch.device
-    with process_group(config.launch.distributed_backend, config.launch.timeout_seconds, device=device) as group:
-        setup = build_setup(config)
-        gradients: dict[int, list[dict[str, Tensor]]] = {}
+    with process_group(
+        config.launch.distributed_backend, config.launch.timeout_seconds, device=_device(config)
+    ) as group:
+        run_pipeline(config, int(iterations), Path(directory), group)
 
-        def keep(stage: int, microbatch: int, named: Mapping[str, Tensor]) -> None:
-            copies = {name: gradient.detach().cpu().clone() for name, gradient in named.items()}
-            gradients.setdefault(stage, []).append(copies)
 
-        pipeline = build_training_pipeline(setup, group.device, Hooks(gradients=keep))
-        losses = []
-        for result in pipeline.train(setup.batches(pipeline.fields, 0, int(iterations)), int(iterations)):
-            losses.append(dict(result.parts))
-            if group.rank == 0:
-                _tell(progress_path(pipeline_directory(Path(directory))), len(losses), int(iterations), result.loss)
-        computed = _Computed(
-            losses,
-            [_merge(updates) for updates in zip(*gradients.values(), strict=True)],
-            _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
-            _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
-        )
-        torch.save(asdict(computed), _computed_path(Path(directory), group.rank))
+def reference_rank(arguments: Sequence[str]) -> None:
+    """Be the one process; `arguments` are those of `pipeline_rank`."""
+    directory, path, iterations, *overrides = arguments
+    run_reference(load_config(path, overrides), int(iterations), Path(directory))
+
+
+def _device(config: RunConfig) -> str:
+    return default_device() if config.launch.device == "auto" else config.launch.device
+
+
+def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group: ProcessGroup) -> None:
+    """Train as one of `group`'s ranks, and keep the results in a file."""
+    setup = build_setup(config)
+    gradients: dict[int, list[dict[str, Tensor]]] = {}
+
+    def keep(stage: int, microbatch: int, named: Mapping[str, Tensor]) -> None:
+        copies = {name: gradient.detach().cpu().clone() for name, gradient in named.items()}
+        gradients.setdefault(stage, []).append(copies)
+
+    pipeline = build_training_pipeline(setup, group.device, Hooks(gradients=keep))
+    losses = []
+    for result in pipeline.train(setup.batches(pipeline.fields, 0, iterations), iterations):
+        losses.append(dict(result.parts))
+        if group.rank == 0:
+            _tell(progress_path(pipeline_directory(run_directory)), len(losses), iterations, result.loss)
+    computed = _Computed(
+        losses,
+        [_merge(updates) for updates in zip(*gradients.values(), strict=True)],
+        _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
+        _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
+    )
+    torch.save(asdict(computed), _computed_path(run_directory, group.rank))
 
 
 def _tell(path: Path, done: int, total: int, loss: float) -> None:
@@ -150,18 +168,10 @@ def remove_computed(run_directory: Path) -> None:
         path.unlink()
 
 
-def reference_rank(arguments: Sequence[str]) -> None:
-    """Be the one process: compute the same, compare with what the ranks kept, and write the report.
-
-    `arguments` are those of `pipeline_rank`.
-    """
-    directory, path, iterations, *overrides = arguments
-    config = load_config(path, overrides)
-    device = default_device() if config.launch.device == "auto" else config.launch.device
-    expected = _reference(
-        build_setup(config), int(iterations), device, progress_path(reference_directory(Path(directory)))
-    )
-    found = _load(Path(directory), config.num_ranks)
+def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> VerifyReport:
+    """Train in this process, compare with what the ranks kept, write the report to its file and return it."""
+    expected = _reference(build_setup(config), iterations, _device(config), reference_directory(run_directory))
+    found = _load(run_directory, config.num_ranks)
     comparisons = {
         "loss": compare(_as_tensors(found.losses), _as_tensors(expected.losses)),
         "gradients": compare(_numbered(found.gradients), _numbered(expected.gradients)),
@@ -175,10 +185,11 @@ def reference_rank(arguments: Sequence[str]) -> None:
         schedule=config.pipeline.schedule,
         synchronous=_programs(config).synchronous,
         num_ranks=config.num_ranks,
-        iterations=int(iterations),
+        iterations=iterations,
         comparisons=comparisons,
     )
-    report_path(Path(directory)).write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n")
+    report_path(run_directory).write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n")
+    return report
 
 
 def _programs(config: RunConfig) -> ProgramBuilder:
@@ -195,7 +206,7 @@ def _programs(config: RunConfig) -> ProgramBuilder:
     )
 
 
-def _reference(setup: Setup, iterations: int, device: str, progress: Path) -> _Computed:
+def _reference(setup: Setup, iterations: int, device: str, directory: Path) -> _Computed:
     config = setup.config
     programs = _programs(config)
     reference = Reference(
@@ -217,7 +228,9 @@ def _reference(setup: Setup, iterations: int, device: str, progress: Path) -> _C
     if programs.synchronous:
         for start in range(0, len(microbatches), size):
             results.append(reference.train_batch(microbatches[start : start + size]))
-            _tell(progress, len(results), iterations, math.fsum(results[-1].batch_parts(size)[0].values()))
+            _tell(
+                progress_path(directory), len(results), iterations, math.fsum(results[-1].batch_parts(size)[0].values())
+            )
     else:
         usage = weight_usage(programs.schedule(iterations))
         results.append(reference.train_asynchronous(microbatches, usage, size))

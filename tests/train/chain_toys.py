@@ -1,0 +1,76 @@
+"""A user's own file: chains, well-behaved and not, and their data, as `model.entry` and `data.entry` name them.
+
+Tests copy it beside the run's YAML; it is not imported by them.
+"""
+
+import os
+
+import torch
+from torch import nn
+
+from vpipe.model.chain import Block, Chain
+from vpipe.model.loss import CallableLoss
+
+WIDTH = 6
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, value):
+        return value + self.dropout(torch.tanh(self.linear(value)))
+
+
+class Normed(Layer):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, value):
+        return self.norm(super().forward(value))
+
+
+class Diverging(Layer):
+    def forward(self, value):
+        return super().forward(value) * float("nan")
+
+
+class RankDependent(Layer):
+    def forward(self, value):
+        return super().forward(value) * (1 + int(os.environ.get("RANK", "0")))
+
+
+class Stumbling(Layer):
+    def forward(self, value):
+        if not value.is_meta:
+            raise ValueError("surprise")
+        return super().forward(value)
+
+
+LAYERS = {layer.__name__: layer for layer in (Layer, Normed, Diverging, RankDependent, Stumbling)}
+
+
+def chain(last="Layer", num_blocks=4):
+    kinds = [Layer] * (num_blocks - 1) + [LAYERS[last]]
+    blocks = tuple(
+        Block(f"block.{index}", kind, ("hidden" if index else "input",), ("hidden",))
+        for index, kind in enumerate(kinds)
+    )
+    return Chain(blocks, ("input", "target"), CallableLoss(nn.functional.mse_loss))
+
+
+def failing():
+    raise RuntimeError("no such layer")
+
+
+def data(split, width=WIDTH, num_samples=40):
+    generator = torch.Generator().manual_seed(len(split))
+    value = torch.randn(num_samples, width, generator=generator)
+    return {"input": value, "target": value.flip(1)}
+
+
+def without_target(split):
+    return {"input": torch.zeros(40, WIDTH)}
