@@ -14,7 +14,7 @@ from vpipe.model.modules import Modules
 from vpipe.plan.partition import check_ratios
 from vpipe.runtime.assembly import RecomputeMode
 
-__all__ = ["as_chain", "check_training_arguments", "count_batches", "ratio_per_stage"]
+__all__ = ["as_chain", "check_training_arguments", "count_batches", "ratio_per_stage", "schedule_options"]
 
 
 def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chain:
@@ -60,6 +60,12 @@ def ratio_per_stage(ratio: float | Sequence[float], num_stages: int) -> list[flo
     if reasons := check_ratios(ratios, num_stages):
         raise PlanError(f"recompute_ratio {ratios} " + "; it ".join(reasons))
     return ratios
+
+
+def schedule_options(depths: Sequence[int] | None, vertical_sync: bool) -> dict[str, object]:
+    """Return the options of the schedule's builder that were given: a family refuses those that it does not have."""
+    options: dict[str, object] = {} if depths is None else {"depths": depths}
+    return options | {"vertical_sync": True} if vertical_sync else options
 
 
 def count_batches(batches: Iterable[object], num_batches: int | None, *, synchronous: bool) -> int | None:

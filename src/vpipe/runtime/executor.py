@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpipe.model.rng import RandomState
 from vpipe.runtime.feed import BatchFeed
@@ -56,6 +57,17 @@ class HeldStage:
     weights: WeightVersions
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What a forward needs besides its inputs."""
+
+    modules: nn.ModuleList
+    fields: Mapping[str, Tensor]
+    num_samples: int
+    key: MicrobatchKey
+    totals: Mapping[str, float]
+
+
 class Executor:
     """Runs programs on the stages that this rank holds.
 
@@ -83,7 +95,9 @@ class Executor:
         self._synchronise = synchronise
         self._arrived: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
         self._leaving: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
+        self._prepared: dict[tuple[int, int], _Prepared] = {}
         self._totals: tuple[int, dict[str, float]] | None = None
+        self._callers: RandomState | None = None
         self.losses: dict[int, dict[str, Tensor]] = {}
         self.counts: dict[int, dict[str, float]] = {}
         self._dispatch: dict[Kind, Callable[[Action], None]] = {
@@ -103,8 +117,7 @@ class Executor:
         for index, held in self._held.items() if program.training else ():
             held.weights.start(program.weights[index].version_of)
         dispatch, record, clock = self._dispatch, self._record, time.perf_counter_ns
-        # Blocks are seeded one by one; the caller's random numbers go on as if nothing had happened.
-        callers = RandomState()
+        self._callers = RandomState()
         try:
             for action in program.actions:
                 start = clock()
@@ -114,49 +127,58 @@ class Executor:
                     torch.cuda.current_stream().synchronize()
                 record(action, start, clock())
                 if action.kind is Kind.STEP:
-                    callers.restore()
-                    yield action
-                    callers = RandomState()
+                    with self.callers_turn():
+                        yield action
         finally:
-            callers.restore()
+            if self._callers is not None:
+                self._callers.restore()
 
-    def _key(self, microbatch: int) -> MicrobatchKey:
-        batch, index = divmod(microbatch, self._program.num_microbatches)
-        return MicrobatchKey(self._seed, self._program.first_iteration + batch, index)
+    @contextmanager
+    def callers_turn(self) -> Iterator[None]:
+        """Run the caller's own code in the middle of a program.
+
+        Blocks are seeded one by one. The caller's random numbers go on as if nothing had happened: a batch that is
+        drawn from them must be the same on ranks that run other blocks.
+        """
+        if self._callers is not None:
+            self._callers.restore()
+        self._callers = None
+        yield
+        self._callers = RandomState()
+
+    def _prepare(self, action: Action) -> _Prepared:
+        held, serial, program = self._held[action.stage], action.microbatch, self._program
+        batch, index = divmod(serial, program.num_microbatches)
+        key = MicrobatchKey(self._seed, program.first_iteration + batch, index)
+        key.prepare(range(held.stage.start, held.stage.stop))
+        fields, num_samples = self._feed.rows(serial, held.stage.fields)
+        if not program.training:
+            return _Prepared(held.weights.newest, fields, num_samples, key, {})
+        modules = held.weights.modules(program.weights[action.stage].version_of[serial])
+        totals = self._totals_of(serial, held.stage) if held.stage.is_last else {}
+        return _Prepared(modules, fields, num_samples, key, totals)
 
     def _forward(self, action: Action) -> None:
         stage, serial = self._held[action.stage].stage, action.microbatch
         inputs = self._arrived.pop((Kind.F, action.stage, serial), {})
-        fields, num_samples = self._feed.rows(serial, stage.fields)
+        ready = self._prepared.pop((action.stage, serial), None) or self._prepare(action)
         if self._program.training:
-            outputs = self._train(action, inputs, fields, num_samples)
+            outputs = stage.forward(serial, ready.modules, inputs, ready.fields, ready.key)
+            if stage.is_last:
+                self.losses[serial] = stage.loss(serial, outputs, ready.totals, ready.num_samples)
         else:
-            outputs = self._evaluate(action, inputs, fields, num_samples)
+            outputs = stage.evaluate(ready.modules, inputs, ready.fields, ready.key)
+            if stage.is_last:
+                self._evaluate_loss(stage, serial, outputs, ready)
         if not stage.is_last:
             self._hand_over(Kind.F, action.stage, action.stage + 1, serial, outputs)
         self._feed.done(serial)
 
-    def _train(
-        self, action: Action, inputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], num_samples: int
-    ) -> dict[str, Tensor]:
-        held, serial = self._held[action.stage], action.microbatch
-        modules = held.weights.modules(self._program.weights[action.stage].version_of[serial])
-        outputs = held.stage.forward(serial, modules, inputs, fields, self._key(serial))
-        if held.stage.is_last:
-            self.losses[serial] = held.stage.loss(serial, outputs, self._totals_of(serial, held.stage), num_samples)
-        return outputs
-
-    def _evaluate(
-        self, action: Action, inputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], num_samples: int
-    ) -> dict[str, Tensor]:
-        held, serial = self._held[action.stage], action.microbatch
-        outputs = held.stage.evaluate(held.weights.newest, inputs, fields, self._key(serial))
-        if held.stage.is_last:
-            loss = held.stage.chain.loss
-            self.counts[serial] = loss.count(fields, num_samples)
-            with torch.no_grad():
-                self.losses[serial] = loss(outputs, dict.fromkeys(self.counts[serial], 1.0), num_samples)
-        return outputs
+    def _evaluate_loss(self, stage: Stage, serial: int, values: Mapping[str, Tensor], ready: _Prepared) -> None:
+        loss = stage.chain.loss
+        self.counts[serial] = loss.count(ready.fields, ready.num_samples)
+        with torch.no_grad():
+            self.losses[serial] = loss(values, dict.fromkeys(self.counts[serial], 1.0), ready.num_samples)
 
     def _totals_of(self, serial: int, stage: Stage) -> dict[str, float]:
         """Return the target counts of all microbatches whose gradients go into the same update."""
@@ -190,6 +212,9 @@ class Executor:
         self._transport.send(action, self._leaving.pop((kind, action.stage, action.microbatch)))
 
     def _receive(self, action: Action) -> None:
+        if action.kind is Kind.RECV_F:
+            # Its inputs are on their way; what the forward needs besides them can be got ready meanwhile.
+            self._prepared[action.stage, action.microbatch] = self._prepare(action)
         kind = Kind.F if action.kind is Kind.RECV_F else Kind.B
         self._arrived[kind, action.stage, action.microbatch] = self._transport.receive(action)
 

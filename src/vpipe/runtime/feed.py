@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +25,8 @@ class BatchFeed:
     """Give stages the batch fields of microbatches, which are numbered through all batches.
 
     `batches` are read in order, each once, and dropped after all stages have read all of its microbatches. `readers`
-    are the fields that each stage of this rank reads; `move` brings a field to the device.
+    are the fields that each stage of this rank reads; `move` brings a field to the device. `reading` is around every
+    look at `batches`, which is the caller's code.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class BatchFeed:
         num_microbatches: int,
         readers: Sequence[Sequence[str]],
         move: Callable[[Tensor], Tensor],
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._batches = iter(batches)
         self._num_microbatches = num_microbatches
         self._num_readers = len(readers)
         self._names = tuple(dict.fromkeys(name for names in readers for name in names))
         self._move = move
+        self._reading = reading
         self._rows: tuple[slice, ...] = ()
         self._loaded: dict[int, _Loaded] = {}
         self._num_read = 0
@@ -59,7 +63,8 @@ class BatchFeed:
 
     def _read(self) -> None:
         index = self._num_read
-        batch = next(self._batches, None)
+        with self._reading():
+            batch = next(self._batches, None)
         if batch is None:
             raise DataError(f"batch {index} was expected but the data ended; give a num_batches that exists")
         rows = microbatch_rows(batch.num_samples, self._num_microbatches)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain as concatenate
@@ -20,21 +21,27 @@ from torch import Tensor
 from vpipe.data.batches import microbatch_rows
 from vpipe.data.source import FieldSpec
 from vpipe.errors import DataError, ExecutionError, NonFiniteLossError
-from vpipe.model.chain import Chain, ValueSpec
+from vpipe.model.chain import Chain
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
 from vpipe.runtime.agreement import agree
-from vpipe.runtime.arguments import as_chain, check_training_arguments, count_batches, ratio_per_stage
+from vpipe.runtime.arguments import (
+    as_chain,
+    check_training_arguments,
+    count_batches,
+    ratio_per_stage,
+    schedule_options,
+)
 from vpipe.runtime.assembly import (
     RecomputeMode,
     build_stages,
-    crossing_specs,
     parameter_sizes,
     resolve_partition,
     tied_groups,
 )
-from vpipe.runtime.batch import Batch, BatchLike, as_batch, field_tensors
+from vpipe.runtime.batch import Batch, BatchLike, as_batch
 from vpipe.runtime.board import LossBoard
+from vpipe.runtime.crossings import Crossings
 from vpipe.runtime.evaluation import LossSums
 from vpipe.runtime.executor import Executor, Program
 from vpipe.runtime.failure import report_failure
@@ -122,37 +129,60 @@ class Pipeline:
         self.chain = as_chain(model, loss)
         check_training_arguments(optimizer, recompute, clip_grad_norm)
         self.hooks = hooks or Hooks()
-        timeout = timedelta(seconds=timeout_seconds)
-        self._join(device, timeout)
-        options: dict[str, object] = {"depths": depths} if depths is not None else {}
-        if vertical_sync:
-            options["vertical_sync"] = True
-        self.programs = ProgramBuilder(
-            schedule,
-            self.num_ranks,
-            self.rank,
-            2 * self.num_ranks if num_microbatches is None else num_microbatches,
-            stages_per_rank=stages_per_rank,
-            macrobatch=macrobatch,
-            options=options,
-        )
-        placement = self.programs.sample.placement
-        self.partition = resolve_partition(partition, self.chain, placement.num_stages)
+        self._is_busy = False
+        self.iteration = 0
+        self._join(device, timedelta(seconds=timeout_seconds))
+        with ExitStack() as leaving:
+            leaving.push(self)  # what fails here fails inside of the group that was joined
+            self.programs = ProgramBuilder(
+                schedule,
+                self.num_ranks,
+                self.rank,
+                2 * self.num_ranks if num_microbatches is None else num_microbatches,
+                stages_per_rank=stages_per_rank,
+                macrobatch=macrobatch,
+                options=schedule_options(depths, vertical_sync),
+            )
+            placement = self.programs.sample.placement
+            self.partition = resolve_partition(partition, self.chain, placement.num_stages)
+            ratios = ratio_per_stage(recompute_ratio, placement.num_stages)
+            self._agree_on_plan(seed, clip_grad_norm)
+            self._crossings = Crossings(self.chain, self.partition, field_specs, self._control)
+            self.held = build_stages(
+                self.chain,
+                self.partition,
+                placement.stages_of(self.rank),
+                optimizer,
+                seed=seed,
+                device=self.device,
+                recompute_ratio=ratios,
+                recompute=recompute,
+                num_microbatches=self.programs.num_microbatches,
+            )
+            self._assemble(timedelta(seconds=timeout_seconds), seed, clip_grad_norm, learning_rate)
+            leaving.pop_all()
+
+    def _join(self, device: torch.device | str, timeout: timedelta) -> None:
+        self.device = torch.device(device)
+        self._membership: ProcessGroup | None = None
+        if not dist.is_initialized():
+            self._membership = initialise_process_group(None, timeout.total_seconds(), device=device)
+            self.device = self._membership.device
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        # A group of its own, so that losses and collectives never meet the transport's messages.
+        self._control = dist.new_group(backend="gloo", timeout=timeout) if self.num_ranks > 1 else None
+
+    def _assemble(
+        self,
+        timeout: timedelta,
+        seed: int,
+        clip_grad_norm: float | None,
+        learning_rate: Callable[[float], float] | None,
+    ) -> None:
+        """Make what moves values, steps and tells the loss, around the stages; collective."""
+        placement, synchronous = self.programs.sample.placement, self.programs.synchronous
         sizes = parameter_sizes(self.chain)
-        self._agree_on_plan(seed, clip_grad_norm)
-        self.held = build_stages(
-            self.chain,
-            self.partition,
-            placement.stages_of(self.rank),
-            optimizer,
-            seed=seed,
-            device=self.device,
-            recompute_ratio=ratio_per_stage(recompute_ratio, placement.num_stages),
-            recompute=recompute,
-            num_microbatches=self.programs.num_microbatches,
-        )
         self.transport = Transport(placement, self.rank, self.device, self.hooks.announce, timeout=timeout)
-        synchronous = self.programs.synchronous
         self._updater = Updater(
             {index: item.weights for index, item in self.held.items()},
             [name for named in sizes for name in named],
@@ -174,20 +204,6 @@ class Pipeline:
         )
         self._last_rank = placement.rank_of(placement.num_stages - 1)
         self._board = LossBoard(self._last_rank, len(self.chain.loss.parts), self._control)
-        self._field_specs = field_specs
-        self._known_crossings: dict[str, dict[int, tuple[ValueSpec, ...]]] = {}
-        self._is_busy = False
-        self.iteration = 0
-
-    def _join(self, device: torch.device | str, timeout: timedelta) -> None:
-        self.device = torch.device(device)
-        self._membership: ProcessGroup | None = None
-        if not dist.is_initialized():
-            self._membership = initialise_process_group(None, timeout.total_seconds(), device=device)
-            self.device = self._membership.device
-        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
-        # A group of its own, so that losses and collectives never meet the transport's messages.
-        self._control = dist.new_group(backend="gloo", timeout=timeout) if self.num_ranks > 1 else None
 
     def _agree_on_plan(self, seed: int, clip_grad_norm: float | None) -> None:
         sample = self.programs.sample
@@ -327,26 +343,16 @@ class Pipeline:
         if first is None:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
-        crossing = self._crossing(first, num_samples, program.training)
+        crossing = self._crossings.of(first, num_samples, training=program.training)
+        for index, item in self.held.items():
+            item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
         self.transport.start(program.actions, crossing, program.num_serials, program.window)
         readers = [item.stage.fields for item in self.held.values()]
-        return BatchFeed(concatenate([first], batches), program.num_microbatches, readers, self._move)
+        every = concatenate([first], batches)
+        return BatchFeed(every, program.num_microbatches, readers, self._move, self._executor.callers_turn)
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
-
-    def _crossing(self, first: Batch, num_samples: int, training: bool) -> dict[int, tuple[ValueSpec, ...]]:
-        """Infer what crosses each cut for microbatches of `num_samples`; agree with the other ranks, once per shape."""
-        fields = field_tensors(self.chain, first, self._field_specs, num_samples)
-        key = str((training, [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in fields.items()]))
-        if key not in self._known_crossings:
-            crossing = crossing_specs(self.chain, self.partition, fields, training=training)
-            agree({"values between stages": crossing}, self._control)
-            self._known_crossings[key] = crossing
-        crossing = self._known_crossings[key]
-        for index, item in self.held.items():
-            item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
-        return crossing
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.
@@ -372,7 +378,8 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or self.num_ranks == 1:
             self.close()
         elif self._membership is not None and isinstance(error, Exception):
+            # The others learn why; leaving together is no longer possible.
             report_failure(error)

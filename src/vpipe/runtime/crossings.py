@@ -1,0 +1,50 @@
+"""What crosses each cut, inferred once per shape of a microbatch and agreed on by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+
+from vpipe.data.source import FieldSpec
+from vpipe.model.chain import Chain, ValueSpec
+from vpipe.runtime.agreement import agree
+from vpipe.runtime.assembly import crossing_specs
+from vpipe.runtime.batch import Batch, field_tensors
+
+__all__ = ["Crossings"]
+
+
+class Crossings:
+    """Remembers what crosses the cut in front of each stage, by the shapes of a microbatch's fields.
+
+    `specs` describe the fields; where they are None a batch does, which must have all of them then.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        partition: Sequence[int],
+        specs: Mapping[str, FieldSpec] | None,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self._chain = chain
+        self._partition = partition
+        self._specs = specs
+        self._group = group
+        self._known: dict[str, dict[int, tuple[ValueSpec, ...]]] = {}
+
+    def of(self, batch: Batch, num_samples: int, *, training: bool) -> dict[int, tuple[ValueSpec, ...]]:
+        """Return what crosses for microbatches of `num_samples` of such a batch; collective when the shape is new.
+
+        Raises:
+            ConfigError: ranks do not infer the same.
+            DataError, ModelError: a field is missing, or a block cannot run on such fields.
+        """
+        fields = field_tensors(self._chain, batch, self._specs, num_samples)
+        shapes = str((training, [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in fields.items()]))
+        if shapes not in self._known:
+            crossing = crossing_specs(self._chain, self._partition, fields, training=training)
+            agree({"values between stages": crossing}, self._group)
+            self._known[shapes] = crossing
+        return self._known[shapes]
