@@ -22,7 +22,6 @@ from operator import itemgetter
 from vpipe.schedule.action import Kind
 from vpipe.schedule.phases import turning_points
 from vpipe.schedule.simulate import Event, Simulation
-from vpipe.schedule.transfers import transfers_of
 
 __all__ = ["CAUSES", "idle_times"]
 
@@ -104,27 +103,34 @@ class _Explainer:
         return sorted(found)
 
     def _waits(self) -> Iterator[_Wait]:
-        ready = _arrivals(self._simulation)
+        schedule = self._simulation.schedule
+        width, ranks = schedule.num_microbatches, [schedule.rank_of(stage) for stage in range(schedule.num_stages)]
+        forward_ends, backward_ends = _ends(self._simulation)
         for rank, events in enumerate(self._events):
             first_backward, last_forward = turning_points(events)
             clock = 0.0
             for index, (action, start, end) in enumerate(events):
                 if start > clock:
                     phase = "warmup" if index <= first_backward else "cooldown" if index > last_forward else "imbalance"
-                    sender, sent = ready[action.stage, action.kind is Kind.F, action.microbatch]
-                    yield _Wait(rank, clock, start, sender, sent, phase)
+                    forward = action.kind is Kind.F
+                    source = action.stage + (-1 if forward else 1)
+                    sent = (forward_ends if forward else backward_ends)[source * width + action.microbatch]
+                    yield _Wait(rank, clock, start, ranks[source], sent, phase)
                 clock = end
 
 
-def _arrivals(simulation: Simulation) -> dict[tuple[int, bool, int], tuple[int, float]]:
-    """Return who sent, and from when on was under way, the input of (stage, is a forward, microbatch)."""
-    found = {}
-    for rank, events in enumerate(simulation.events):
-        for transfer in transfers_of(simulation, rank):
-            forward = transfer.action.kind is Kind.SEND_F
-            stage = transfer.action.stage + (1 if forward else -1)
-            found[stage, forward, transfer.action.microbatch] = (rank, events[transfer.producer].end)
-    return found
+def _ends(simulation: Simulation) -> tuple[list[float], list[float]]:
+    """Return when each forward, and each input gradient, ends: at ``stage * num_microbatches + microbatch``."""
+    width = simulation.schedule.num_microbatches
+    forwards = [0.0] * (simulation.schedule.num_stages * width)
+    backwards = forwards.copy()
+    for events in simulation.events:
+        for action, _, end in events:
+            if action.kind is Kind.F:
+                forwards[action.stage * width + action.microbatch] = end
+            elif action.kind in (Kind.B, Kind.I):
+                backwards[action.stage * width + action.microbatch] = end
+    return forwards, backwards
 
 
 def _steps(events: tuple[Event, ...]) -> list[_Piece]:

@@ -46,6 +46,11 @@ class Simulation:
         return max(events[-1].end for events in busy) - min(events[0].start for events in busy)
 
     @cached_property
+    def hops(self) -> tuple[tuple[Hop, ...], tuple[Hop, ...]]:
+        """What messages cost at each cut: `Costs.hops`."""
+        return self.costs.hops(self.schedule.placement)
+
+    @cached_property
     def work(self) -> tuple[float, ...]:
         """Time each rank computes."""
         return tuple(math.fsum(end - start for _, start, end in events) for events in self.events)

@@ -28,7 +28,7 @@ class Transfer(NamedTuple):
 def transfers_of(simulation: Simulation, sender: int) -> list[Transfer]:
     """Return the messages of rank `sender`, in the order in which they are made."""
     schedule = simulation.schedule
-    ahead, back = simulation.costs.hops(schedule.placement)
+    ahead, back = simulation.hops
     link_free: dict[int, float] = {}
     transfers = []
     for producer, (action, _, done) in enumerate(simulation.events[sender]):
