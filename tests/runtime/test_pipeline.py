@@ -209,7 +209,7 @@ def test_names_that_two_parameters_have_are_told(build):
         Block("b", lambda: nn.Linear(WIDTH, WIDTH), ("hidden",), ("hidden",), keys=(("", "same."),)),
     )
     chain = Chain(blocks, ("input", "target"), CallableLoss(nn.functional.mse_loss))
-    with pytest.raises(ModelError, match="two parameters of the model have the name 'same.weight'"):
+    with pytest.raises(ModelError, match=r"two parameters of the model have the name 'same.weight'"):
         build(chain, None)
 
 
