@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -32,9 +32,19 @@ class MicrobatchKey:
     iteration: int
     microbatch: int
 
+    def prepare(self, blocks: range) -> None:
+        """Derive the seeds of `blocks` ahead of their use, while there is nothing else to do."""
+        for block in blocks:
+            _derive(self.seed, self.iteration, self.microbatch, block)
+
     def seed_block(self, block: int) -> None:
         """Set the random state in which `block` runs for this microbatch."""
-        seed_everything(derive_seed(self.seed, "dropout", self.iteration, self.microbatch, block))
+        seed_everything(_derive(self.seed, self.iteration, self.microbatch, block))
+
+
+@lru_cache(maxsize=4096)
+def _derive(seed: int, iteration: int, microbatch: int, block: int) -> int:
+    return derive_seed(seed, "dropout", iteration, microbatch, block)
 
 
 @dataclass
