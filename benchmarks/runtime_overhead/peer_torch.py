@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 
@@ -24,6 +25,7 @@ def main() -> None:
     inputs = (batch,) if rank == 0 else ()
     target = batch if rank == num_ranks - 1 else None
 
+    gc.freeze()
     # Rank 0 is the last to finish a batch, so its stamps are one pipeline period apart.
     stamps = []
     for _ in range(arguments.num_warmup_batches + arguments.num_batches):

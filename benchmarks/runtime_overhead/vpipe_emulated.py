@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 
@@ -36,6 +37,7 @@ def main() -> None:
         num_microbatches=arguments.num_microbatches,
         depths=depths if arguments.schedule == "pipedream" else None,
     ) as pipeline:
+        gc.freeze()
         # Rank 0 is the last to finish a batch, so its stamps are one pipeline period apart. The last batch, in which an
         # asynchronous pipeline drains, is not measured.
         stamps = [time.perf_counter() for _ in pipeline.train([(batch, batch)] * (num_batches + 1))][:num_batches]
