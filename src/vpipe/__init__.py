@@ -1,1 +1,117 @@
-"""VPipe: pipeline-parallel training of PyTorch models."""
+"""VPipe: pipeline-parallel training of PyTorch models.
+
+What a program needs is here: `Pipeline` trains a model that is spread over ranks; `Chain` and `Block` describe one that
+is no plain row of modules; `build_schedule` and `simulate` show what a pipeline does without running it; `load_config`
+reads the YAML of a run. Every name is imported when it is first used, so schedules and configurations work without
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from vpipe._version import __version__
+
+if TYPE_CHECKING:
+    from vpipe.config.load import load_config
+    from vpipe.config.run import RunConfig
+    from vpipe.data.source import ArraySource, BatchSource, FieldSpec
+    from vpipe.errors import (
+        ConfigError,
+        DataError,
+        ExecutionError,
+        LaunchError,
+        ModelError,
+        NonFiniteLossError,
+        PeerLostError,
+        PlanError,
+        ScheduleError,
+        TransportError,
+        VPipeError,
+    )
+    from vpipe.model.block import Block, ParameterRef
+    from vpipe.model.chain import Chain
+    from vpipe.model.loss import CallableLoss, Loss
+    from vpipe.runtime.batch import Batch
+    from vpipe.runtime.hooks import Hooks
+    from vpipe.runtime.pipeline import Pipeline, StepResult
+    from vpipe.schedule.action import Action, Kind
+    from vpipe.schedule.costs import Costs
+    from vpipe.schedule.placement import Placement
+    from vpipe.schedule.registry import build_schedule
+    from vpipe.schedule.schedule import Schedule, WeightRule
+    from vpipe.schedule.simulate import Simulation, simulate
+    from vpipe.schedule.validate import validate_schedule
+
+__all__ = [
+    "Action",
+    "ArraySource",
+    "Batch",
+    "BatchSource",
+    "Block",
+    "CallableLoss",
+    "Chain",
+    "ConfigError",
+    "Costs",
+    "DataError",
+    "ExecutionError",
+    "FieldSpec",
+    "Hooks",
+    "Kind",
+    "LaunchError",
+    "Loss",
+    "ModelError",
+    "NonFiniteLossError",
+    "ParameterRef",
+    "PeerLostError",
+    "Pipeline",
+    "Placement",
+    "PlanError",
+    "RunConfig",
+    "Schedule",
+    "ScheduleError",
+    "Simulation",
+    "StepResult",
+    "TransportError",
+    "VPipeError",
+    "WeightRule",
+    "__version__",
+    "build_schedule",
+    "load_config",
+    "simulate",
+    "validate_schedule",
+]
+
+_HOMES = {
+    "vpipe.config.load": ("load_config",),
+    "vpipe.config.run": ("RunConfig",),
+    "vpipe.data.source": ("ArraySource", "BatchSource", "FieldSpec"),
+    "vpipe.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "vpipe.model.block": ("Block", "ParameterRef"),
+    "vpipe.model.chain": ("Chain",),
+    "vpipe.model.loss": ("CallableLoss", "Loss"),
+    "vpipe.runtime.batch": ("Batch",),
+    "vpipe.runtime.hooks": ("Hooks",),
+    "vpipe.runtime.pipeline": ("Pipeline", "StepResult"),
+    "vpipe.schedule.action": ("Action", "Kind"),
+    "vpipe.schedule.costs": ("Costs",),
+    "vpipe.schedule.placement": ("Placement",),
+    "vpipe.schedule.registry": ("build_schedule",),
+    "vpipe.schedule.schedule": ("Schedule", "WeightRule"),
+    "vpipe.schedule.simulate": ("Simulation", "simulate"),
+    "vpipe.schedule.validate": ("validate_schedule",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'vpipe' has no attribute '{name}'")
+    value: object = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
