@@ -176,4 +176,5 @@ def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) ->
         device=device,
         field_specs=setup.source.fields,
         hooks=hooks,
+        timeout_seconds=setup.config.launch.timeout_seconds,
     )
