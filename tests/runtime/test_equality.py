@@ -63,7 +63,7 @@ def schedules(case: Case):
     synchronous = find_entry(case.schedule).synchronous
     for count in [1] * sum(case.calls) if synchronous else case.calls:
         size = count * case.num_microbatches
-        stages = case.options.get("stages_per_rank", 1)
+        stages = case.options.get("stages_per_rank")
         yield build_schedule(case.schedule, case.ranks, size, stages_per_rank=stages, **options), count
 
 

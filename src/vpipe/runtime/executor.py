@@ -21,7 +21,7 @@ from vpipe.schedule.weights import StageWeights
 
 __all__ = ["RUNNABLE", "Executor", "HeldStage", "Program"]
 
-RUNNABLE = frozenset({Kind.F, Kind.B, Kind.STEP})
+RUNNABLE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.STEP})
 """The computations that a schedule may be made of."""
 
 
@@ -42,6 +42,8 @@ class Program:
     num_serials: int
     window: int
     training: bool = True
+    split: bool = False
+    """Whether there are backwards in two halves."""
 
     @property
     def num_batches(self) -> int:
@@ -103,6 +105,8 @@ class Executor:
         self._dispatch: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
+            Kind.I: self._backward,
+            Kind.W: self._backward_weights,
             Kind.SEND_F: self._send,
             Kind.SEND_B: self._send,
             Kind.RECV_F: self._receive,
@@ -163,7 +167,7 @@ class Executor:
         inputs = self._arrived.pop((Kind.F, action.stage, serial), {})
         ready = self._prepared.pop((action.stage, serial), None) or self._prepare(action)
         if self._program.training:
-            outputs = stage.forward(serial, ready.modules, inputs, ready.fields, ready.key)
+            outputs = stage.forward(serial, ready.modules, inputs, ready.fields, ready.key, self._program.split)
             if stage.is_last:
                 self.losses[serial] = stage.loss(serial, outputs, ready.totals, ready.num_samples)
         else:
@@ -196,9 +200,18 @@ class Executor:
         held, serial = self._held[action.stage], action.microbatch
         arrived = self._arrived.pop((Kind.B, action.stage, serial), {})
         version = self._program.weights[action.stage].version_of[serial]
-        gradients = held.weights.accumulate(version, lambda: held.stage.backward(serial, arrived))
+        gradients = held.weights.accumulate(
+            version, lambda: held.stage.backward(serial, arrived), is_last_use=not self._program.split
+        )
+        if action.kind is Kind.B and self._program.split:
+            self._backward_weights(action)
         if action.stage > 0:
             self._hand_over(Kind.B, action.stage, action.stage - 1, serial, gradients)
+
+    def _backward_weights(self, action: Action) -> None:
+        held, serial = self._held[action.stage], action.microbatch
+        version = self._program.weights[action.stage].version_of[serial]
+        held.weights.accumulate(version, lambda: held.stage.backward_weights(serial))
 
     def _hand_over(self, kind: Kind, source: int, target: int, serial: int, values: Mapping[str, Tensor]) -> None:
         # Neighbours on one rank need no message.

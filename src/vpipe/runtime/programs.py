@@ -11,7 +11,7 @@ from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.lower import lower
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.registry import build_schedule, find_entry
-from vpipe.schedule.schedule import Schedule
+from vpipe.schedule.schedule import Schedule, uses_split_backward
 from vpipe.schedule.validate import validate_schedule
 from vpipe.schedule.weights import weight_usage
 
@@ -103,6 +103,7 @@ class ProgramBuilder:
             first_iteration=0,
             num_serials=schedule.num_microbatches,
             window=round(max(peak_activations(schedule)) * schedule.placement.stages_per_rank),
+            split=uses_split_backward(schedule),
         )
 
     def evaluation(self, num_microbatches: int) -> Program:

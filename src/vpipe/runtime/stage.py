@@ -20,6 +20,7 @@ from vpipe.errors import ModelError
 from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import derive_seed, seed_everything
+from vpipe.runtime.split import Deferred, DeferWeightGradients, run_deferred
 
 __all__ = ["MicrobatchKey", "Stage"]
 
@@ -52,6 +53,8 @@ class _Saved:
     """What a forward leaves for its backward: the inputs that need a gradient, and where the outputs' graphs begin."""
 
     inputs: dict[str, Tensor]
+    deferred: Deferred | None
+    """Where the weight gradients of a split backward are noted; None for a full backward."""
     roots: dict[str, GradientEdge] = field(default_factory=dict)
     loss: tuple[GradientEdge, Tensor] | None = None
 
@@ -81,6 +84,7 @@ class Stage:
         self._differentiable: frozenset[str] = frozenset()
         self._owed: frozenset[str] = frozenset()
         self._saved: dict[int, _Saved] = {}
+        self._deferred: dict[int, Deferred] = {}
 
     def expect(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
         """Say what shape inference found to cross the cuts before and after the stage: which values need a gradient."""
@@ -99,17 +103,20 @@ class Stage:
         inputs: Mapping[str, Tensor],
         fields: Mapping[str, Tensor],
         key: MicrobatchKey,
+        split: bool = False,
     ) -> dict[str, Tensor]:
         """Run microbatch `serial` and keep what its backward needs; return the values that cross the next cut.
 
-        On the last stage return all values, for `loss`.
+        On the last stage return all values, for `loss`. With `split` its backward comes in two halves.
 
         Raises:
             ModelError: a value needs a gradient although it did not when shapes were inferred, or the other way round.
         """
         leaves = {name: value.detach().requires_grad_(name in self._differentiable) for name, value in inputs.items()}
-        values = self._run(modules, {**fields, **leaves}, key)
-        saved = self._saved[serial] = _Saved({name: leaf for name, leaf in leaves.items() if leaf.requires_grad})
+        deferred: Deferred | None = [] if split else None
+        values = self._run(modules, {**fields, **leaves}, key, deferred)
+        needing = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        saved = self._saved[serial] = _Saved(needing, deferred)
         if self.is_last:
             return values
         outputs = {name: values[name] for name in self.outputs}
@@ -140,16 +147,22 @@ class Stage:
             values = self._run(modules, {**fields, **inputs}, key)
         return values if self.is_last else {name: values[name] for name in self.outputs}
 
-    def _run(self, modules: nn.ModuleList, values: dict[str, Tensor], key: MicrobatchKey) -> dict[str, Tensor]:
+    def _run(
+        self,
+        modules: nn.ModuleList,
+        values: dict[str, Tensor],
+        key: MicrobatchKey,
+        deferred: Deferred | None = None,
+    ) -> dict[str, Tensor]:
         for index, module in zip(range(self.start, self.stop), modules, strict=True):
-            call = partial(_seeded, key, index, module)
+            call = partial(_seeded, key, index, module, deferred)
             if torch.is_grad_enabled() and self._recomputes(index, key.microbatch):
                 call = partial(_checkpointed, module, call)
             values.update(call_block(self.chain.blocks[index], call, values))
         return values
 
     def backward(self, serial: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the backward of microbatch `serial`; return the gradients of the stage's inputs.
+        """Run the backward of microbatch `serial`, or its half for inputs; return the gradients of the stage's inputs.
 
         `gradients` are those of the stage's outputs; the last stage needs none. As in one process, what the loss does
         not depend on has no gradient, which is not the same as zero to an optimizer with weight decay or momentum.
@@ -162,13 +175,22 @@ class Stage:
             roots, seeds = [saved.roots[name] for name in names], [gradients[name] for name in names]
         if roots:
             torch.autograd.backward(roots, seeds)
+        if saved.deferred is not None:
+            self._deferred[serial] = saved.deferred
         return {name: leaf.grad for name, leaf in saved.inputs.items() if leaf.grad is not None}
 
+    def backward_weights(self, serial: int) -> None:
+        """Run the half for weights of a backward that was split."""
+        run_deferred(self._deferred.pop(serial))
 
-def _seeded(key: MicrobatchKey, block: int, module: nn.Module, *inputs: Tensor) -> Any:
-    # Seeding inside the call makes a recomputed forward draw the same random numbers.
+
+def _seeded(key: MicrobatchKey, block: int, module: nn.Module, deferred: Deferred | None, *inputs: Tensor) -> Any:
+    # Inside the call, so that a recomputed forward draws the same random numbers and is split in the same way.
     key.seed_block(block)
-    return module(*inputs)
+    if deferred is None:
+        return module(*inputs)
+    with DeferWeightGradients(deferred):
+        return module(*inputs)
 
 
 def _checkpointed(module: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> Any:

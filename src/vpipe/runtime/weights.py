@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from vpipe.errors import ConfigError, ScheduleError
 
 __all__ = ["OptimizerFactory", "WeightVersions"]
+
+T = TypeVar("T")
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """Makes the optimizer of one stage from its (name, parameter) pairs, which every torch optimizer takes as they are."""
@@ -74,15 +77,18 @@ class WeightVersions:
             raise ScheduleError(f"weight version {version} is not held; versions held: {alive}")
         return self._sets[self._set_of[version]]
 
-    def accumulate(self, version: int, backward: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Run the backward of one microbatch that used `version`; its gradients add to those of the next update."""
+    def accumulate(self, version: int, backward: Callable[[], T], *, is_last_use: bool = True) -> T:
+        """Run the backward of one microbatch that used `version`; its gradients add to those of the next update.
+
+        `is_last_use` is False for the first half of a split backward: the second needs the version again.
+        """
         targets = self._parameters[self._set_of[version]]
         for parameter, master in zip(targets, self.parameters, strict=True):
             parameter.grad, master.grad = master.grad, None
         result = backward()
         for parameter, master in zip(targets, self.parameters, strict=True):
             master.grad, parameter.grad = parameter.grad, None
-        self._uses[version] -= 1
+        self._uses[version] -= is_last_use
         return result
 
     def gradients(self) -> list[Tensor | None]:

@@ -1,0 +1,106 @@
+"""Backward in two halves: gradients for inputs now, gradients for weights later.
+
+While a forward runs, calls of `torch.nn.functional.linear` whose weight is a parameter are replaced by a function with
+the same result, whose backward computes the input's gradient only and notes what the weight's gradient needs: the
+layer's input, and the gradient of its output. Everything else is freed with the graph, as always. `run_deferred`
+computes the noted gradients. Nothing is computed twice, and the bits are those of an ordinary backward.
+
+A module has to satisfy nothing for that. Parameters that are used otherwise (normalisation, embeddings, convolutions,
+and what `torch.nn.MultiheadAttention` does inside one function of torch) get their gradients in the first half, so a
+module is worth splitting as far as its weight gradients are those of linear layers, as in transformers.
+
+Source of the idea: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["DeferWeightGradients", "Deferred", "run_deferred"]
+
+Deferred = list[Callable[[], None]]
+"""Weight gradients that are still to be computed, in the order of the backward."""
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, deferred: Deferred) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        # Saved tensors may come back as copies (recomputation); gradients belong to the parameters themselves.
+        ctx.parameters = weight, bias
+        ctx.deferred = deferred
+        return nn.functional.linear(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        hidden, weight = ctx.saved_tensors
+        rows = gradients[0].reshape(-1, gradients[0].shape[-1])
+        ctx.deferred.append(_WeightGradient(rows, hidden.reshape(-1, hidden.shape[-1]), *ctx.parameters))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return rows.mm(weight).view(hidden.shape), None, None, None
+
+
+class _WeightGradient:
+    """What is left to do for one linear layer and one microbatch."""
+
+    def __init__(self, rows: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._rows, self._hidden, self._weight, self._bias = rows, hidden, weight, bias
+
+    def __call__(self) -> None:
+        if self._weight.requires_grad:
+            _accumulate(self._weight, self._rows.t().mm(self._hidden))
+        if self._bias is not None and self._bias.requires_grad:
+            _accumulate(self._bias, self._rows.sum(0))
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
+class DeferWeightGradients(TorchFunctionMode):
+    """Within this context, the weight gradients of linear layers are noted in `deferred` when the backward runs."""
+
+    def __init__(self, deferred: Deferred) -> None:
+        super().__init__()
+        self._deferred = deferred
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and torch.is_grad_enabled():
+            hidden, weight, bias = _arguments(*args, **kwargs)
+            if _can_defer(weight) and (bias is None or _can_defer(bias)):
+                return _Linear.apply(hidden, weight, bias, self._deferred)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
+def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _can_defer(parameter: Tensor) -> bool:
+    # A weight that was itself computed, or has hooks, needs autograd to see its gradient.
+    return parameter.is_leaf and not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
+
+
+def run_deferred(deferred: Deferred) -> None:
+    """Compute the noted gradients, in the order of the backward, and forget what they needed."""
+    with torch.no_grad():
+        for index, compute in enumerate(deferred):
+            compute()
+            deferred[index] = _done
+    deferred.clear()
+
+
+def _done() -> None:
+    """Hold nothing."""

@@ -1,0 +1,93 @@
+"""The two halves of a backward are a backward: same bits, nothing computed twice, and less is held in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vpipe.runtime.split import DeferWeightGradients, run_deferred
+
+
+def layer():
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True)
+
+
+def gradients(module, hidden, deferred=None, recompute=False):
+    leaf = hidden.clone().requires_grad_()
+
+    def run(value):
+        torch.manual_seed(1)
+        if deferred is None:
+            return module(value)
+        with DeferWeightGradients(deferred):
+            return module(value)
+
+    output = checkpoint(run, leaf, use_reentrant=False) if recompute else run(leaf)
+    output.square().mean().backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_the_halves_give_the_bits_of_a_full_backward(num_samples, recompute):
+    full, split = layer(), layer()
+    for round_ in range(2):  # the second one adds to gradients that are there
+        hidden = torch.randn(num_samples, 8, 32, generator=torch.Generator().manual_seed(round_))
+        deferred = []
+        expected = gradients(full, hidden, recompute=recompute)
+        found = gradients(split, hidden, deferred, recompute)
+        assert len(deferred) == 2  # the feed-forward; attention is one function of torch
+        run_deferred(deferred)
+        assert not deferred
+        assert torch.equal(found, expected)
+        for (name, own), other in zip(split.named_parameters(), full.parameters(), strict=True):
+            assert torch.equal(own.grad, other.grad), name
+
+
+def test_weights_of_linear_layers_have_no_gradient_before_the_second_half():
+    module, deferred = layer(), []
+    gradients(module, torch.randn(1, 8, 32), deferred)
+    late = {name for name, item in module.named_parameters() if item.grad is None}
+    assert late == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
+
+
+def test_what_only_the_first_half_needs_is_freed_with_it():
+    module = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    alive, deferred = [], []
+
+    class Watched:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            alive.append(1)
+
+        def __del__(self):
+            alive.pop()
+
+    with torch.autograd.graph.saved_tensors_hooks(Watched, lambda kept: kept.tensor), DeferWeightGradients(deferred):
+        output = module(torch.randn(2, 4, requires_grad=True))
+    assert len(alive) == 5  # of each linear layer input and weight, and the input of the activation
+    output.sum().backward()
+    del output
+    assert not alive
+    run_deferred(deferred)
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_weights_that_were_computed_or_are_frozen_are_left_to_autograd():
+    weight = torch.randn(3, 3, requires_grad=True)
+    deferred = []
+    with DeferWeightGradients(deferred):
+        nn.functional.linear(torch.randn(2, 3), weight * 2).sum().backward()
+    assert not deferred
+    assert weight.grad is not None
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    leaf = torch.randn(2, 3, requires_grad=True)
+    with DeferWeightGradients(deferred):
+        output = frozen(leaf)
+    output.sum().backward()
+    run_deferred(deferred)
+    assert frozen.weight.grad is None
+    assert leaf.grad is not None
