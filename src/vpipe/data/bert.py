@@ -14,7 +14,7 @@ from vpipe.data.bert_meta import MASK_STREAMS, BertMeta, Masking, Split, read_me
 from vpipe.data.masking import IGNORED, mask_tokens
 from vpipe.data.source import BatchSource, FieldSpec, Indices, check_fields, row_numbers
 from vpipe.data.store import check_file, open_array
-from vpipe.errors import DataError
+from vpipe.errors import ConfigError, DataError
 
 __all__ = ["BertDataset", "bert_fields", "open_bert"]
 
@@ -60,20 +60,27 @@ def open_bert(
     if sequence_length is not None and sequence_length != meta.options.sequence_length:
         raise DataError(
             f"{directory} was prepared with sequences of {meta.options.sequence_length} tokens, the run expects "
-            f"{sequence_length}; set data.sequence_length: {meta.options.sequence_length}, or run "
-            f"`{meta.command(directory, sequence_length=sequence_length)}`"
+            f"{sequence_length}; set data.sequence_length: {meta.options.sequence_length}"
+            f"{_or_prepare(meta, directory, sequence_length=sequence_length)}"
         )
     if vocab_size is not None and vocab_size < meta.vocab_size:
         raise DataError(
             f"{directory} has a vocabulary of {meta.vocab_size} tokens, the model's has {vocab_size}; "
-            f"set model.vocab_size: {meta.vocab_size} (or null), or run "
-            f"`{meta.command(directory, vocab_size=vocab_size)}`"
+            f"set model.vocab_size: {meta.vocab_size} (or null){_or_prepare(meta, directory, vocab_size=vocab_size)}"
         )
     for stored in meta.files():
         check_file(directory, stored, _fix(meta, directory), verify=verify)
     return BertDataset(
         directory, meta, split, masking or meta.options.masking, meta.options.seed if seed is None else seed
     )
+
+
+def _or_prepare(meta: BertMeta, directory: Path, **changes: int) -> str:
+    """Return the other way out, where sets can be prepared so."""
+    try:
+        return f", or run `{meta.command(directory, **changes)}`"
+    except ConfigError:
+        return ""
 
 
 class BertDataset(BatchSource):

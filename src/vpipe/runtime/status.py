@@ -49,6 +49,7 @@ class StatusFile:
 
     def write(self, text: str) -> None:
         """Replace the line; text beyond the file's fixed size is cut off."""
+        self.text = text
         _RECORD.pack_into(self._map, 0, time.time(), self._pid, text.encode())
 
     def remove(self) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from vpipe.config import RunConfig, dump_config
-from vpipe.errors import ConfigError
+from vpipe.errors import ConfigError, PeerLostError
 from vpipe.runtime.pipeline import Hooks, StepResult
 from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.runtime.status import StatusFile, status_path
 from vpipe.runtime.trace import TraceRecorder
+from vpipe.schedule.action import Action
 from vpipe.train.describe import describe_plan
 from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_bytes
 from vpipe.train.outcome import Outcome, count_filling, summarize_run
@@ -39,7 +40,7 @@ class Trainer:
         self.setup = build_setup(config)
         self._recorder = TraceRecorder(group.rank, config.pipeline.num_microbatches, lambda: self.pipeline.iteration)
         self._status = StatusFile(status_path(run_directory, group.rank))
-        hooks = Hooks(record=self._recorder, announce=self._status.write, waited=self._recorder.waited)
+        hooks = Hooks(record=self._record, announce=self._status.write, waited=self._recorder.waited)
         self.pipeline = build_training_pipeline(self.setup, group.device, hooks)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl") if group.rank == 0 else None
         self._meter = ThroughputMeter(num_draining=count_filling(self.pipeline))
@@ -47,6 +48,18 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the end; return the summary, the same on every rank."""
+        try:
+            return self._run()
+        except PeerLostError as error:
+            if not self._status.text.startswith("waiting"):
+                self._status.write(f"stopping: {error}")
+            raise
+
+    def _record(self, action: Action, start_ns: int, end_ns: int) -> None:
+        self._recorder(action, start_ns, end_ns)
+        self._status.write(f"running, last done {action}")
+
+    def _run(self) -> dict[str, Any]:
         self._describe()
         train, total = self.config.train, self.setup.total_iterations
         loss, held_out = float("nan"), None
