@@ -76,6 +76,46 @@ def test_what_only_the_first_half_needs_is_freed_with_it():
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+class Reused(nn.Module):
+    """One linear layer twice, and a table that is an embedding and a linear layer at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.once = nn.Linear(6, 6)
+        self.table = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, value):
+        twice = self.inner(self.inner(value).tanh())
+        words = nn.functional.embedding(torch.tensor([0, 3, 3]), self.table)
+        return nn.functional.linear(self.once(twice + words), weight=self.table)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_that_are_used_twice_have_the_bits_of_a_full_backward_too(recompute):
+    torch.manual_seed(0)
+    full = Reused()
+    split = Reused()
+    split.load_state_dict(full.state_dict())
+    for round_ in range(3):
+        hidden = torch.randn(3, 6, generator=torch.Generator().manual_seed(round_))
+        deferred = []
+        expected = gradients(full, hidden, recompute=recompute)
+        assert torch.equal(gradients(split, hidden, deferred, recompute), expected)
+        assert len(deferred) == 1
+        run_deferred(deferred)
+        for (name, own), other in zip(split.named_parameters(), full.parameters(), strict=True):
+            assert torch.equal(own.grad, other.grad), name
+
+
+def test_a_weight_that_is_a_value_of_the_chain_has_its_gradient_at_once():
+    weight, deferred = torch.randn(3, 3, requires_grad=True), []
+    with DeferWeightGradients(deferred):
+        nn.functional.linear(torch.randn(2, 3), weight).sum().backward()
+    assert not deferred
+    assert weight.grad is not None
+
+
 def test_weights_that_were_computed_or_are_frozen_are_left_to_autograd():
     weight = torch.randn(3, 3, requires_grad=True)
     deferred = []

@@ -6,14 +6,16 @@ layer's input, and the gradient of its output. Everything else is freed with the
 computes the noted gradients. Nothing is computed twice, and the bits are those of an ordinary backward.
 
 A module has to satisfy nothing for that. Parameters that are used otherwise (normalisation, embeddings, convolutions,
-and what `torch.nn.MultiheadAttention` does inside one function of torch) get their gradients in the first half, so a
-module is worth splitting as far as its weight gradients are those of linear layers, as in transformers.
+and what `torch.nn.MultiheadAttention` does inside one function of torch), or more than once, get their gradients in
+the first half. So a module is worth splitting as far as its weight gradients are those of linear layers, as in
+transformers.
 
 Source of the idea: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,21 +31,28 @@ Deferred = list[Callable[[], None]]
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, deferred: Deferred) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, deferred: Deferred, uses: Counter[int]
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         # Saved tensors may come back as copies (recomputation); gradients belong to the parameters themselves.
         ctx.parameters = weight, bias
-        ctx.deferred = deferred
+        ctx.deferred, ctx.uses = deferred, uses
         return nn.functional.linear(hidden, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden, weight = ctx.saved_tensors
         rows = gradients[0].reshape(-1, gradients[0].shape[-1])
-        ctx.deferred.append(_WeightGradient(rows, hidden.reshape(-1, hidden.shape[-1]), *ctx.parameters))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        return rows.mm(weight).view(hidden.shape), None, None, None
+        rest = _WeightGradient(rows, hidden.reshape(-1, hidden.shape[-1]), *ctx.parameters)
+        to_weight, to_bias = None, None
+        if any(ctx.uses[id(parameter)] > 1 for parameter in ctx.parameters if parameter is not None):
+            # Autograd adds the gradients of all uses to each other before it adds them to those of other microbatches.
+            to_weight, to_bias = rest.of_weight(), rest.of_bias()
+        else:
+            ctx.deferred.append(rest)
+        to_hidden = rows.mm(weight).view(hidden.shape) if ctx.needs_input_grad[0] else None
+        return to_hidden, to_weight, to_bias, None, None
 
 
 class _WeightGradient:
@@ -52,11 +61,16 @@ class _WeightGradient:
     def __init__(self, rows: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self._rows, self._hidden, self._weight, self._bias = rows, hidden, weight, bias
 
+    def of_weight(self) -> Tensor | None:
+        return self._rows.t().mm(self._hidden) if self._weight.requires_grad else None
+
+    def of_bias(self) -> Tensor | None:
+        return self._rows.sum(0) if self._bias is not None and self._bias.requires_grad else None
+
     def __call__(self) -> None:
-        if self._weight.requires_grad:
-            _accumulate(self._weight, self._rows.t().mm(self._hidden))
-        if self._bias is not None and self._bias.requires_grad:
-            _accumulate(self._bias, self._rows.sum(0))
+        for parameter, gradient in ((self._weight, self.of_weight()), (self._bias, self.of_bias())):
+            if parameter is not None and gradient is not None:
+                _accumulate(parameter, gradient)
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
@@ -72,15 +86,19 @@ class DeferWeightGradients(TorchFunctionMode):
     def __init__(self, deferred: Deferred) -> None:
         super().__init__()
         self._deferred = deferred
+        self._uses: Counter[int] = Counter()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, nn.Parameter):
+                self._uses[id(argument)] += 1
         if func is nn.functional.linear and torch.is_grad_enabled():
             hidden, weight, bias = _arguments(*args, **kwargs)
             if _can_defer(weight) and (bias is None or _can_defer(bias)):
-                return _Linear.apply(hidden, weight, bias, self._deferred)  # type: ignore[no-untyped-call]
+                return _Linear.apply(hidden, weight, bias, self._deferred, self._uses)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
@@ -89,8 +107,13 @@ def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
 
 
 def _can_defer(parameter: Tensor) -> bool:
-    # A weight that was itself computed, or has hooks, needs autograd to see its gradient.
-    return parameter.is_leaf and not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
+    # Autograd must see the gradient of a weight that was itself computed, has hooks, or came as a value of the chain.
+    return (
+        isinstance(parameter, nn.Parameter)
+        and parameter.is_leaf
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+    )
 
 
 def run_deferred(deferred: Deferred) -> None:
