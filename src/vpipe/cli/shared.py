@@ -10,7 +10,7 @@ import click
 
 from vpipe.config import RunConfig, read_config
 
-__all__ = ["plural", "read_config_aloud", "threads_of"]
+__all__ = ["plural", "read_config_aloud", "short", "threads_of"]
 
 
 def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -29,3 +29,8 @@ def threads_of(config: RunConfig) -> int:
 def plural(number: int, one: str, many: str) -> str:
     """Return the number with its noun."""
     return f"{number} {one if number == 1 else many}"
+
+
+def short(path: Path) -> Path:
+    """Return the path from the working directory on, where it is below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from vpipe.cli.shared import plural, read_config_aloud, threads_of
+from vpipe.cli.shared import plural, read_config_aloud, short, threads_of
 
 __all__ = ["command", "run_rank"]
 
@@ -74,7 +74,9 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
     run_directory = create_run_directory(config.log_directory)
     ranks = plural(config.num_ranks, "rank", "ranks")
     slices = plural(config.pipeline.num_microbatches, "microbatch", "microbatches")
-    click.echo(f"{config.pipeline.schedule}, {ranks}, {slices} of {config.microbatch_size}; logs in {run_directory}")
+    click.echo(
+        f"{config.pipeline.schedule}, {ranks}, {slices} of {config.microbatch_size}; logs in {short(run_directory)}"
+    )
     progress = ProgressDisplay(run_directory / "metrics.jsonl", Console(), print_frequency=config.train.print_frequency)
     try:
         with progress:
@@ -87,7 +89,7 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
                 on_poll=progress.poll,
             )
     except KeyboardInterrupt:
-        click.echo(f"interrupted; all ranks were ended. Logs: {run_directory}/output.log.*", err=True)
+        click.echo(f"interrupted; all ranks were ended. Logs: {short(run_directory)}/output.log.*", err=True)
         sys.exit(_INTERRUPTED)
     _print_summary(run_directory)
 
