@@ -1,7 +1,7 @@
 """Contestant: VPipe with stages of one big linear layer each; prints what every rank holds right after its updates.
 
-At that moment there are no gradients, so what is resident above the empty process is the weights, and activations of one
-row, which are nothing beside them.
+At that moment there are no gradients, so what is resident above the empty process is the weights, and activations of
+one row, which are nothing beside them.
 """
 
 from __future__ import annotations

@@ -56,7 +56,14 @@ SUMMARY: dict[str, Any] = {
     "peak_memory_bytes": [512, 2 * 1024**3],
     "weight_versions": [2, 1],
     "ranks": [
-        {"rank": 0, "stages": [0], "blocks": list(range(12)), "forward_ms": 1.5, "backward_ms": 3.25, "busy_share": 0.75},
+        {
+            "rank": 0,
+            "stages": [0],
+            "blocks": list(range(12)),
+            "forward_ms": 1.5,
+            "backward_ms": 3.25,
+            "busy_share": 0.75,
+        },
         {"rank": 1, "stages": [1, 2], "blocks": [12, 15, 16, 20], "waiting_share": 0.125},
     ],
     "timeline": {"iteration": 7, "milliseconds": 15.04, "rows": ["F0--......B0----U0", "....F0--B0--U0    "]},
