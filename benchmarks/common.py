@@ -1,7 +1,7 @@
 """What every benchmark needs: contestants run in turn, medians with their spread, the environment, a table.
 
 A contestant is a module that is run under torchrun (or alone) and prints one JSON object as its last line:
-`{"batch_ms": [...]}`, the time of each measured batch in milliseconds. Launch and warm-up do not count. Contestants of a
+`{"batch_ms": [...]}`, the time of each measured batch in milliseconds. Launch and warm-up do not count. Those with a
 pipeline call `gc.freeze()` before they start: none is charged for the collector walking through what imports left.
 """
 

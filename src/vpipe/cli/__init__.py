@@ -12,6 +12,8 @@ from vpipe.errors import VPipeError
 
 __all__ = ["main"]
 
+INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+
 COMMANDS = {
     "config": "Print the resolved run of a YAML file.",
     "data": "Prepare training sets from text.",
@@ -52,8 +54,8 @@ def main() -> None:
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
     except click.Abort:
-        click.echo("aborted", err=True)
-        sys.exit(1)
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(1)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import click
 
+from vpipe.cli import INTERRUPTED
 from vpipe.cli.shared import plural, read_config_aloud, short, threads_of
 
 __all__ = ["command", "run_rank"]
-
-_INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 
 @click.command()
@@ -90,7 +89,7 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
             )
     except KeyboardInterrupt:
         click.echo(f"interrupted; all ranks were ended. Logs: {short(run_directory)}/output.log.*", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     _print_summary(run_directory)
 
 
