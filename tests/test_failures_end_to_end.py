@@ -280,7 +280,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 
@@ -345,7 +345,7 @@ class Training:
             text=True,
         )
         metrics = folder / "runs" / "latest" / "metrics.jsonl"
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 90
         while not metrics.exists() or metrics.read_text().count("\n") < 3:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
@@ -402,7 +402,9 @@ def test_kill_minus_nine_under_torchrun(folder: Path) -> None:
     assert training.process.returncode == 1
     for rank in (0, 2):
         (line,) = re.findall(rf"rank {rank} ERROR: (.*)", error)
-        assert re.search(r"rank 1 ended while this rank was waiting for (1[FB]\d+|the loss)", line)
+        assert re.search(
+            r"rank 1 ended while this rank was waiting for (1[FB]\d+|the loss|room to send [02][FB]\d+)", line
+        )
 
 
 def test_ctrl_c_ends_all_quietly(folder: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -169,16 +168,3 @@ def test_a_larger_schedule_keeps_the_closed_form() -> None:
     simulation = simulate(build_schedule("1f1b", 32, 128))
     assert sum(map(len, simulation.events)) == 32 * (2 * 128 + 1)
     assert simulation.makespan == (128 + 31) * 3
-
-
-def test_cost_grows_with_the_number_of_actions_and_no_faster() -> None:
-    def seconds(p: int, m: int) -> float:
-        schedule = build_schedule("1f1b", p, m)
-        start = time.process_time()
-        simulate(schedule)
-        return time.process_time() - start
-
-    small = min(seconds(32, 64) for _ in range(3))
-    large = min(seconds(128, 256) for _ in range(2))
-    # 16 times as many actions; quadratic cost would be 256 times as much.
-    assert large < 64 * max(small, 1e-3)

@@ -58,6 +58,11 @@ class _Channel:
     idle: list[Message] = field(default_factory=list)
     """Messages that were sent and taken: memory for the next ones."""
 
+    def name(self, microbatch: int) -> str:
+        """Name the action whose result a message of this channel carries."""
+        cut, is_gradient = divmod(self.index, 2)
+        return f"{cut}B{microbatch}" if is_gradient else f"{cut - 1}F{microbatch}"
+
 
 class Transport:
     """Point-to-point messages of one rank; making one is collective.
@@ -195,7 +200,9 @@ class Transport:
         try:
             return operation([message.buffer], channel.peer_in_group, tag)
         except RuntimeError as error:
-            raise_if_peer_lost(error, f"room for microbatch {microbatch}", channel.peer)
+            sending = channel.link[0] == self._rank
+            message_name = channel.name(microbatch)
+            raise_if_peer_lost(error, f"room to send {message_name}" if sending else message_name, channel.peer)
             raise
 
     def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
@@ -229,7 +236,7 @@ class Transport:
         # Whatever can be done before the wait must not be done after it: compute is waiting then.
         self._post_next(channel.link)
         self._complete_answered()
-        what = _WAITED_FOR[action.kind](action)
+        what = channel.name(action.microbatch)
         self._wait(work, what, channel.peer, f"waiting for {what} from rank {channel.peer}")
         self.bytes_received += channel.layout.num_bytes
         if action.kind is Kind.RECV_B and (forward := self._channels.get((Kind.SEND_F, action.stage))) is not None:
@@ -248,8 +255,8 @@ class Transport:
     def _complete(self, channel: _Channel, microbatch: int) -> None:
         if microbatch in channel.sent:
             work, message = channel.sent.pop(microbatch)
-            announcement = f"waiting for rank {channel.peer} to take microbatch {microbatch}"
-            self._wait(work, f"the taking of microbatch {microbatch}", channel.peer, announcement)
+            announcement = f"waiting for rank {channel.peer} to take {channel.name(microbatch)}"
+            self._wait(work, f"the taking of {channel.name(microbatch)}", channel.peer, announcement)
             channel.idle.append(message)
 
     def _wait(self, work: dist.Work, what: str, peer: int, announcement: str) -> None:
@@ -271,9 +278,3 @@ class Transport:
             if kind in kinds:
                 for microbatch in list(channel.sent):
                     self._complete(channel, microbatch)
-
-
-_WAITED_FOR: dict[Kind, Callable[[Action], str]] = {
-    Kind.RECV_F: lambda action: f"{action.stage - 1}F{action.microbatch}",
-    Kind.RECV_B: lambda action: f"{action.stage + 1}B{action.microbatch}",
-}
