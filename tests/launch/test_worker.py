@@ -68,7 +68,9 @@ def test_under_torchrun_a_directory_that_cannot_be_made_fails_clearly_on_every_r
     (tmp_path / "runs").write_text("")
     result = torchrun(2, "launch_toys:agree", str(tmp_path / "runs"))
     assert result.returncode == 1
-    assert re.search(r"rank 0 ERROR: cannot create a run directory in log_directory '.*runs': Not a", result.stderr)
+    for rank in range(2):
+        line = rf"rank {rank} ERROR: cannot create a run directory in log_directory '.*runs': Not a"
+        assert re.search(line, result.stderr)
     assert "launch_toys.py" not in result.stderr  # no traceback of a rank
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from vpipe.errors import LaunchError, VPipeError
+from vpipe.errors import ExecutionError, LaunchError, VPipeError
 from vpipe.launch.environment import LAUNCHER_PID, RUN_DIRECTORY
 from vpipe.launch.last_words import delay_sigterm
 from vpipe.launch.logs import configure_logging
@@ -29,6 +29,8 @@ from vpipe.runtime.status import StatusFile, status_path
 __all__ = ["load_function", "run_worker"]
 
 _PR_SET_PDEATHSIG = 1
+_SAME_MISTAKE_SECONDS = 1
+"""How long a rank that torchrun started waits for the others to find what it refuses, before its end ends them all."""
 _LAST_WORDS_SECONDS = 5
 """How long a rank that torchrun tells to end may look for the reason."""
 
@@ -49,6 +51,8 @@ def run_worker(main: Callable[[], None]) -> None:
         main()
     except VPipeError as error:
         logger.error("%s", error)
+        if _is_under_torchrun() and not isinstance(error, ExecutionError):
+            time.sleep(_SAME_MISTAKE_SECONDS)
         _end(error, str(error))
     except SystemExit as error:
         if error.code not in (None, 0):
@@ -86,8 +90,12 @@ def _prepare_process() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(launcher):  # it died before the line above
             os._exit(1)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
+    elif _is_under_torchrun():
         delay_sigterm(_LAST_WORDS_SECONDS, _say_told_to_end)
+
+
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_PID not in os.environ
 
 
 def _say_told_to_end() -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["MetricsWriter", "ThroughputMeter", "peak_memory_bytes"]
+__all__ = ["MetricsWriter", "ThroughputMeter", "finite", "peak_memory_bytes"]
 
 _PROCESS_STATUS = Path("/proc/self/status")
 
@@ -37,7 +37,7 @@ class MetricsWriter:
 
     def write(self, record: Mapping[str, object]) -> None:
         """Write one record; JSON has no NaN and no infinity, so such values become null."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({key: finite(value) for key, value in record.items()}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -45,7 +45,8 @@ class MetricsWriter:
         self._file.close()
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """Return the value, or None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -19,7 +19,7 @@ from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.process_group import ProcessGroup
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.memory import peak_activations
-from vpipe.train.metrics import peak_memory_bytes
+from vpipe.train.metrics import finite, peak_memory_bytes
 from vpipe.train.setup import Setup
 from vpipe.train.stretches import Stretch, choose_measured
 
@@ -69,7 +69,7 @@ def summarize_run(
         "iterations": iterations,
         "num_samples": iterations * config.train.batch_size,
         "final_loss": outcome.final_loss,
-        "eval_loss": outcome.eval_loss,
+        "eval_loss": finite(outcome.eval_loss),
         "samples_per_second": config.train.batch_size / iteration_ms * 1e3 if iteration_ms else 0.0,
         "iteration_ms": iteration_ms,
         "measured_iterations": [measured.start + 1, measured.stop],
@@ -83,7 +83,7 @@ def summarize_run(
         ]
     if group.rank == 0:
         write_timeline(run_directory / "timeline.json", drawn)
-        (run_directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (run_directory / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 
