@@ -103,7 +103,8 @@ def agree(arguments):
     from vpipe.runtime.process_group import process_group
 
     with process_group("gloo", 60) as group:
-        print(f"rank {group.rank} directory {agree_run_directory(Path(arguments[0]), group)}", flush=True)
+        line = f"rank {group.rank} directory {agree_run_directory(Path(arguments[0]), group)}\n"
+        os.write(1, line.encode())  # at once, so that the ranks' lines stay whole
 
 
 def print_port(arguments):
