@@ -59,8 +59,8 @@ def process_group(
         PeerLostError: another rank failed first; the text includes its message if it left one.
         ConfigError, LaunchError: as `initialise_process_group`.
     """
-    group = initialise_process_group(backend, timeout_seconds, device=device)
     try:
+        group = initialise_process_group(backend, timeout_seconds, device=device)
         yield group
         destroy_process_group(group)
     except Exception as error:
@@ -91,6 +91,8 @@ def initialise_process_group(
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        # A rank that is quick to find a mistake and ends would keep slower ones from connecting, and from finding it.
+        dist.barrier(group=control)
     except RuntimeError as error:
         raise_if_peer_lost(error, "the process group to form")
         raise
