@@ -11,7 +11,7 @@ from vpipe.schedule.costs import Costs
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.simulate import Simulation, simulate
 from vpipe.schedule.svg import _UPPER_STAGE, to_svg
-from vpipe.schedule.svg_shapes import COLOURS, ink_on, lighten
+from vpipe.schedule.svg_shapes import COLOURS, ink_on, lighten, text_width
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -71,6 +71,33 @@ def test_asynchronous_schedules_show_their_weight_versions() -> None:
     assert "4 held, 4 kept" in texts
     assert "microbatches held, weight versions kept (dashed)" in texts
     assert not any("kept" in text for text in _texts(_draw("1f1b")))
+
+
+def test_options_that_change_the_picture_are_named() -> None:
+    vertical = simulate(build_schedule("pipedream", 4, 8, vertical_sync=True))
+    assert _texts(ElementTree.fromstring(to_svg([vertical])))[0] == "pipedream, vertical sync"
+    schedule = build_schedule("naive", 4, 8)
+    costs = Costs.from_rank_shares(schedule.placement, latency=0.5, bandwidth=4.0, message_bytes=1.0)
+    line = _texts(ElementTree.fromstring(to_svg([simulate(schedule, costs)])))[1]
+    assert line.endswith("at most 1 microbatch held  ·  messages take 0.75")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_legend_stays_on_the_page_and_names_only_what_occurs(name: str) -> None:
+    root = _draw(name)
+    width = float(root.get("width", ""))
+    for element in root.iter(f"{SVG}text"):
+        words = "".join(element.itertext())
+        assert float(element.get("x", "")) + text_width(words, 12) < width or element.get("text-anchor"), words
+    assert ("warmup" in _texts(root)) == (name != "naive")
+
+
+def test_long_schedules_get_narrower_cells_before_they_get_wider_pages() -> None:
+    widths = {name: float(_draw(name).get("width", "")) for name in ("1f1b", "zb-v", "naive")}
+    assert widths["1f1b"] < widths["zb-v"] < widths["naive"] < 1200
+    numbers = [element for element in _draw("naive").iter(f"{SVG}text") if element.text == "7"]
+    assert len(numbers) == 8  # every cell still has its number
+    assert {element.get("font-size") for element in numbers} == {"12"}
 
 
 def test_several_schedules_share_one_scale() -> None:

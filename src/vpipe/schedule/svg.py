@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.phases import PHASES, phase_spans
+from vpipe.schedule.schedule import WeightRule
 from vpipe.schedule.simulate import Event, Simulation
 from vpipe.schedule.svg_shapes import (
     COLOURS,
@@ -34,6 +35,7 @@ __all__ = ["to_svg"]
 
 _FONT = "Inter,'Helvetica Neue',Helvetica,Arial,'Liberation Sans','DejaVu Sans',sans-serif"
 _MIN_PLOT, _MAX_PLOT = 640.0, 1800.0
+_EASY_PLOT = 860.0  # wider pages are shrunk where they are shown, so cells get no more room than their labels need
 _LEFT, _RIGHT, _TOP = 76.0, 120.0, 20.0
 _LABEL_SIZE, _LEAST_LABEL = 12.0, 5.0
 _DIGIT = 0.58  # width of a digit over the size of its font
@@ -78,8 +80,7 @@ def to_svg(simulations: Sequence[Simulation], sentences: Sequence[str] = ()) -> 
     y = _TOP
     for simulation, sentence in zip(simulations, sentences or [""] * len(simulations), strict=True):
         y = _draw_panel(body, page, simulation, sentence, y) + 26
-    _draw_legend(body, page, simulations, y)
-    height = y + 30
+    height = _draw_legend(body, page, simulations, y) + 30
     names = ", ".join(simulation.schedule.name for simulation in simulations)
     return "\n".join(
         [
@@ -89,7 +90,7 @@ def to_svg(simulations: Sequence[Simulation], sentences: Sequence[str] = ()) -> 
             '<defs><pattern id="idle" width="6" height="6" patternUnits="userSpaceOnUse" '
             'patternTransform="rotate(45)"><rect width="6" height="6" fill="#f2f4f7"/>'
             '<line x1="0" y1="0" x2="0" y2="6" stroke="#d9dfe6" stroke-width="1.8"/></pattern></defs>',
-            rect(0, 0, page.width, height, "#ffffff"),
+            rect(0, 0, page.width, height, "#ffffff", radius=8),
             *body,
             "</svg>\n",
         ]
@@ -101,8 +102,9 @@ def _page(simulations: Sequence[Simulation]) -> _Page:
     longest = max(simulation.makespan for simulation in simulations) or 1.0
     digits = max(len(str(simulation.schedule.num_microbatches - 1)) for simulation in simulations)
     shortest = min(map(_shortest_cell, simulations))
-    wanted = (digits * _DIGIT + 0.75) * _LABEL_SIZE / shortest
-    plot = min(max(longest * wanted, _MIN_PLOT), _MAX_PLOT)
+    least, ease = (digits * _DIGIT + 0.25) * _LABEL_SIZE / shortest, 0.5 * _LABEL_SIZE / shortest
+    plot = max(min(longest * (least + ease), _EASY_PLOT), longest * least)
+    plot = min(max(plot, _MIN_PLOT), _MAX_PLOT)
     scale = plot / longest
     label = min(_LABEL_SIZE, (shortest * scale - 2) / (digits * _DIGIT))
     several = len(simulations) > 1
@@ -118,7 +120,9 @@ def _shortest_cell(simulation: Simulation) -> float:
 
 def _draw_panel(body: list[str], page: _Page, simulation: Simulation, sentence: str, y: float) -> float:
     """Add a panel from `y` down; return where it ends."""
-    body.append(heading(_LEFT, y + 16, simulation.schedule.name, sentence))
+    vertical = simulation.schedule.weight_rule is WeightRule.VERTICAL
+    name = simulation.schedule.name + (", vertical sync" if vertical else "")
+    body.append(heading(_LEFT, y + 16, name, sentence))
     body.append(text(_LEFT, y + 37, _subtitle(simulation), size=13))
     _draw_phase_names(body, page, simulation.events[0], y + 58)
     y += 64
@@ -144,8 +148,11 @@ def _subtitle(simulation: Simulation) -> str:
         f"{schedule.num_microbatches} microbatches",
         f"makespan {simulation.makespan:g}",
         f"bubble {simulation.bubble_fraction:.1%}{once}",
-        f"at most {peak:g} microbatches held",
+        f"at most {peak:g} microbatch{'es' if peak != 1 else ''} held",
     ]
+    transfer = max((sum(hop) for hops in simulation.hops for hop in hops), default=0.0)
+    if transfer:
+        parts.append(f"messages take {transfer:g}")
     return "  ·  ".join(parts)
 
 
@@ -240,18 +247,22 @@ def _outline(page: _Page, curve: Curve, makespan: float, base: float, unit: floa
     return [*points, (page.x(makespan), height)]
 
 
-def _draw_legend(body: list[str], page: _Page, simulations: Sequence[Simulation], y: float) -> None:
-    kinds = {event.action.kind for simulation in simulations for events in simulation.events for event in events}
-    entries = [(COLOURS[kind], _NAMES[kind]) for kind in COLOURS if kind in kinds]
+def _draw_legend(body: list[str], page: _Page, simulations: Sequence[Simulation], y: float) -> float:
+    """Explain the colours that occur, in as many lines as they need; return where the last one starts."""
+    events = [events for simulation in simulations for events in simulation.events]
+    kinds = {event.action.kind for rank in events for event in rank}
+    entries = [(14.0, COLOURS[kind], _NAMES[kind]) for kind in COLOURS if kind in kinds]
     if any(simulation.schedule.placement.stages_per_rank > 1 for simulation in simulations):
-        entries.append((lighten(COLOURS[Kind.F], _UPPER_STAGE), "paler: later stage of the rank"))
-    entries.append(("url(#idle)", "idle"))
+        entries.append((14.0, lighten(COLOURS[Kind.F], _UPPER_STAGE), "paler: later stage of the rank"))
+    entries.append((14.0, "url(#idle)", "idle"))
+    phases = {phase for rank in events for phase in phase_spans(rank)}
+    entries += [(4.0, PHASE_COLOURS[phase], phase) for phase in PHASES if phase in phases]
     x = _LEFT
-    for colour, name in entries:
-        body.append(rect(x, y, 14, 14, colour, radius=2))
+    for height, colour, name in entries:
+        width = 20 + text_width(name, 12)
+        if x + width > page.width - 8 and x > _LEFT:
+            x, y = _LEFT, y + 22
+        body.append(rect(x, y + 7 - height / 2, 14, height, colour, radius=2 if height > 4 else 0))
         body.append(text(x + 20, y + 11.5, name, size=12, fill=INK))
-        x += 40 + text_width(name, 12)
-    for phase in PHASES:
-        body.append(rect(x, y + 5, 14, 4, PHASE_COLOURS[phase]))
-        body.append(text(x + 20, y + 11.5, phase, size=12, fill=INK))
-        x += 40 + text_width(phase, 12)
+        x += width + 20
+    return y
