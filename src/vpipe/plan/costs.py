@@ -1,0 +1,179 @@
+"""What any stage of a chain costs: sums over blocks for all intervals at once, and the simulator's costs of a cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpipe.errors import PlanError
+from vpipe.plan.memory import SWAP_BUFFERS, Policy, StageLoad
+from vpipe.plan.profile import BlockProfile, LinkProfile, Profile
+from vpipe.schedule.costs import Costs, Link
+from vpipe.schedule.placement import Placement
+
+__all__ = ["Array", "ChainCosts", "simulator_costs", "speeds_of"]
+
+Array = NDArray[np.float64]
+
+
+class ChainCosts:
+    """Costs of blocks i to j - 1 as a stage, at [i, j] of a matrix; infinite where j <= i.
+
+    Times are for a rank of speed 1.
+    """
+
+    def __init__(self, profile: Profile, blocks: Sequence[BlockProfile], *, split_backward: bool) -> None:
+        self.blocks = tuple(blocks)
+        self.host = profile.host
+        self._link = profile.link
+        self.dispatch_ms = profile.dispatch_ms * (3 if split_backward else 2)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def sums(self, name: str) -> Array:
+        """Return prefix sums of a figure: entry i is that of the first i blocks."""
+        return np.array([0.0, *accumulate(float(getattr(block, name)) for block in self.blocks)])
+
+    def between(self, name: str) -> Array:
+        """Return a figure's sum over every interval."""
+        sums = self.sums(name)
+        return np.asarray(sums[None, :] - sums[:, None])
+
+    @cached_property
+    def is_stage(self) -> NDArray[np.bool_]:
+        """Tell the intervals that have a block."""
+        return np.triu(np.ones((len(self) + 1, len(self) + 1), dtype=bool), 1)
+
+    @cached_property
+    def compute_ms(self) -> Array:
+        """Forward and backward of one microbatch, all activations kept."""
+        return self.between("forward_ms") + self.between("input_grad_ms") + self.between("weight_grad_ms")
+
+    @cached_property
+    def arriving(self) -> Array:
+        """Bytes that arrive at a stage that starts at i; the same are its messages backwards."""
+        return np.array([0.0, *(float(block.output_bytes) for block in self.blocks[:-1]), 0.0])
+
+    @cached_property
+    def transfer_ms(self) -> Array:
+        """Time that the busiest link of the stage carries one microbatch."""
+        rate = self._link.bytes_per_ms or math.inf
+        return np.asarray(np.maximum(self.arriving[:, None], self.arriving[None, :]) / rate)
+
+    @cached_property
+    def passing(self) -> Array:
+        """Bytes held for each microbatch by a stage that starts at i, of values that its first block does not read."""
+        inputs = np.array([0.0, *(float(block.input_bytes) for block in self.blocks[1:]), 0.0])
+        return np.maximum(self.arriving - inputs, 0.0)
+
+    @cached_property
+    def workspace(self) -> Array:
+        """Largest workspace among the blocks."""
+        sizes = np.array([float(block.workspace_bytes) for block in self.blocks])
+        rows = np.zeros((len(self) + 1, len(self) + 1))
+        for start in range(len(self)):
+            rows[start, start + 1 :] = np.maximum.accumulate(sizes[start:])
+        return rows
+
+    @cached_property
+    def _static(self) -> tuple[Array, Array]:
+        parameters = self.between("parameter_bytes")
+        once = parameters + self.between("optimizer_bytes") + self.between("buffer_bytes")
+        return parameters, once + self.arriving[:, None] + 2 * self.arriving[None, :]
+
+    @cached_property
+    def activations(self) -> Array:
+        """Bytes held for each microbatch when everything is kept."""
+        return self.between("activation_bytes")
+
+    @cached_property
+    def weight_held(self) -> Array:
+        """Bytes held for each microbatch between the halves of a split backward."""
+        return self.between("weight_grad_bytes")
+
+    def static_bytes(self, load: StageLoad) -> Array:
+        """Return the bytes that do not depend on microbatches: weights, gradients, optimizer state, messages."""
+        parameters, once = self._static
+        return once + load.num_versions * parameters
+
+    def kept_bytes(self, load: StageLoad) -> Array:
+        """Return the bytes at the peak when all blocks keep their activations."""
+        passing = self.passing[:, None]
+        held = [full * (self.activations + passing) + halves * self.weight_held for full, halves in load.held]
+        return np.asarray(self.static_bytes(load) + np.maximum.reduce(held) + self.workspace)
+
+    def kept_ms(self, speed: float) -> Array:
+        """Return the time per microbatch that the stage or its links are busy, when all activations are kept."""
+        busy = np.maximum(self.compute_ms / speed + self.dispatch_ms, self.transfer_ms)
+        return np.where(self.is_stage, busy, np.inf)
+
+
+def speeds_of(profile: Profile, num_ranks: int) -> tuple[float, ...]:
+    """Return the speed of every rank.
+
+    Raises:
+        PlanError: the profile has speeds of another number of ranks.
+    """
+    speeds = profile.rank_speeds or (1.0,) * num_ranks
+    if len(speeds) != num_ranks:
+        raise PlanError(
+            f"the profile has rank_speeds of {len(speeds)} ranks, and the run has {num_ranks}; give one each"
+        )
+    return tuple(speeds)
+
+
+def host_ms(host: LinkProfile | None, swapped_bytes: float) -> float:
+    """Return how long the host link is busy with one microbatch, out and back."""
+    return 2 * host.transfer_ms(swapped_bytes) if host else 0.0
+
+
+def simulator_costs(
+    profile: Profile,
+    blocks: Sequence[BlockProfile],
+    partition: Sequence[int],
+    policies: Sequence[Policy],
+    placement: Placement,
+) -> Costs:
+    """Return the simulator's costs, in ms and bytes, of a partition with a policy per block.
+
+    Recomputing comes before the backward, and so does waiting for a host link that is busier than the rank.
+    """
+    speeds = speeds_of(profile, placement.num_ranks)
+    ends = list(accumulate(partition))
+    times: dict[str, list[float]] = {name: [] for name in ("forward", "input_grad", "weight_grad", "step", "recompute")}
+    for stage, (start, stop) in enumerate(pairwise([0, *ends])):
+        speed = speeds[placement.rank_of(stage)]
+        inside = [(blocks[index], policies[index]) for index in range(start, stop)]
+        forward = math.fsum(block.forward_ms for block, _ in inside) / speed
+        input_grad = math.fsum(block.input_grad_ms for block, _ in inside) / speed
+        weight_grad = math.fsum(block.weight_grad_ms for block, _ in inside) / speed
+        again = math.fsum(block.recompute_ms for block, policy in inside if policy is Policy.RECOMPUTE) / speed
+        swapped = sum(block.activation_bytes for block, policy in inside if policy is Policy.SWAP)
+        waiting = host_ms(profile.host, swapped) - forward - input_grad - weight_grad - again
+        times["forward"].append(forward)
+        times["input_grad"].append(input_grad + again + max(0.0, waiting))
+        times["weight_grad"].append(weight_grad)
+        times["step"].append(math.fsum(block.step_ms for block, _ in inside) / speed)
+        times["recompute"].append(again)
+    return Costs(
+        **{name: tuple(values) for name, values in times.items()},
+        latency=profile.link.latency_ms,
+        bandwidth=profile.link.bytes_per_ms or math.inf,
+        message_bytes=tuple(float(blocks[stop - 1].output_bytes) for stop in ends),
+        dispatch=profile.dispatch_ms,
+        links={
+            (pair.sender, pair.receiver): Link(pair.link.latency_ms, pair.link.bytes_per_ms or math.inf)
+            for pair in profile.links
+        },
+    )
+
+
+def swap_copies(full: int) -> int:
+    """Return how many microbatches of a swapping block are on the device when `full` are in flight."""
+    return min(full, SWAP_BUFFERS)
