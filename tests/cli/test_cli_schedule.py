@@ -29,6 +29,14 @@ KEYS = [
     "idle",
     "actions",
 ]
+SEARCH_KEYS = [
+    "memory_limit",
+    "lower_bound",
+    "gap",
+    "best_family",
+    "best_family_makespan",
+    "one_more_microbatch",
+]
 
 
 def _run(line: str) -> Result:
@@ -52,7 +60,7 @@ def _vpipe(line: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_json_keys(name: str) -> None:
     data = _json(f"{name} --ranks 4 --microbatches 8")
-    assert list(data) == KEYS
+    assert list(data) == KEYS + (SEARCH_KEYS if name == "searched" else [])
     assert data["schedule"] == name
     for key in ("peak_activations", "weight_versions", "staleness", "actions"):
         assert len(data[key]) == 4  # type: ignore[arg-type]
@@ -83,6 +91,35 @@ def test_options_reach_the_builder() -> None:
     assert _json("pipedream --microbatches 16 --depths 6,4,2,0")["staleness"] == [6, 4, 2, 0]
     assert _json("pipedream --microbatches 16 --microbatches-per-update 4")["weight_versions"] == [2, 2, 2, 2]
     assert _json("pipedream --microbatches 16 --vertical-sync")["staleness"] == [3, 3, 3, 3]
+
+
+def test_a_search_is_told_the_costs_and_the_memory() -> None:
+    line = "searched --ranks 4 --microbatches 8 --stages-per-rank 1 --forward 1,2,1,1"
+    tight, loose = _json(f"{line} --memory-limit 3"), _json(f"{line} --memory-limit 4,4,4,4")
+    assert (tight["memory_limit"], loose["memory_limit"]) == ([3] * 4, [4] * 4)
+    assert max(tight["peak_activations"]) <= 3  # type: ignore[type-var]
+    assert tight["lower_bound"] <= tight["makespan"] < tight["best_family_makespan"]  # type: ignore[operator]
+    more = tight["one_more_microbatch"]
+    assert isinstance(more, dict)
+    assert more["makespan"] == loose["makespan"] == 33
+    assert more["saved"] == pytest.approx(1 - 33 / tight["makespan"])  # type: ignore[operator]
+    assert loose["one_more_microbatch"] is None
+    longer = _json(f"{line} --memory-limit 4 --latency 0.5")
+    assert longer["makespan"] > loose["makespan"]  # type: ignore[operator]
+    output = _run(f"{line} --memory-limit 3").output
+    assert "memory limit      3 on every rank, in microbatches" in output
+    assert "lower bound       33, gap 3.03 %" in output
+    assert "best family       naive with 104, 205.88 % longer" in output
+    assert "memory is the limit: one more on every rank would make it 33, 2.94 % shorter" in output
+    assert "memory is not the limit" in _run(f"{line} --memory-limit 4").output
+
+
+def test_a_search_says_the_smallest_limit() -> None:
+    error = str(_run("searched --memory-limit 0.5").exception)
+    assert "memory_limit 0.5 is below one microbatch" in error
+    assert "the smallest limit that an order fits is 1" in error
+    assert "has no option 'memory_limit'" in str(_run("1f1b --memory-limit 2").exception)
+    assert "memory_limit has 2 numbers for 4 ranks" in str(_run("searched --memory-limit 2,3").exception)
 
 
 def test_text_is_the_picture_and_a_summary() -> None:

@@ -17,7 +17,7 @@ from vpipe.schedule.validate import check_schedule
 from vpipe.schedule.weights import weight_usage
 
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 17)]
-SPLIT = ("zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v")
+SPLIT = ("zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v", "searched")
 
 # (p, m): bubble in percent, most and least microbatches held; F = I = W = 1 per rank, half of it per stage of two.
 GRID: dict[str, dict[tuple[int, int], tuple[float, float, float]]] = {

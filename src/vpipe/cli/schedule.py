@@ -23,6 +23,8 @@ from vpipe.schedule.overview import overview, overview_lines
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry
 from vpipe.schedule.render import Segment, legend, summary_lines, text_grid, to_dict
 from vpipe.schedule.schedule import Schedule
+from vpipe.schedule.search_report import SearchReport, report_search
+from vpipe.schedule.searched import build_searched, make_request
 from vpipe.schedule.simulate import Simulation, simulate
 from vpipe.schedule.svg import to_svg
 
@@ -97,6 +99,12 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
     "--microbatches-per-update", type=int, help="pipedream, pipedream-2bw: gradients per update; above 1: two versions."
 )
 @click.option("--vertical-sync", is_flag=True, default=None, help="pipedream: one version number through all stages.")
+@click.option(
+    "--memory-limit",
+    type=_Times(),
+    help="searched: microbatches that a rank may hold, two stages on it counting a half each.  [default: --ranks]",
+)
+@click.option("--search-steps", type=click.IntRange(min=0), help="searched: how long, at half a microsecond a step.")
 @click.option("--format", "form", type=click.Choice(_FORMATS), default="text", show_default=True)
 @click.option("--list", "list_all", is_flag=True, help="List the schedules, with numbers for the given sizes.")
 @click.option("--compare", metavar="NAME,NAME,...", help="Show several schedules on one scale of time.")
@@ -114,6 +122,8 @@ def command(
     depths: tuple[int, ...] | None,
     microbatches_per_update: int | None,
     vertical_sync: bool | None,
+    memory_limit: float | tuple[float, ...] | None,
+    search_steps: int | None,
     form: str,
     list_all: bool,
     compare: str | None,
@@ -137,7 +147,7 @@ def command(
         _print_list(ranks, microbatches, form)
         return
     if csv_file is not None:
-        schedules = [from_csv(csv_file.read_text(encoding="utf-8"), csv_file.stem)]
+        schedules, reports = [from_csv(csv_file.read_text(encoding="utf-8"), csv_file.stem)], [None]
         sentences = [f"read from {csv_file.name}."]
     else:
         given = {
@@ -145,20 +155,30 @@ def command(
             "depths": depths,
             "microbatches_per_update": microbatches_per_update,
             "vertical_sync": vertical_sync or None,
+            "memory_limit": memory_limit,
+            "search_steps": search_steps,
         }
         options = {option: value for option, value in given.items() if value is not None}
         names = [name] if name is not None else [part.strip() for part in str(compare).split(",")]
-        schedules = [_build(each, ranks, microbatches, options, shared=name is None) for each in names]
+        built = [_build(each, ranks, microbatches, options, times, shared=name is None) for each in names]
+        schedules, reports = [schedule for schedule, _ in built], [report for _, report in built]
         sentences = [find_entry(each).summary for each in names]
     simulations = [simulate(schedule, _costs(schedule, **times)) for schedule in schedules]
-    _print(simulations, sentences, form, several=compare is not None)
+    _print(simulations, sentences, reports, form, several=compare is not None)
 
 
-def _build(name: str, ranks: int, microbatches: int, options: Mapping[str, Any], *, shared: bool) -> Schedule:
-    """Build a schedule; of options that several schedules share, take those it has."""
+def _build(
+    name: str, ranks: int, microbatches: int, options: Mapping[str, Any], times: Mapping[str, Any], *, shared: bool
+) -> tuple[Schedule, SearchReport | None]:
+    """Build a schedule; of options that several schedules share, take those it has. A search is told the times."""
+    entry = find_entry(name)
     if shared:
-        options = {option: value for option, value in options.items() if option in find_entry(name).parameters}
-    return build_schedule(name, ranks, microbatches, **options)
+        options = {option: value for option, value in options.items() if option in entry.parameters}
+    if entry.builder is not build_searched:
+        return build_schedule(name, ranks, microbatches, **options), None
+    options = {**times, "bandwidth": math.inf if times["bandwidth"] is None else times["bandwidth"], **options}
+    schedule = build_schedule(name, ranks, microbatches, **options)
+    return schedule, None if shared else report_search(make_request(ranks, microbatches, **options))
 
 
 def _costs(schedule: Schedule, *, bandwidth: float | None, **times: Any) -> Costs:
@@ -175,10 +195,20 @@ def _print_list(ranks: int, microbatches: int, form: str) -> None:
         raise click.UsageError(f"--list has no --format {form}; it is a table: text or json")
 
 
-def _print(simulations: Sequence[Simulation], sentences: Sequence[str], form: str, *, several: bool) -> None:
+def _print(
+    simulations: Sequence[Simulation],
+    sentences: Sequence[str],
+    reports: Sequence[SearchReport | None],
+    form: str,
+    *,
+    several: bool,
+) -> None:
     num_actions = sum(len(events) for simulation in simulations for events in simulation.events)
     if form == "json":
-        dicts = [to_dict(simulation) for simulation in simulations]
+        dicts = [
+            to_dict(simulation) | (report.to_dict() if report else {})
+            for simulation, report in zip(simulations, reports, strict=True)
+        ]
         click.echo(json.dumps(dicts if several else dicts[0]))
     elif form == "csv":
         if several:
@@ -193,7 +223,7 @@ def _print(simulations: Sequence[Simulation], sentences: Sequence[str], form: st
     else:
         _print_pictures(simulations, num_actions)
         lines = comparison_lines(simulations) if several else summary_lines(simulations[0], sentences[0])
-        click.echo("\n".join(lines))
+        click.echo("\n".join([*lines, *(line for report in reports if report for line in report.lines())]))
 
 
 def _print_pictures(simulations: Sequence[Simulation], num_actions: int) -> None:

@@ -21,6 +21,7 @@ from vpipe.schedule.naive import build_naive
 from vpipe.schedule.one_f_one_b import build_1f1b
 from vpipe.schedule.pipedream import build_pipedream, build_pipedream_2bw
 from vpipe.schedule.schedule import Schedule
+from vpipe.schedule.searched import build_searched
 from vpipe.schedule.v_memory import build_v_half, build_v_min
 from vpipe.schedule.zb_v import build_zb_v
 from vpipe.schedule.zero_bubble import build_zb_h1, build_zb_h2
@@ -62,6 +63,7 @@ SCHEDULES: dict[str, Entry] = {
     "dualpipe-v": Entry(
         build_dualpipe_v, True, "The V in which each forward has a backward beside it to overlap with."
     ),
+    "searched": Entry(build_searched, True, "The best order that a search finds for given costs and memory."),
     "pipedream": Entry(build_pipedream, False, "1F1B without a flush: updates while it runs, old weights stashed."),
     "pipedream-2bw": Entry(build_pipedream_2bw, False, "PipeDream with several microbatches per update: two versions."),
 }
