@@ -7,9 +7,9 @@ import torch
 
 from vpipe.errors import TransportError
 from vpipe.model.chain import ValueSpec
-from vpipe.runtime.buffers import ALIGNMENT, BufferPool
-from vpipe.runtime.message import MessageLayout
+from vpipe.runtime.message import ALIGNMENT, Message, MessageLayout
 
+CPU = torch.device("cpu")
 SPECS = (
     ValueSpec("hidden", (2, 3), torch.float32, True),
     ValueSpec("mask", (2, 5), torch.bool, False),
@@ -29,30 +29,39 @@ VALUES = {
 
 
 def packed(layout, serial=4, values=VALUES):
-    buffer = BufferPool(torch.device("cpu")).take(layout.num_bytes).fill_(255)
-    layout.open(buffer).pack(serial, values)
-    return buffer
+    message = Message(layout, CPU)
+    message.buffer.fill_(255)
+    message.pack(serial, values)
+    return message
+
+
+def received(message, layout):
+    """Return a message of `layout` that got what `message` holds, as far as there is room."""
+    other = Message(layout, CPU)
+    size = min(other.buffer.numel(), message.buffer.numel())
+    other.buffer[:size] = message.buffer[:size]
+    return other
 
 
 def test_values_of_every_type_come_back_without_copies():
     layout = MessageLayout(3, SPECS)
-    buffer = packed(layout)
-    found = layout.open(buffer).unpack(4)
+    message = packed(layout)
+    found = message.unpack(4)
     assert list(found) == [spec.name for spec in SPECS]
     for name, value in VALUES.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value)
-    buffer.zero_()
+    message.buffer.zero_()
     assert not found["hidden"].any()
     assert {found[name].data_ptr() % ALIGNMENT for name in VALUES if found[name].numel()} == {0}
 
 
 def test_missing_values_are_missing_and_zero_for_those_who_cannot_look():
     layout = MessageLayout(3, SPECS)
-    buffer = packed(layout, values={"mask": VALUES["mask"]})
-    assert list(layout.open(buffer).unpack(4)) == ["mask"]
-    assert torch.equal(layout.open(buffer).values["mask"], VALUES["mask"])
-    assert not layout.open(buffer).values["hidden"].any()
+    message = packed(layout, values={"mask": VALUES["mask"]})
+    assert list(message.unpack(4)) == ["mask"]
+    assert torch.equal(message.values["mask"], VALUES["mask"])
+    assert not message.values["hidden"].any()
 
 
 def test_nothing_to_say_needs_no_message():
@@ -73,13 +82,13 @@ def test_another_channel_or_layout_is_refused(other):
     with pytest.raises(
         TransportError, match=r"expected message \(channel, serial, layout\) \(\d, 4, \d+\) but received"
     ):
-        other.open(packed(MessageLayout(3, SPECS))).unpack(4)
+        received(packed(MessageLayout(3, SPECS)), other).unpack(4)
 
 
 def test_another_microbatch_is_refused():
     layout = MessageLayout(3, SPECS)
     with pytest.raises(TransportError, match=r"\(3, 5, \d+\) but received \(3, 4, \d+\); all ranks must run the same"):
-        layout.open(packed(layout)).unpack(5)
+        packed(layout).unpack(5)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +108,48 @@ def test_another_microbatch_is_refused():
 def test_values_of_another_shape_or_type_are_refused(wrong, text):
     with pytest.raises(TransportError, match=text):
         packed(MessageLayout(3, SPECS), values=VALUES | {"hidden": wrong})
+
+
+def test_memory_is_free_when_nobody_refers_to_it():
+    message = packed(MessageLayout(3, SPECS))
+    assert message.is_free
+    found = message.unpack(4)
+    assert not message.is_free
+    del found
+    assert message.is_free
+
+
+def test_a_view_keeps_the_memory():
+    message = packed(MessageLayout(3, SPECS))
+    view = message.unpack(4)["hidden"][0].view(3, 1)
+    assert not message.is_free
+    del view
+    assert message.is_free
+
+
+def test_what_autograd_saved_keeps_the_memory():
+    message = packed(MessageLayout(3, SPECS))
+    weight = torch.ones(2, 3, requires_grad=True)
+    product = (weight * message.unpack(4)["hidden"]).sum()
+    assert not message.is_free
+    product.backward()
+    del product
+    assert message.is_free
+
+
+def test_a_gradient_that_is_what_arrived_keeps_the_memory():
+    message = packed(MessageLayout(3, SPECS))
+    weight = torch.ones(2, 3, requires_grad=True)
+    torch.autograd.backward([weight.view_as(weight)], [message.unpack(4)["hidden"]])
+    assert weight.grad is not None
+    if weight.grad.untyped_storage().data_ptr() == message.buffer.untyped_storage().data_ptr():
+        assert not message.is_free
+    expected = weight.grad.clone()
+    if message.is_free:
+        message.buffer.zero_()
+    assert torch.equal(weight.grad, expected)
+
+
+def test_memory_is_aligned_as_torch_aligns():
+    assert Message(MessageLayout(3, SPECS), CPU).buffer.data_ptr() % ALIGNMENT == 0
+    assert torch.empty(3).data_ptr() % ALIGNMENT == 0

@@ -31,10 +31,10 @@ class Batch:
             if not isinstance(tensor, Tensor) or not tensor.ndim:
                 kind = "a number" if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
                 raise DataError(f"the field '{name}' is {kind}; a batch holds tensors with one row per sample")
-            if len(tensor) != self.num_samples:
+            if tensor.shape[0] != self.num_samples:
                 raise DataError(
-                    f"the field '{name}' has {len(tensor)} rows in a batch of {self.num_samples} samples; all fields "
-                    "need one row per sample"
+                    f"the field '{name}' has {tensor.shape[0]} rows in a batch of {self.num_samples} samples; all "
+                    "fields need one row per sample"
                 )
 
 
@@ -53,13 +53,13 @@ def as_batch(data: BatchLike, chain: Chain) -> Batch:
         return data
     if not isinstance(data, Mapping):
         data = dict(_in_order([data] if isinstance(data, Tensor) else data, chain))
-    known = ", ".join(chain.fields)
-    if unknown := sorted(set(data) - set(chain.fields)):
+    if unknown := sorted(set(data).difference(chain.fields)):
+        known = ", ".join(chain.fields)
         raise DataError(f"the batch has a field '{unknown[0]}' that the model does not read; it reads {known}")
     if not data:
-        raise DataError(f"the batch has no fields; the model reads {known}")
+        raise DataError(f"the batch has no fields; the model reads {', '.join(chain.fields)}")
     first = next(iter(data.values()))
-    return Batch(data, len(first) if isinstance(first, Tensor) and first.ndim else 0)
+    return Batch(data, first.shape[0] if isinstance(first, Tensor) and first.ndim else 0)
 
 
 def _in_order(tensors: Sequence[Tensor], chain: Chain) -> list[tuple[str, Tensor]]:

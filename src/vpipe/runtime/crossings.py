@@ -32,7 +32,7 @@ class Crossings:
         self._partition = partition
         self._specs = specs
         self._group = group
-        self._known: dict[str, dict[int, tuple[ValueSpec, ...]]] = {}
+        self._known: dict[object, dict[int, tuple[ValueSpec, ...]]] = {}
 
     def of(self, batch: Batch, num_samples: int, *, training: bool) -> dict[int, tuple[ValueSpec, ...]]:
         """Return what crosses for microbatches of `num_samples` of such a batch; collective when the shape is new.
@@ -41,9 +41,11 @@ class Crossings:
             ConfigError: ranks do not infer the same.
             DataError, ModelError: a field is missing, or a block cannot run on such fields.
         """
-        fields = field_tensors(self._chain, batch, self._specs, num_samples)
-        shapes = str((training, [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in fields.items()]))
+        described = {} if self._specs is not None else batch.fields
+        given = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in described.items())
+        shapes = training, num_samples, given
         if shapes not in self._known:
+            fields = field_tensors(self._chain, batch, self._specs, num_samples)
             crossing = crossing_specs(self._chain, self._partition, fields, training=training)
             agree({"values between stages": crossing}, self._group)
             self._known[shapes] = crossing

@@ -115,7 +115,10 @@ class Executor:
         }
 
     def run(self, program: Program, feed: BatchFeed) -> Iterator[Action]:
-        """Execute a program; yield each update's action after it was done."""
+        """Execute a program; yield each update's action after it was done.
+
+        Whoever lets the caller's own code run then, does so in `callers_turn`.
+        """
         self._program, self._feed = program, feed
         self._totals = None
         for index, held in self._held.items() if program.training else ():
@@ -131,8 +134,7 @@ class Executor:
                     torch.cuda.current_stream().synchronize()
                 record(action, start, clock())
                 if action.kind is Kind.STEP:
-                    with self.callers_turn():
-                        yield action
+                    yield action
         finally:
             if self._callers is not None:
                 self._callers.restore()

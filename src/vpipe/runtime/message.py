@@ -3,6 +3,10 @@
 The header carries what the message is (cut and direction, serial number), a hash of the agreed names, shapes and types,
 and which values are there, so that the receiver knows that it got what it waited for, instead of trusting the order of
 arrival.
+
+The memory of a message is used again as soon as nobody refers to it any more, which is asked of the storage that all
+tensors on it share: nothing has to be released by hand, and a gradient that aliases a received message, or something
+that autograd saved, is never overwritten.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ from torch import Tensor
 from vpipe.errors import TransportError
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import derive_seed
-from vpipe.runtime.buffers import ALIGNMENT
 
-__all__ = ["Message", "MessageLayout"]
+__all__ = ["ALIGNMENT", "Message", "MessageLayout"]
+
+ALIGNMENT = 64
+"""Bytes; as torch aligns its own tensors, because kernels may round differently on memory that lies otherwise."""
 
 
 class MessageLayout:
@@ -37,10 +43,6 @@ class MessageLayout:
             end = _aligned(end + spec.num_bytes)
         self.num_bytes = end if self.specs else 0
 
-    def open(self, buffer: Tensor) -> Message:
-        """Return the message that `buffer` is memory for."""
-        return Message(self, buffer)
-
     def identity(self, serial: int) -> tuple[int, int, int]:
         """Return what tells a message from all others: channel, serial number, and the hash of what was agreed."""
         return self._channel, serial, self._agreement
@@ -54,15 +56,29 @@ class MessageLayout:
 
 
 class Message:
-    """One message in its buffer. What can be prepared before it is filled or has arrived is prepared here."""
+    """One message in memory of its own, which serves many. What can be prepared before it is filled is prepared here.
 
-    def __init__(self, layout: MessageLayout, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.values = layout.views(buffer)
+    Receivers that share a synchronous schedule's critical path wait for what happens between arrival and use, which is
+    why views and header are not made then.
+    """
+
+    def __init__(self, layout: MessageLayout, device: torch.device) -> None:
+        self.buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+        self.values = layout.views(self.buffer)
         """Views of all values, whatever the header says; missing ones are 0."""
         self._layout = layout
         # Python's own access to host memory is several times as quick as tensor operations.
-        self._memory = buffer.numpy().data if buffer.device.type == "cpu" else None
+        self._memory = self.buffer.numpy().data if device.type == "cpu" else None
+        self._storage = self.buffer.untyped_storage()
+        self._own_references = self._count_references()
+
+    def _count_references(self) -> int:
+        return int(torch._C._storage_Use_Count(self._storage._cdata))
+
+    @property
+    def is_free(self) -> bool:
+        """Say whether no tensor but the message's own stands on its memory."""
+        return self._count_references() == self._own_references
 
     def pack(self, serial: int, values: Mapping[str, Tensor]) -> None:
         """Write `values`; one that is missing, such as a gradient that is zero everywhere, is marked so.
@@ -91,22 +107,22 @@ class Message:
             self.buffer[: len(content)].copy_(torch.frombuffer(content, dtype=torch.uint8))
 
     def unpack(self, serial: int) -> dict[str, Tensor]:
-        """Return views of the values that are there; without looking at the header on a GPU, which would make it wait.
+        """Return the values that are there, as new tensors on the message's memory.
+
+        On a GPU all are, because a look at the header would make it wait.
 
         Raises:
             TransportError: the message is not the one that was waited for.
         """
         if self._memory is None:
-            return self.values
+            return {name: view.detach() for name, view in self.values.items()}
         channel, number, agreement, *present = self._layout.header.unpack_from(self._memory)
         if (channel, number, agreement) != (expected := self._layout.identity(serial)):
             raise TransportError(
                 f"expected message (channel, serial, layout) {expected} but received {(channel, number, agreement)}; "
                 "all ranks must run the same version, configuration and data"
             )
-        if all(present):
-            return self.values
-        return {name: view for (name, view), there in zip(self.values.items(), present, strict=True) if there}
+        return {name: view.detach() for (name, view), there in zip(self.values.items(), present, strict=True) if there}
 
 
 def _aligned(num_bytes: int) -> int:

@@ -277,7 +277,8 @@ class Pipeline:
                     result = self._result(program, batch)
                     if batch + 1 < program.num_batches:
                         self._board.expect()
-                        yield result
+                        with self._executor.callers_turn():
+                            yield result
         self.transport.finish()
         self._board.finish()
         self.iteration += program.num_batches

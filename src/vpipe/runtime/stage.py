@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import checkpoint
 
 from vpipe.errors import ModelError
@@ -107,20 +107,20 @@ class Stage:
     ) -> dict[str, Tensor]:
         """Run microbatch `serial` and keep what its backward needs; return the values that cross the next cut.
 
+        `inputs` become leaves of the stage's graph, so they are tensors that nobody else holds, and part of no graph.
         On the last stage return all values, for `loss`. With `split` its backward comes in two halves.
 
         Raises:
             ModelError: a value needs a gradient although it did not when shapes were inferred, or the other way round.
         """
-        leaves = {name: value.detach().requires_grad_(name in self._differentiable) for name, value in inputs.items()}
+        needing = {name: value.requires_grad_() for name, value in inputs.items() if name in self._differentiable}
         deferred: Deferred | None = [] if split else None
-        values = self._run(modules, {**fields, **leaves}, key, deferred)
-        needing = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        values = self._run(modules, {**fields, **inputs}, key, deferred)
         saved = self._saved[serial] = _Saved(needing, deferred)
         if self.is_last:
             return values
         outputs = {name: values[name] for name in self.outputs}
-        saved.roots = {name: get_gradient_edge(value) for name, value in outputs.items() if value.requires_grad}
+        saved.roots = {name: _edge(value) for name, value in outputs.items() if value.requires_grad}
         if odd := sorted(saved.roots.keys() ^ self._owed):
             needs = "needs" if odd[0] in saved.roots else "needs no"
             raise ModelError(
@@ -136,7 +136,7 @@ class Stage:
         parts = self.chain.loss(values, totals, num_samples)
         total = sum_parts(parts)
         if total.requires_grad:
-            self._saved[serial].loss = get_gradient_edge(total), torch.ones_like(total)
+            self._saved[serial].loss = _edge(total), torch.ones_like(total)
         return {name: part.detach() for name, part in parts.items()}
 
     def evaluate(
@@ -182,6 +182,13 @@ class Stage:
     def backward_weights(self, serial: int) -> None:
         """Run the half for weights of a backward that was split."""
         run_deferred(self._deferred.pop(serial))
+
+
+def _edge(value: Tensor) -> GradientEdge:
+    # The node of a view keeps the graph alive, whatever made the value, and costs less than `get_gradient_edge`.
+    node = value.view_as(value).grad_fn
+    assert node is not None
+    return GradientEdge(node, 0)
 
 
 def _seeded(key: MicrobatchKey, block: int, module: nn.Module, deferred: Deferred | None, *inputs: Tensor) -> Any:

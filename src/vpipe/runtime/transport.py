@@ -24,10 +24,9 @@ from torch import Tensor
 
 from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
-from vpipe.runtime.buffers import BufferPool
 from vpipe.runtime.failure import raise_if_peer_lost
 from vpipe.runtime.message import Message, MessageLayout
-from vpipe.runtime.wait import telling_losses, wait_for
+from vpipe.runtime.wait import telling_losses
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
 
@@ -52,11 +51,20 @@ class _Channel:
     peer: int
     peer_in_group: int
     link: _Link
+    operation: Callable[[list[Tensor], int, int], dist.Work]
+    """The group's own method: what `dist.isend` and `dist.irecv` add to it costs more than it does."""
     layout: MessageLayout
+    messages: list[Message]
+    """Memory that was used before and is free, or will be."""
     posted: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
     sent: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
-    idle: list[Message] = field(default_factory=list)
-    """Messages that were sent and taken: memory for the next ones."""
+
+    def take(self, wire: torch.device) -> Message:
+        """Return a message to fill or to receive into; on a GPU always a new one, as its allocator reuses memory."""
+        for index, message in enumerate(self.messages):
+            if message.is_free:
+                return self.messages.pop(index)
+        return Message(self.layout, wire)
 
     def name(self, microbatch: int) -> str:
         """Name the action whose result a message of this channel carries."""
@@ -95,15 +103,17 @@ class Transport:
         self._announce = announce
         self._ordered = is_nccl if ordered is None else ordered
         self._wire = device if is_nccl else torch.device("cpu")
-        self._pool = BufferPool(self._wire)
         self._groups = self._open_groups(timeout) if placement.num_ranks > 1 else {}
-        self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], MessageLayout] = {}
+        self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
         self._answered: list[tuple[_Channel, int]] = []
         self._program: tuple[Sequence[Action], Mapping[int, Sequence[ValueSpec]]] = ((), {})
         self._receives: list[tuple[_Channel, int]] = []
+        self._num_channels = 2 * placement.num_stages + 2
         self._base = 0
+        self._has_posted = False
+        """Whether the program has posted receives; the first one that waits does, not the rank that computes first."""
         self._span = 0
         self._window = 0
         self.bytes_sent = 0
@@ -136,7 +146,7 @@ class Transport:
         num_microbatches: int,
         window: int,
     ) -> None:
-        """Begin a program: learn what will be received in which order, and post the first receives.
+        """Begin a program: learn what will be received in which order.
 
         `crossing[s]` is what crosses the cut in front of stage s. At most `window` sends stay open per channel: more
         cannot be unanswered when `window` is the number of microbatches in flight.
@@ -159,9 +169,7 @@ class Transport:
         for channel, microbatch in self._receives:
             if channel.layout.specs:
                 self._upcoming[channel.link].append((channel, microbatch))
-        for link in self._upcoming:
-            for _ in range(_RECEIVES_AHEAD):
-                self._post_next(link)
+        self._has_posted = False
 
     def _channel(self, action: Action, crossing: Mapping[int, Sequence[ValueSpec]]) -> _Channel:
         key = (action.kind, action.stage)
@@ -171,34 +179,37 @@ class Transport:
             peer = self._placement.rank_of(cut if action.stage == cut - 1 else cut - 1)
             link = (self._rank, peer, forward) if action.kind in _SENDS else (peer, self._rank, forward)
             peer_in_group = dist.get_group_rank(self._groups[link], peer)
-            layout = self._layout(index, forward, crossing[cut])
-            self._channels[key] = _Channel(index, peer, peer_in_group, link, layout)
+            operation = self._groups[link].send if action.kind in _SENDS else self._groups[link].recv
+            layout, messages = self._layout(index, forward, crossing[cut])
+            self._channels[key] = _Channel(index, peer, peer_in_group, link, operation, layout, messages)
         return self._channels[key]
 
-    def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> MessageLayout:
+    def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> tuple[MessageLayout, list[Message]]:
         specs = tuple(spec for spec in crossing if forward or spec.requires_grad)
         if (index, specs) not in self._layouts:
-            self._layouts[index, specs] = MessageLayout(index, specs)
+            self._layouts[index, specs] = MessageLayout(index, specs), []
         return self._layouts[index, specs]
 
     def _tag(self, channel: _Channel, microbatch: int) -> int:
-        num_channels = 2 * self._placement.num_stages + 2
-        return 0 if self._ordered else (channel.index + num_channels * (self._base + microbatch)) % _TAG_LIMIT
+        if self._ordered:
+            return 0
+        return (channel.index + self._num_channels * (self._base + microbatch)) % _TAG_LIMIT
 
-    def _post_next(self, link: _Link) -> None:
-        if not self._upcoming[link]:
-            return
-        channel, microbatch = self._upcoming[link].popleft()
-        message = channel.layout.open(self._pool.take(channel.layout.num_bytes))
-        channel.posted[microbatch] = self._post(channel, microbatch, message), message
+    def _post_first(self) -> None:
+        self._has_posted = True
+        for upcoming in self._upcoming.values():
+            for _ in range(_RECEIVES_AHEAD):
+                self._post_next(upcoming)
+
+    def _post_next(self, upcoming: deque[tuple[_Channel, int]]) -> None:
+        if upcoming:
+            channel, microbatch = upcoming.popleft()
+            message = channel.take(self._wire)
+            channel.posted[microbatch] = self._post(channel, microbatch, message), message
 
     def _post(self, channel: _Channel, microbatch: int, message: Message) -> dist.Work:
-        tag = self._tag(channel, microbatch)
-        group = self._groups[channel.link]
-        # The group's own methods: what dist.isend and dist.irecv add to them costs more than they do.
-        operation = group.send if channel.link[0] == self._rank else group.recv
         try:
-            return operation([message.buffer], channel.peer_in_group, tag)
+            return channel.operation([message.buffer], channel.peer_in_group, self._tag(channel, microbatch))
         except RuntimeError as error:
             sending = channel.link[0] == self._rank
             message_name = channel.name(microbatch)
@@ -215,7 +226,7 @@ class Transport:
         channel = self._channels[action.kind, action.stage]
         if not channel.layout.specs:
             return
-        message = channel.idle.pop() if channel.idle else channel.layout.open(self._pool.take(channel.layout.num_bytes))
+        message = channel.take(self._wire)
         message.pack(self._base + action.microbatch, values)
         channel.sent[action.microbatch] = self._post(channel, action.microbatch, message), message
         self.bytes_sent += channel.layout.num_bytes
@@ -232,10 +243,13 @@ class Transport:
         channel = self._channels[action.kind, action.stage]
         if not channel.layout.specs:
             return {}
+        if not self._has_posted:
+            self._post_first()
         work, message = channel.posted.pop(action.microbatch)
         # Whatever can be done before the wait must not be done after it: compute is waiting then.
-        self._post_next(channel.link)
-        self._complete_answered()
+        self._post_next(self._upcoming[channel.link])
+        if self._answered:
+            self._complete_answered()
         what = channel.name(action.microbatch)
         self._wait(work, what, channel.peer, f"waiting for {what} from rank {channel.peer}")
         self.bytes_received += channel.layout.num_bytes
@@ -243,6 +257,8 @@ class Transport:
             # The gradient's arrival shows that the forward message was received.
             self._answered.append((forward, action.microbatch))
         values = message.unpack(self._base + action.microbatch)
+        if self._wire.type == "cpu":
+            channel.messages.append(message)
         if self._wire == self._device:
             return values
         return {name: value.to(self._device) for name, value in values.items()}
@@ -257,11 +273,16 @@ class Transport:
             work, message = channel.sent.pop(microbatch)
             announcement = f"waiting for rank {channel.peer} to take {channel.name(microbatch)}"
             self._wait(work, f"the taking of {channel.name(microbatch)}", channel.peer, announcement)
-            channel.idle.append(message)
+            if self._wire.type == "cpu":
+                channel.messages.append(message)
 
     def _wait(self, work: dist.Work, what: str, peer: int, announcement: str) -> None:
         self._announce(announcement)
-        wait_for(work, what, peer)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise_if_peer_lost(error, what, peer)
+            raise
         self._announce("running")
 
     def finish(self) -> None:

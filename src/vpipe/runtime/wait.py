@@ -52,9 +52,5 @@ def wait_for(work: dist.Work, what: str, peer: int | None) -> None:
     Raises:
         PeerLostError: `peer` died or did not answer in time; the text names it and `what` it was waited for.
     """
-    # Not by `telling_losses`: compute waits for what is between the end of the wait and the return.
-    try:
+    with telling_losses(what, peer):
         work.wait()
-    except RuntimeError as error:
-        raise_if_peer_lost(error, what, peer)
-        raise
