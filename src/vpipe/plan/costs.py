@@ -70,7 +70,7 @@ class ChainCosts:
     def passing(self) -> Array:
         """Bytes held for each microbatch by a stage that starts at i, of values that its first block does not read."""
         inputs = np.array([0.0, *(float(block.input_bytes) for block in self.blocks[1:]), 0.0])
-        return np.maximum(self.arriving - inputs, 0.0)
+        return np.asarray(np.maximum(self.arriving - inputs, 0.0))
 
     @cached_property
     def workspace(self) -> Array:

@@ -134,8 +134,10 @@ def rank_memory(schedule: Schedule, loads: Sequence[StageLoad], stages: Sequence
     Where a rank has several stages, their activations peak together, as its order has them.
     """
     memories = []
-    for rank in range(schedule.num_ranks):
-        own = {stage: stages[stage] for stage in schedule.placement.stages_of(rank)}
+    held_by: list[dict[int, StageBytes]] = [{} for _ in range(schedule.num_ranks)]
+    for stage, item in enumerate(stages):
+        held_by[schedule.rank_of(stage)][stage] = item
+    for rank, own in enumerate(held_by):
         memories.append(
             RankMemory(
                 parameters=sum(item.parameters for item in own.values()),

@@ -38,8 +38,13 @@ def _cut(costs: Sequence[Array], combine: np.ufunc) -> tuple[float, list[int]]:
     best[0] = 0.0
     starts = []
     for cost in costs:
-        totals = combine(best[:, None], cost)
-        starts.append(totals.argmin(axis=0))
+        # Only from blocks that earlier stages can end before.
+        reached = np.flatnonzero(np.isfinite(best))
+        if not len(reached):
+            return np.inf, []
+        low, high = reached[0], reached[-1] + 1
+        totals = combine(best[low:high, None], cost[low:high])
+        starts.append(totals.argmin(axis=0) + low)
         best = totals.min(axis=0)
     if not np.isfinite(best[num_blocks]):
         return np.inf, []

@@ -77,6 +77,11 @@ class Frontiers:
         self._rows: dict[int, list[Frontier]] = {}
         self._options = [self._options_of(block) for block in chain.blocks]
 
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether no way was left out of any frontier so far."""
+        return all(row[-1].is_exact for row in self._rows.values())
+
     def interval(self, start: int, stop: int) -> Frontier:
         """Return the frontier of blocks `start` to `stop - 1`."""
         row = self._rows.setdefault(start, [])

@@ -57,6 +57,11 @@ class StageTimes:
         """Tell whether blocks may do anything else than keep, and any limit could make them."""
         return len(self.frontiers.policies) > 1 and any(np.isfinite(self.limits))
 
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether `best` is the best there is, not only among the ways that were looked at."""
+        return not self.has_policies or self.frontiers.is_exact
+
     @cached_property
     def best(self) -> tuple[float, list[int], list[Array]]:
         """The smallest time of the busiest stage, blocks per stage, and the times of the intervals near it.
@@ -83,17 +88,27 @@ class StageTimes:
         chosen: list[Policy] = []
         start = 0
         for stage, size in enumerate(partition):
-            stop = start + size
-            if np.isfinite(self.kept[stage][start, stop]):
-                chosen += [Policy.KEEP] * size
-            else:
-                static = self.chain.static_bytes(self.loads[stage])[start, stop]
-                found = self.frontiers.best(start, stop, self.fit.select(np.array([stage])), static)
-                if found is None:
-                    return None
-                chosen += found
-            start = stop
+            found = self._policies(stage, start, start + size)
+            if found is None:
+                return None
+            chosen += found
+            start += size
         return tuple(chosen)
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, int, int], tuple[Policy, ...] | None]:
+        return {}
+
+    def _policies(self, stage: int, start: int, stop: int) -> tuple[Policy, ...] | None:
+        if np.isfinite(self.kept[stage][start, stop]):
+            return (Policy.KEEP,) * (stop - start)
+        if not self.has_policies:
+            return None
+        key = (stage, start, stop)
+        if key not in self._found:
+            static = float(self._static[stage, start, stop])
+            self._found[key] = self.frontiers.best(start, stop, self.fit.select(np.array([stage])), static)
+        return self._found[key]
 
     def _times_up_to(self, cap: float) -> list[Array]:
         """Return the exact times of the intervals that a cut with no stage above `cap` may use."""

@@ -1,0 +1,69 @@
+"""What no plan can beat: a lower bound on the time of a batch, to tell how good the plan that was found is."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from math import inf
+
+import numpy as np
+
+from vpipe.plan.costs import Array
+from vpipe.plan.partition_exact import cut_minimax
+from vpipe.plan.situation import Situation
+from vpipe.schedule.action import Kind
+from vpipe.schedule.schedule import uses_split_backward
+
+__all__ = ["lower_bound_ms"]
+
+
+def lower_bound_ms(situation: Situation) -> float:
+    """Return a time that no cut and no policies can bring a batch below, in this setting under its limits.
+
+    With one stage per rank, whatever the cut, a stage with blocks i to j - 1 is busy with all microbatches of these;
+    before its first forward the earlier blocks run forward, and after its last backward (in a synchronous schedule)
+    backward, each at best on the fastest rank. Also, of its forwards only those that the schedule has before its first
+    backward can hide the way of the first microbatch to the end of the pipeline and back. The smallest bound over all
+    cuts comes from the same programme as the cut itself. With several stages per rank: all work, spread over all ranks.
+    """
+    setting, chain, times = situation.setting, situation.chain, situation.times
+    if situation.schedule.placement.stages_per_rank > 1:
+        speeds = situation.speeds[: setting.num_ranks]
+        work = float(chain.compute_ms[0, -1]) / sum(speeds)
+        largest = float(np.diagonal(chain.compute_ms, 1).max()) / max(speeds)
+        return setting.num_microbatches * max(work, largest)
+    # Times that depend on choices which may have been left out would be no bound.
+    known = _with_unknown(situation) if times.is_exact else times.optimistic
+    if not setting.synchronous:
+        return setting.num_microbatches * cut_minimax(known)[0]
+    return cut_minimax([np.maximum(*_stage_bounds(situation, stage, matrix)) for stage, matrix in enumerate(known)])[0]
+
+
+def _stage_bounds(situation: Situation, stage: int, times: Array) -> tuple[Array, Array]:
+    """Return how long a batch takes at least when `stage` has blocks i to j - 1, by its work and by its first way."""
+    chain, count, speed = situation.chain, situation.setting.num_microbatches, situation.speeds[stage]
+    fastest = max(situation.speeds)
+    there, back = chain.sums("forward_ms") / fastest, chain.sums("input_grad_ms") / fastest
+    if uses_split_backward(situation.schedule):
+        last = np.zeros_like(back)  # the last weight gradients may run while the earlier ranks finish
+    else:
+        back = last = back + chain.sums("weight_grad_ms") / fastest
+    before, after = there[:-1], (there[-1] - there + back[-1] - back)
+    around = np.append(before + last[:-1], inf)[:, None]
+    kinds = (action.kind for action in situation.schedule.stage_order(stage))
+    ahead = len(list(takewhile(lambda kind: kind is Kind.F, kinds)))
+    forward = chain.between("forward_ms") / speed + situation.profile.dispatch_ms
+    compute = chain.compute_ms / speed + chain.dispatch_ms
+    first_way = around + after[None, :] + forward + np.maximum(0.0, count * compute - ahead * forward)
+    return around + count * times, np.where(np.isfinite(times), first_way, inf)
+
+
+def _with_unknown(situation: Situation) -> list[Array]:
+    """Return the stages' shortest times; an interval whose time is not known counts with what no policies can beat."""
+    times = situation.times
+    value, _, matrices = times.best
+    if not times.has_policies or value == inf:
+        return matrices
+    return [
+        np.where(np.isfinite(matrix), matrix, optimistic)
+        for matrix, optimistic in zip(matrices, times.optimistic, strict=True)
+    ]

@@ -1,0 +1,268 @@
+"""The planner: of all settings, cuts and policies, the plan with the least time per sample that fits.
+
+For every setting (schedule, microbatches, depths) the exact cut with the least busy stage is found, and others near it
+that may do better in the fill and the drain. An estimate ranks them, the simulator judges the best, and from the
+winners on boundaries are moved block by block while that helps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+from vpipe.errors import PlanError
+from vpipe.plan.bounds import lower_bound_ms
+from vpipe.plan.candidates import candidate_cuts, naive_cuts, neighbours
+from vpipe.plan.limits import smallest_limits
+from vpipe.plan.memory import Policy
+from vpipe.plan.partition import validate_partition
+from vpipe.plan.policies import Frontiers
+from vpipe.plan.profile import Profile
+from vpipe.plan.setting import Setting, microbatch_choices, settings
+from vpipe.plan.situation import Plan, Situation
+
+__all__ = ["Outcome", "Request", "find_plan", "judge_partition"]
+
+NUM_SIMULATED = 20
+_MAX_ACTIONS = 200_000
+"""Actions that moving boundaries may simulate, of one plan."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan for. Times are minimised per sample, at a fixed global batch."""
+
+    profile: Profile
+    num_ranks: int
+    batch_size: int
+    schedules: Sequence[str] = ("1f1b",)
+    num_microbatches: Sequence[int] | None = None
+    """Those to choose from; None: all that the profile tells about."""
+    limits: Sequence[int] | None = None
+    """Bytes per rank, or one number for all."""
+    stages_per_rank: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the schedules: `depths`, `vertical_sync`, `macrobatch`; each takes those it has."""
+    is_eager: bool = True
+    """Whether warmups deeper than the least are tried, where links take time."""
+    policies: Sequence[Policy] = tuple(Policy)
+    """What blocks may do."""
+
+    @property
+    def rank_limits(self) -> tuple[float, ...]:
+        """Return one limit per rank, infinite where there is none.
+
+        Raises:
+            PlanError: another number of limits than ranks, or one that is no number of bytes.
+        """
+        if self.limits is None:
+            return (math.inf,) * self.num_ranks
+        limits = tuple(self.limits) if len(self.limits) > 1 else tuple(self.limits) * self.num_ranks
+        if len(limits) != self.num_ranks:
+            raise PlanError(
+                f"memory_limit has {len(limits)} entries for {self.num_ranks} ranks; give one for all, or one per rank"
+            )
+        for rank, limit in enumerate(limits):
+            if limit < 1:
+                raise PlanError(f"memory_limit of rank {rank} is {limit} bytes; a limit is at least 1 byte")
+        return tuple(map(float, limits))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the search found."""
+
+    request: Request
+    best: Plan
+    ranked: tuple[Plan, ...]
+    """Plans that were simulated, the best first, all of which fit."""
+    lower_bound_ms: float
+    """Time that no plan of any of the settings needs less of, for one batch."""
+    is_exact: bool
+    """Whether each cut is the best there is for its busiest stage; False: among the policies that were looked at."""
+    smallest_limits: tuple[int, ...]
+    """Per rank, the smallest limits that any of the settings could be planned for."""
+    naive: Mapping[str, Plan]
+    """The `uniform`, `parameters` and `compute` cuts in the best plan's setting; they need not fit."""
+
+    @property
+    def gap(self) -> float:
+        """How much longer the best plan takes than the lower bound, as a fraction of the bound."""
+        return self.best.step_ms / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
+
+
+def find_plan(request: Request) -> Outcome:
+    """Find the plan with the least time per sample within the limits.
+
+    Raises:
+        PlanError: nothing fits (the text names the smallest limits that something fits in), or the request is wrong.
+        ScheduleError: no schedule can be built for it.
+    """
+    situations = _situations(request)
+    drafts = [
+        (situation, plan)
+        for situation in situations
+        for plan in _drafts(situation, candidate_cuts(situation.times))
+        if plan.fits(situation.limits)
+    ]
+    if not drafts:
+        raise PlanError(_refusal(request, situations))
+    ranked = _simulate_best(drafts)
+    improved = [_improve(*pair) for pair in ranked[:2]]
+    ranked = _distinct(sorted([*improved, *ranked], key=_merit))
+    situation, best = ranked[0]
+    return Outcome(
+        request=request,
+        best=best,
+        ranked=tuple(plan for _, plan in ranked),
+        lower_bound_ms=min(map(lower_bound_ms, situations)),
+        is_exact=all(each.times.is_exact for each in situations),
+        smallest_limits=min(map(smallest_limits, situations)),
+        naive={name: _fixed(situation, cut) for name, cut in naive_cuts(situation.times).items()},
+    )
+
+
+def judge_partition(request: Request, partition: Sequence[int], policies: Sequence[Policy] | None = None) -> Plan:
+    """Simulate a partition given by hand, with policies given by hand or else the best that fit; it need not fit.
+
+    Of several settings in the request, the one it does best in.
+
+    Raises:
+        PlanError: it does not cut the model into the stages, or has another number of policies than the model blocks.
+    """
+    plans: list[tuple[bool, float, int, Plan]] = []
+    for situation in _situations(request):
+        validate_partition(partition, len(situation.chain), situation.schedule.num_stages)
+        if policies is not None and len(policies) != len(situation.chain):
+            raise PlanError(f"{len(policies)} policies for {len(situation.chain)} blocks; give one per block")
+        plan = (
+            _fixed(situation, partition) if policies is None else situation.judge(situation.draft(partition, policies))
+        )
+        plans.append((not plan.fits(situation.limits), plan.sample_ms, len(plans), plan))
+    return min(plans)[-1]
+
+
+def _situations(request: Request) -> list[Situation]:
+    counts = request.num_microbatches or microbatch_choices(request.profile, request.batch_size)
+    link = request.profile.link
+    found = settings(
+        request.num_ranks,
+        request.batch_size,
+        request.schedules,
+        counts,
+        stages_per_rank=request.stages_per_rank,
+        options=request.options,
+        is_eager=request.is_eager and (link.latency_ms > 0 or link.bytes_per_ms is not None),
+    )
+    cache: dict[tuple[int, bool], Frontiers] = {}
+    limits = request.rank_limits
+    situations = [Situation.of(request.profile, setting, limits, request.policies, cache) for setting in found]
+    able = [each for each in situations if each.schedule.num_stages <= len(each.chain)]
+    if not able:
+        least = min(each.schedule.num_stages for each in situations)
+        raise PlanError(
+            f"the model's {request.profile.num_blocks} blocks cannot be cut into {least} stages; use fewer ranks or "
+            "fewer stages per rank"
+        )
+    return able
+
+
+def _drafts(situation: Situation, cuts: Iterable[Sequence[int]]) -> Iterator[Plan]:
+    for cut in cuts:
+        policies = situation.times.policies(cut)
+        if policies is not None:
+            yield situation.draft(cut, policies)
+
+
+def _simulate_best(drafts: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
+    """Simulate each setting's most promising draft, then of all drafts those that promise most; the best first.
+
+    How far a setting's estimate is from its simulation corrects the estimates of its other drafts.
+    """
+    promising = sorted(drafts, key=lambda pair: pair[0].estimate(pair[1]) / pair[0].setting.batch_size)
+    corrections: dict[Setting, float] = {}
+    done: dict[int, tuple[Situation, Plan]] = {}
+    for index, (situation, draft) in enumerate(promising):
+        if situation.setting not in corrections and len(corrections) < 2 * NUM_SIMULATED:
+            plan = situation.judge(draft)
+            corrections[situation.setting] = plan.step_ms / max(situation.estimate(draft), 1e-12)
+            done[index] = situation, plan
+
+    def corrected(index: int) -> float:
+        situation, draft = promising[index]
+        return situation.estimate(draft) * corrections[situation.setting] / situation.setting.batch_size
+
+    known = [index for index, (situation, _) in enumerate(promising) if situation.setting in corrections]
+    for index in sorted(known, key=corrected)[:NUM_SIMULATED]:
+        if index not in done:
+            situation, draft = promising[index]
+            done[index] = situation, situation.judge(draft)
+    return sorted(done.values(), key=_merit)
+
+
+def _improve(situation: Situation, plan: Plan) -> tuple[Situation, Plan]:
+    """Move boundaries by one block while the simulator says that it helps, as far as the budget goes."""
+    left = max(1, _MAX_ACTIONS // sum(map(len, situation.schedule.orders)))
+    improving = True
+    while improving and left > 0:
+        improving = False
+        # Where moving a block makes the busiest rank busier by much, simulating it is a waste.
+        most = 1.1 * _busiest(situation, plan.partition)
+        cuts = (cut for cut in neighbours(plan.partition) if _busiest(situation, cut) <= most)
+        for draft in _drafts(situation, cuts):
+            if left <= 0 or not draft.fits(situation.limits):
+                continue
+            left -= 1
+            judged = situation.judge(draft)
+            if judged.step_ms < plan.step_ms * (1 - 1e-9):
+                plan, improving = judged, True
+                break
+    return situation, plan
+
+
+def _busiest(situation: Situation, partition: Sequence[int]) -> float:
+    """Return the time of the busiest stage when nothing is added to it."""
+    ends = [0, *accumulate(partition)]
+    return max(
+        float(times[start, stop])
+        for times, (start, stop) in zip(situation.times.optimistic, pairwise(ends), strict=True)
+    )
+
+
+def _fixed(situation: Situation, partition: Sequence[int]) -> Plan:
+    """Judge a cut with the best policies that fit, or with everything kept where nothing fits."""
+    policies = situation.times.policies(partition) or (Policy.KEEP,) * len(situation.chain)
+    return situation.judge(situation.draft(partition, policies))
+
+
+def _distinct(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
+    first: dict[tuple[object, ...], tuple[Situation, Plan]] = {}
+    for situation, plan in ranked:
+        first.setdefault((plan.setting, plan.partition, plan.policies), (situation, plan))
+    return list(first.values())
+
+
+def _merit(pair: tuple[Situation, Plan]) -> tuple[float, int]:
+    """Return what plans are ranked by: time per sample, then memory."""
+    return pair[1].sample_ms, max(memory.total for memory in pair[1].memory)
+
+
+def _refusal(request: Request, situations: Sequence[Situation]) -> str:
+    found = {situation: smallest_limits(situation) for situation in situations}
+    situation, least = min(found.items(), key=lambda item: item[1])
+    given, needed = (
+        _bytes_words(request.limits or ()),
+        _bytes_words(sorted(set(least)) if len(set(least)) == 1 else least),
+    )
+    return (
+        f"memory_limit {given} cannot be kept: the smallest that can is {needed} per rank "
+        f"({situation.setting.describe()}); raise the limit, use more ranks, smaller microbatches, or a schedule that "
+        "holds less"
+    )
+
+
+def _bytes_words(limits: Sequence[int]) -> str:
+    return ", ".join(f"{limit} bytes ({limit / 2**20:.1f} MiB)" for limit in limits)

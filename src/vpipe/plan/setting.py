@@ -1,0 +1,133 @@
+"""What a plan is made for: a schedule with its options, and how many microbatches a batch is cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from vpipe.errors import PlanError, ScheduleError
+from vpipe.plan.profile import Profile
+from vpipe.schedule.registry import build_schedule, find_entry
+from vpipe.schedule.schedule import Schedule
+from vpipe.schedule.warmup import default_depths
+
+__all__ = ["Setting", "microbatch_choices", "settings"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A schedule of given sizes."""
+
+    schedule: str
+    num_ranks: int
+    num_microbatches: int
+    """Of one batch."""
+    microbatch_size: int
+    stages_per_rank: int | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    """Of the schedule's builder, by name."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in one batch."""
+        return self.num_microbatches * self.microbatch_size
+
+    @property
+    def synchronous(self) -> bool:
+        """Tell whether the pipeline drains after each batch."""
+        return find_entry(self.schedule).synchronous
+
+    @property
+    def depths(self) -> tuple[int, ...] | None:
+        """Warmup forwards per stage, where they are not the schedule's own."""
+        found: tuple[int, ...] | None = dict(self.options).get("depths")
+        return found
+
+    def build(self, num_batches: int = 1) -> Schedule:
+        """Build the schedule of so many batches.
+
+        Raises:
+            ScheduleError: the family cannot run these sizes.
+        """
+        count = self.num_microbatches * num_batches
+        return build_schedule(
+            self.schedule, self.num_ranks, count, stages_per_rank=self.stages_per_rank, **dict(self.options)
+        )
+
+    def describe(self) -> str:
+        """Say it in a few words."""
+        words = [f"{self.schedule}, {self.num_microbatches} x {self.microbatch_size} samples"]
+        if self.stages_per_rank is not None and self.stages_per_rank > 1:
+            words.append(f"{self.stages_per_rank} stages per rank")
+        if self.depths is not None:
+            words.append(f"depths {' '.join(map(str, self.depths))}")
+        return ", ".join(words)
+
+
+def microbatch_choices(profile: Profile, batch_size: int) -> tuple[int, ...]:
+    """Return the numbers of microbatches that cut a batch evenly into sizes that the profile tells about.
+
+    Raises:
+        PlanError: there is none.
+    """
+    low, high = profile.microbatch_sizes[0], profile.microbatch_sizes[-1]
+    found = tuple(batch_size // size for size in range(high, low - 1, -1) if batch_size % size == 0)
+    if not found:
+        measured = ", ".join(map(str, profile.microbatch_sizes))
+        raise PlanError(
+            f"no number of microbatches cuts a batch of {batch_size} into microbatches of {measured} samples, which "
+            "the profile is of; profile a size that divides the batch"
+        )
+    return found
+
+
+def settings(
+    num_ranks: int,
+    batch_size: int,
+    schedules: Sequence[str],
+    num_microbatches: Sequence[int],
+    *,
+    stages_per_rank: int | None,
+    options: Mapping[str, Any],
+    is_eager: bool,
+) -> list[Setting]:
+    """Return every combination that can be built; with `is_eager`, also warmups deeper than the least.
+
+    Of `options` each schedule takes those it has. `macrobatch` makes one update of each batch.
+
+    Raises:
+        PlanError: the batch cannot be cut so.
+        ScheduleError: none can be built; of one alone, the reason.
+    """
+    found, reasons = [], []
+    for name, count in product(schedules, num_microbatches):
+        if batch_size % count:
+            raise PlanError(f"a batch of {batch_size} cannot be cut into {count} equal microbatches; use a divisor")
+        for own in _options(name, num_ranks, count, options, is_eager=is_eager):
+            setting = Setting(name, num_ranks, count, batch_size // count, stages_per_rank, tuple(sorted(own.items())))
+            try:
+                setting.build()
+            except ScheduleError as error:
+                reasons.append(error)
+            else:
+                found.append(setting)
+    if not found:
+        raise reasons[0]
+    return found
+
+
+def _options(
+    name: str, num_ranks: int, num_microbatches: int, options: Mapping[str, Any], *, is_eager: bool
+) -> Iterator[dict[str, Any]]:
+    known = find_entry(name).options
+    own = {key: value for key, value in options.items() if key in known}
+    if options.get("macrobatch") and "microbatches_per_update" in known:
+        own["microbatches_per_update"] = num_microbatches
+    yield own
+    if is_eager and "depths" in known and "depths" not in own:
+        least = default_depths([1] * num_ranks)
+        for deeper in ([depth + 1 for depth in least], [2 * depth + 1 for depth in least]):
+            if max(deeper) < num_microbatches:
+                yield own | {"depths": tuple(deeper)}

@@ -1,0 +1,160 @@
+"""One setting on one profile, under limits: judges any plan for it, by the simulator and by its bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+from vpipe.plan.costs import ChainCosts, simulator_costs, speeds_of
+from vpipe.plan.memory import Policy, RankMemory, StageLoad, rank_memory, stage_bytes, stage_loads
+from vpipe.plan.policies import Frontiers
+from vpipe.plan.profile import Profile
+from vpipe.plan.setting import Setting
+from vpipe.plan.stage_times import StageTimes
+from vpipe.schedule.costs import Costs
+from vpipe.schedule.schedule import Schedule, uses_split_backward
+from vpipe.schedule.simulate import simulate
+
+__all__ = ["Plan", "Situation"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is cut where, what every block does with its activations, and what that is predicted to cost."""
+
+    setting: Setting
+    partition: tuple[int, ...]
+    policies: tuple[Policy, ...]
+    """Of every block."""
+    memory: tuple[RankMemory, ...]
+    """Of every rank."""
+    costs: Costs
+    """What the prediction is made of: ms and bytes per stage."""
+    step_ms: float
+    """One batch."""
+
+    @property
+    def sample_ms(self) -> float:
+        """Time per sample."""
+        return self.step_ms / self.setting.batch_size
+
+    @property
+    def recompute_ratio(self) -> tuple[float, ...]:
+        """Share of each stage's blocks that recompute: exact where these are its last ones."""
+        shares = []
+        for start, stop in pairwise([0, *accumulate(self.partition)]):
+            count = self.policies[start:stop].count(Policy.RECOMPUTE)
+            shares.append(round(count / (stop - start), 4))
+        return tuple(shares)
+
+    def fits(self, limits: Sequence[float]) -> bool:
+        """Tell whether every rank stays within its limit."""
+        return all(memory.total <= limit for memory, limit in zip(self.memory, limits, strict=True))
+
+
+class Situation:
+    """A setting, what its microbatches cost, and bytes per rank that must not be exceeded."""
+
+    def __init__(
+        self, profile: Profile, setting: Setting, limits: Sequence[float], frontiers: Frontiers, schedule: Schedule
+    ) -> None:
+        """Use `schedule`, which shows the setting's steady state, and `frontiers` of its microbatch size."""
+        self.profile = profile
+        self.setting = setting
+        self.limits = tuple(limits)
+        self.schedule = schedule
+        self.chain = frontiers.chain
+        self._frontiers = frontiers
+
+    @classmethod
+    def of(
+        cls,
+        profile: Profile,
+        setting: Setting,
+        limits: Sequence[float],
+        policies: Sequence[Policy],
+        cache: dict[tuple[int, bool], Frontiers],
+    ) -> Situation:
+        """Make a situation; those with the same microbatches share what `cache` holds."""
+        schedule = setting.build() if setting.synchronous else setting.build(_num_steady(setting))
+        key = (setting.microbatch_size, uses_split_backward(schedule))
+        if key not in cache:
+            blocks = profile.at(setting.microbatch_size).blocks
+            cache[key] = Frontiers(ChainCosts(profile, blocks, split_backward=key[1]), policies)
+        return cls(profile, setting, limits, cache[key], schedule)
+
+    @cached_property
+    def loads(self) -> tuple[StageLoad, ...]:
+        """What the schedule makes every stage hold."""
+        return stage_loads(self.schedule)
+
+    @cached_property
+    def speeds(self) -> tuple[float, ...]:
+        """Speed of every stage's rank."""
+        speeds = speeds_of(self.profile, self.setting.num_ranks)
+        return tuple(speeds[self.schedule.rank_of(stage)] for stage in range(self.schedule.num_stages))
+
+    @cached_property
+    def stage_shares(self) -> tuple[float, ...]:
+        """The share of its rank's limit that each stage gets: all of it where it is alone, else by what it needs."""
+        weights, activations = (float(self.chain.between(name)[0, -1]) for name in ("parameter_bytes", _HELD))
+        needs = [weights * (1 + load.num_versions) + activations * load.held[-1][0] + 1 for load in self.loads]
+        placement = self.schedule.placement
+        totals = [sum(needs[stage] for stage in placement.stages_of(rank)) for rank in range(placement.num_ranks)]
+        return tuple(need / totals[placement.rank_of(stage)] for stage, need in enumerate(needs))
+
+    @cached_property
+    def times(self) -> StageTimes:
+        """How fast every stage can run every interval within its share of the limit."""
+        limits = [share * self.limits[self.schedule.rank_of(stage)] for stage, share in enumerate(self.stage_shares)]
+        return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits))
+
+    def draft(self, partition: Sequence[int], policies: Sequence[Policy]) -> Plan:
+        """Return the plan without its time."""
+        blocks, placement = self.chain.blocks, self.schedule.placement
+        cut = pairwise([0, *accumulate(partition)])
+        stages = [stage_bytes(blocks, start, stop, policies) for start, stop in cut]
+        memory = rank_memory(self.schedule, self.loads, stages)
+        costs = simulator_costs(self.profile, blocks, partition, policies, placement)
+        return Plan(self.setting, tuple(partition), tuple(policies), memory, costs, math.nan)
+
+    def judge(self, draft: Plan) -> Plan:
+        """Return the plan with its time, by the simulator: of a batch, or of one in an asynchronous steady state."""
+        end = simulate(self.schedule, draft.costs).makespan
+        if not self.setting.synchronous:
+            longer, more = self._longer
+            end = (simulate(longer, draft.costs).makespan - end) / more
+        return Plan(draft.setting, draft.partition, draft.policies, draft.memory, draft.costs, end)
+
+    @cached_property
+    def _longer(self) -> tuple[Schedule, int]:
+        more = max(1, -(-2 * self.setting.num_ranks // self.setting.num_microbatches))
+        return self.setting.build(_num_steady(self.setting) + more), more
+
+    def estimate(self, draft: Plan) -> float:
+        """Estimate the time of a batch without simulating: once through all stages, and the busiest rank's rest."""
+        costs, placement = draft.costs, self.schedule.placement
+        stages = [
+            sum(parts) + self.chain.dispatch_ms
+            for parts in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)
+        ]
+        ranks = [0.0] * placement.num_ranks
+        for stage, time in enumerate(stages):
+            ranks[placement.rank_of(stage)] += time
+        link = max(costs.message_bytes[:-1], default=0.0) / costs.bandwidth
+        busiest, count = max(*ranks, link), self.setting.num_microbatches
+        if not self.setting.synchronous:
+            return busiest * count
+        return sum(stages) / placement.stages_per_rank + (count - 1) * busiest
+
+
+_HELD = "activation_bytes"
+
+
+def _num_steady(setting: Setting) -> int:
+    """Return a number of batches after which an asynchronous schedule repeats itself."""
+    deepest = max([setting.num_ranks, *(setting.depths or ())])
+    return 2 + -(-2 * deepest // setting.num_microbatches)
