@@ -168,3 +168,16 @@ def test_a_larger_schedule_keeps_the_closed_form() -> None:
     simulation = simulate(build_schedule("1f1b", 32, 128))
     assert sum(map(len, simulation.events)) == 32 * (2 * 128 + 1)
     assert simulation.makespan == (128 + 31) * 3
+
+
+def test_ranks_begin_when_they_may_and_a_common_delay_only_shifts() -> None:
+    schedule = build_schedule("1f1b", 3, 4)
+    costs = _random_costs(schedule, 5, latency=0.1, bandwidth=3.0)
+    whole = simulate(schedule, costs)
+    shifted = simulate(schedule, costs, starts=(7.0, 7.0, 7.0))
+    assert shifted.makespan == pytest.approx(whole.makespan)
+    assert [[event.start - 7 for event in row] for row in shifted.events] == [
+        [pytest.approx(event.start) for event in row] for row in whole.events
+    ]
+    late = simulate(schedule, costs, starts=(0.0, 50.0, 0.0))
+    assert [row[0].start for row in late.events] == [0.0, 50.0, pytest.approx(50 + costs.forward[1] + 0.1, abs=2 / 3)]

@@ -18,6 +18,7 @@ COMMANDS = {
     "config": "Print the resolved run of a YAML file.",
     "data": "Prepare training sets from text.",
     "schedule": "Show a pipeline schedule: order, bubble, memory.",
+    "simulate": "Predict a finished run from its own costs, and show the error.",
     "train": "Train the model of a YAML file.",
     "verify": "Prove that a run gives the answer of one process.",
 }

@@ -9,6 +9,7 @@ does not wait. The schedule must be legal (`validate`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -82,16 +83,17 @@ class Simulation:
         return peak_activations(self.schedule)
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
+def simulate(schedule: Schedule, costs: Costs | None = None, starts: Sequence[float] = ()) -> Simulation:
     """Return the start and end of every action of `schedule`.
 
-    Without `costs`, each rank's share of forward, input gradient and weight gradient takes 1, all else 0.
+    Without `costs`, each rank's share of forward, input gradient and weight gradient takes 1, all else 0. `starts` is
+    when each rank may begin, as after an earlier batch; without it all begin at 0.
 
     Raises:
         ScheduleError: the costs do not fit the stages, or the ranks wait for each other.
     """
     costs = costs or Costs.from_rank_shares(schedule.placement)
-    run = _Run(schedule, costs)
+    run = _Run(schedule, costs, starts or (0.0,) * schedule.num_ranks)
     runnable = list(range(schedule.num_ranks - 1, -1, -1))
     while runnable:
         runnable += run.advance(runnable.pop())
@@ -102,9 +104,10 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
 class _Run:
     """The state of all ranks: what each has done, and when the inputs that were sent arrive."""
 
-    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+    def __init__(self, schedule: Schedule, costs: Costs, starts: Sequence[float]) -> None:
         stages, size = schedule.num_stages, schedule.num_stages * schedule.num_microbatches
         self.schedule = schedule
+        self._starts = starts
         self.events: list[list[Event]] = [[] for _ in schedule.orders]
         self._durations = costs.durations(stages)
         self._hops_forward, self._hops_backward = costs.hops(schedule.placement)
@@ -122,7 +125,7 @@ class _Run:
         inputs, gradients, durations = self._inputs, self._gradients, self._durations
         width, last = self.schedule.num_microbatches, self.schedule.num_stages - 1
         forward, backward, input_backward = Kind.F, Kind.B, Kind.I
-        clock = events[-1].end if events else 0.0
+        clock = events[-1].end if events else self._starts[rank]
         freed = []
         missing[rank] = None
         for position in range(len(events), len(order)):
