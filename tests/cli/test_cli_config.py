@@ -52,6 +52,8 @@ def test_prints_the_resolved_run(
         "stage_to_depth_map": None,
         "macrobatch": False,
         "vertical_sync": False,
+        "memory_limit_microbatches": None,
+        "rank_times": {},
     }
 
 

@@ -127,6 +127,23 @@ def test_legal(changes: dict[str, Any]) -> None:
             f"pipeline.stage_to_depth_map = [3, 2, 1, 0] needs pipeline.schedule = {taking('depths')}, not 'gpipe'",
         ),
         (
+            {"pipeline.memory_limit_microbatches": 3},
+            f"pipeline.memory_limit_microbatches = 3.0 needs pipeline.schedule = {taking('memory_limit')}, not '1f1b'",
+        ),
+        (
+            {"pipeline.rank_times": {"forward": [1, 1, 1, 2]}},
+            "pipeline.rank_times = {'forward': [1.0, 1.0, 1.0, 2.0]} needs pipeline.schedule = searched, not '1f1b'",
+        ),
+        (
+            {"pipeline.schedule": "searched", "pipeline.memory_limit_microbatches": 0.5},
+            "pipeline: memory_limit 0.5 is below one microbatch, which every rank has to hold from its forward to its "
+            "backward whatever the order; the smallest limit that an order fits is 1",
+        ),
+        (
+            {"pipeline.schedule": "searched", "pipeline.rank_times": {"weight_grad": [1, 2]}},
+            "pipeline: weight_grad has 2 numbers for 4 ranks; give one per rank",
+        ),
+        (
             {"pipeline.stage_to_depth_map": [3, 2, 1]},
             "pipeline.stage_to_depth_map = [3, 2, 1] has 3 entries for 4 stages; give one per stage",
         ),

@@ -283,6 +283,11 @@ def test_schedule_options() -> None:
     run = build_config({**RUNNABLE, "pipeline": {**pipeline, "stage_to_depth_map": {"0": 3, "1": 1}}})
     assert run.schedule_options == {"depths": [3, 1], "microbatches_per_update": 4}
     assert build_config(RUNNABLE).schedule_options == {}
+    searched = {"schedule": "searched", "num_ranks": 2, "num_microbatches": 4}
+    given = {"memory_limit_microbatches": 1.5, "rank_times": {"forward": [1, 2]}}
+    run = build_config({**RUNNABLE, "pipeline": {**searched, **given}})
+    assert run.schedule_options == {"memory_limit": 1.5, "forward": [1, 2]}
+    assert build_config({**RUNNABLE, "pipeline": searched}).schedule_options == {}
 
 
 texts = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12)

@@ -40,6 +40,8 @@ def _check_schedule(run: RunConfig) -> Iterator[Problem]:
         "macrobatch": ("microbatches_per_update", pipeline.macrobatch),
         "vertical_sync": ("vertical_sync", pipeline.vertical_sync),
         "stage_to_depth_map": ("depths", pipeline.stage_to_depth_map is not None),
+        "memory_limit_microbatches": ("memory_limit", pipeline.memory_limit_microbatches is not None),
+        "rank_times": ("forward", bool(pipeline.rank_times)),
     }
     for key, (option, given) in wanted.items():
         if given and option not in SCHEDULES[pipeline.schedule].options:
@@ -71,7 +73,8 @@ def _check_flow(run: RunConfig) -> Iterator[Problem]:
             **run.schedule_options,
         )
     except ScheduleError as error:
-        keys = ("schedule", "num_ranks", "stages_per_rank", "num_microbatches", "stage_to_depth_map")
+        keys = ["schedule", "num_ranks", "stages_per_rank", "num_microbatches", "stage_to_depth_map"]
+        keys += ["memory_limit_microbatches", "rank_times"]
         yield Problem(tuple(f"pipeline.{key}" for key in keys), f"pipeline: {error}")
 
 

@@ -91,4 +91,7 @@ class RunConfig(Section):
             options["microbatches_per_update"] = self.pipeline.num_microbatches
         if self.pipeline.vertical_sync:
             options["vertical_sync"] = True
+        if self.pipeline.memory_limit_microbatches is not None:
+            options["memory_limit"] = self.pipeline.memory_limit_microbatches
+        options |= self.pipeline.rank_times
         return options

@@ -148,6 +148,14 @@ class PipelineConfig(Section):
     """For pipedream: one update per batch instead of one per microbatch, with two weight versions (PipeDream-2BW)."""
     vertical_sync: bool = False
     """For pipedream: a microbatch uses, on every stage, the weight version that it met on stage 0."""
+    memory_limit_microbatches: Annotated[
+        Positive | list[Positive] | None, Allowed("a number above 0, or a list with one per rank, or null")
+    ] = None
+    """For searched: microbatches whose activations a rank may hold, one number or one per rank; of two stages on a
+    rank, each counts a half. null is `num_ranks`, what 1f1b needs."""
+    rank_times: dict[Literal["forward", "input_grad", "weight_grad"], list[NonNegative]] = {}
+    """For searched: the time of each rank's share of one microbatch, in any unit, e.g. {forward: [1, 2], input_grad:
+    [1, 2]}; what is left out takes 1 on every rank."""
 
 
 class PlanConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import get_args
 
 from torch import Tensor
@@ -62,10 +62,15 @@ def ratio_per_stage(ratio: float | Sequence[float], num_stages: int) -> list[flo
     return ratios
 
 
-def schedule_options(depths: Sequence[int] | None, vertical_sync: bool) -> dict[str, object]:
+def schedule_options(
+    depths: Sequence[int] | None,
+    vertical_sync: bool,
+    memory_limit: float | Sequence[float] | None,
+    rank_times: Mapping[str, Sequence[float]] | None,
+) -> dict[str, object]:
     """Return the options of the schedule's builder that were given: a family refuses those that it does not have."""
-    options: dict[str, object] = {} if depths is None else {"depths": depths}
-    return options | {"vertical_sync": True} if vertical_sync else options
+    given = {"depths": depths, "vertical_sync": vertical_sync or None, "memory_limit": memory_limit}
+    return {name: value for name, value in given.items() if value is not None} | dict(rank_times or {})
 
 
 def count_batches(batches: Iterable[object], num_batches: int | None, *, synchronous: bool) -> int | None:

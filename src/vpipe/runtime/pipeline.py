@@ -91,6 +91,8 @@ class Pipeline:
         depths: warmup forwards per stage, more than the schedule's own hide latency (`stage_to_depth_map`).
         macrobatch: asynchronous, but one update per batch and two weight versions (PipeDream-2BW).
         vertical_sync: asynchronous with one weight version per microbatch on all stages.
+        memory_limit: for `searched`, microbatches that a rank may hold, one number or one per rank.
+        rank_times: for `searched`, `forward`, `input_grad` and `weight_grad` times of each rank.
         clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
         learning_rate: the rate as a function of iterations done, instead of the optimizer's own.
         seed: for dropout, and for initial weights that the blocks draw when they are built.
@@ -118,6 +120,8 @@ class Pipeline:
         depths: Sequence[int] | None = None,
         macrobatch: bool = False,
         vertical_sync: bool = False,
+        memory_limit: float | Sequence[float] | None = None,
+        rank_times: Mapping[str, Sequence[float]] | None = None,
         clip_grad_norm: float | None = None,
         learning_rate: Callable[[float], float] | None = None,
         seed: int = 0,
@@ -141,7 +145,7 @@ class Pipeline:
                 2 * self.num_ranks if num_microbatches is None else num_microbatches,
                 stages_per_rank=stages_per_rank,
                 macrobatch=macrobatch,
-                options=schedule_options(depths, vertical_sync),
+                options=schedule_options(depths, vertical_sync, memory_limit, rank_times),
             )
             placement = self.programs.sample.placement
             self.partition = resolve_partition(partition, self.chain, placement.num_stages)

@@ -170,6 +170,8 @@ def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) ->
         depths=pipeline.stage_to_depth_map,
         macrobatch=pipeline.macrobatch,
         vertical_sync=pipeline.vertical_sync,
+        memory_limit=pipeline.memory_limit_microbatches,
+        rank_times=pipeline.rank_times,
         clip_grad_norm=setup.config.optimizer.clip_grad_norm,
         learning_rate=setup.learning_rate,
         seed=setup.config.seed,
