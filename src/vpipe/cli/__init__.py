@@ -17,6 +17,7 @@ INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 COMMANDS = {
     "config": "Print the resolved run of a YAML file.",
     "data": "Prepare training sets from text.",
+    "plan": "Plan what to cut, keep, recompute and swap, and say why.",
     "schedule": "Show a pipeline schedule: order, bubble, memory.",
     "simulate": "Predict a finished run from its own costs, and show the error.",
     "train": "Train the model of a YAML file.",

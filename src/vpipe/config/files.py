@@ -18,6 +18,7 @@ __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps
 _PLAN_KEYS = (
     *("schedule", "synchronous", "num_microbatches", "microbatch_size", "depths"),
     *("stages", "cuts", "fingerprint"),
+    *("policies", "stages_per_rank", "stage_to_depth_map", "predicted", "profile"),
 )
 
 

@@ -18,11 +18,14 @@ __all__ = ["least_bytes", "smallest_limits"]
 _THRESHOLDS_TIMES_BLOCKS = 2400
 
 
-def smallest_limits(situation: Situation) -> tuple[int, ...]:
+def smallest_limits(situation: Situation) -> tuple[tuple[int, ...], list[int]]:
     """Return the smallest limits per rank that can be kept, in the proportion of those given (equal if none are).
 
     Time does not count here. Of several stages on a rank each gets its share, so a little less may do; otherwise it is
     exact, but for chains of many unlike blocks with split backwards.
+
+    Returns:
+        Limits, and the blocks per stage that keep them.
     """
     given = situation.limits if np.isfinite(situation.limits).all() else (1.0,) * len(situation.limits)
     placement = situation.schedule.placement
@@ -32,8 +35,8 @@ def smallest_limits(situation: Situation) -> tuple[int, ...]:
         np.where(times.chain.is_stage, least_bytes(times.chain, load, times.frontiers.policies) / share, np.inf)
         for load, share in zip(times.loads, shares, strict=True)
     ]
-    factor, _ = cut_minimax(relative)
-    return tuple(int(np.ceil(factor * limit - 1e-6)) for limit in given)
+    factor, partition = cut_minimax(relative)
+    return tuple(int(np.ceil(factor * limit - 1e-6)) for limit in given), partition
 
 
 def least_bytes(chain: ChainCosts, load: StageLoad, policies: Sequence[Policy]) -> Array:

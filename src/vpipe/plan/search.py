@@ -23,10 +23,13 @@ from vpipe.plan.policies import Frontiers
 from vpipe.plan.profile import Profile
 from vpipe.plan.setting import Setting, microbatch_choices, settings
 from vpipe.plan.situation import Plan, Situation
+from vpipe.plan.units import describe_memory, format_bytes
 
 __all__ = ["Outcome", "Request", "find_plan", "judge_partition"]
 
 NUM_SIMULATED = 20
+_NEGLIGIBLE = 0.001
+"""Share of the time below which a gain is not worth any memory."""
 _MAX_ACTIONS = 200_000
 """Actions that moving boundaries may simulate, of one plan."""
 
@@ -78,13 +81,15 @@ class Outcome:
     request: Request
     best: Plan
     ranked: tuple[Plan, ...]
-    """Plans that were simulated, the best first, all of which fit."""
+    """Plans that were simulated, all of which fit: the best, then by time."""
     lower_bound_ms: float
     """Time that no plan of any of the settings needs less of, for one batch."""
     is_exact: bool
     """Whether each cut is the best there is for its busiest stage; False: among the policies that were looked at."""
     smallest_limits: tuple[int, ...]
     """Per rank, the smallest limits that any of the settings could be planned for."""
+    smallest: Plan
+    """A plan that keeps them."""
     naive: Mapping[str, Plan]
     """The `uniform`, `parameters` and `compute` cuts in the best plan's setting; they need not fit."""
 
@@ -112,15 +117,17 @@ def find_plan(request: Request) -> Outcome:
         raise PlanError(_refusal(request, situations))
     ranked = _simulate_best(drafts)
     improved = [_improve(*pair) for pair in ranked[:2]]
-    ranked = _distinct(sorted([*improved, *ranked], key=_merit))
+    ranked = _prefer_small(_distinct(sorted([*improved, *ranked], key=_merit)))
     situation, best = ranked[0]
+    limits, smallest = _smallest(situations)
     return Outcome(
         request=request,
         best=best,
         ranked=tuple(plan for _, plan in ranked),
         lower_bound_ms=min(map(lower_bound_ms, situations)),
         is_exact=all(each.times.is_exact for each in situations),
-        smallest_limits=min(map(smallest_limits, situations)),
+        smallest_limits=limits,
+        smallest=smallest,
         naive={name: _fixed(situation, cut) for name, cut in naive_cuts(situation.times).items()},
     )
 
@@ -245,24 +252,37 @@ def _distinct(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation,
     return list(first.values())
 
 
+def _prefer_small(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
+    """Move the plan with the least memory among those that are about as fast as the fastest to the front."""
+    fastest = ranked[0][1].sample_ms
+    close = [pair for pair in ranked if pair[1].sample_ms <= fastest * (1 + _NEGLIGIBLE)]
+    first = min(close, key=lambda pair: _merit(pair)[1])
+    return [first, *(pair for pair in ranked if pair is not first)]
+
+
 def _merit(pair: tuple[Situation, Plan]) -> tuple[float, int]:
     """Return what plans are ranked by: time per sample, then memory."""
     return pair[1].sample_ms, max(memory.total for memory in pair[1].memory)
 
 
+def _smallest(situations: Sequence[Situation]) -> tuple[tuple[int, ...], Plan]:
+    """Return the smallest limits of any situation, and a plan that keeps them."""
+    found = [(*smallest_limits(situation), index) for index, situation in enumerate(situations)]
+    limits, partition, index = min(found)
+    return limits, _fixed(situations[index].under(limits), partition)
+
+
 def _refusal(request: Request, situations: Sequence[Situation]) -> str:
-    found = {situation: smallest_limits(situation) for situation in situations}
-    situation, least = min(found.items(), key=lambda item: item[1])
-    given, needed = (
-        _bytes_words(request.limits or ()),
-        _bytes_words(sorted(set(least)) if len(set(least)) == 1 else least),
-    )
+    limits, plan = _smallest(situations)
+    rank = max(range(len(limits)), key=lambda each: plan.memory[each].total / limits[each])
     return (
-        f"memory_limit {given} cannot be kept: the smallest that can is {needed} per rank "
-        f"({situation.setting.describe()}); raise the limit, use more ranks, smaller microbatches, or a schedule that "
-        "holds less"
+        f"memory_limit {_all_bytes(request.limits or ())} cannot be kept: the smallest that can is "
+        f"{_all_bytes(limits)} per rank ({plan.setting.describe()}), where rank {rank} needs "
+        f"{describe_memory(plan.memory[rank])}; raise the limit, use more ranks, smaller microbatches, or a schedule "
+        "that holds less"
     )
 
 
-def _bytes_words(limits: Sequence[int]) -> str:
-    return ", ".join(f"{limit} bytes ({limit / 2**20:.1f} MiB)" for limit in limits)
+def _all_bytes(limits: Sequence[int]) -> str:
+    different = sorted(set(limits)) if len(set(limits)) == 1 else limits
+    return ", ".join(f"{limit} bytes ({format_bytes(limit)})" for limit in different)

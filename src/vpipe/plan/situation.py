@@ -86,6 +86,10 @@ class Situation:
             cache[key] = Frontiers(ChainCosts(profile, blocks, split_backward=key[1]), policies)
         return cls(profile, setting, limits, cache[key], schedule)
 
+    def under(self, limits: Sequence[float]) -> Situation:
+        """Return the same with other limits."""
+        return Situation(self.profile, self.setting, limits, self._frontiers, self.schedule)
+
     @cached_property
     def loads(self) -> tuple[StageLoad, ...]:
         """What the schedule makes every stage hold."""

@@ -1,0 +1,188 @@
+"""The plan in words and tables: what each stage does and holds, what limits it, and what else there would be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import accumulate, pairwise
+
+from vpipe.plan.costs import host_ms
+from vpipe.plan.memory import Policy, RankMemory
+from vpipe.plan.profile import BlockProfile
+from vpipe.plan.search import Outcome
+from vpipe.plan.situation import Plan
+from vpipe.plan.units import describe_memory, format_bytes
+
+__all__ = ["compare_lines", "explain_lines", "plan_lines"]
+
+
+def explain_lines(outcome: Outcome) -> list[str]:
+    """Explain the best plan, and what the next best and the naive ones would give."""
+    best = outcome.best
+    exact = "" if outcome.is_exact else " (policies of long stages were searched, not proven)"
+    return [
+        *plan_lines(outcome, best),
+        f"No plan of the settings looked at needs less than {outcome.lower_bound_ms:.4g} ms per step: this one is "
+        f"within {outcome.gap:.1%}{exact}.",
+        "",
+        *_alternative_lines(outcome),
+        "",
+        _limit_line(outcome),
+    ]
+
+
+def plan_lines(outcome: Outcome, plan: Plan) -> list[str]:
+    """Describe one plan: its time, its stages, its memory, its busiest stage."""
+    rate = 1000 / plan.sample_ms if plan.sample_ms else math.inf
+    return [
+        f"Plan: {plan.setting.describe()}, partition {list(plan.partition)}",
+        f"Predicted: {plan.step_ms:.4g} ms per step, {plan.sample_ms:.4g} ms per sample, {rate:.4g} samples/s",
+        "",
+        *_stage_table(outcome, plan),
+        "",
+        *_memory_table(plan, outcome.request.rank_limits),
+        "",
+        _bottleneck_line(outcome, plan),
+    ]
+
+
+def compare_lines(outcome: Outcome, plan: Plan, name: str) -> list[str]:
+    """Say what the planner would change in a plan given by hand, and what it would gain."""
+    best, limits = outcome.best, outcome.request.rank_limits
+    lines = [f"{name}: {list(plan.partition)}, {plan.step_ms:.4g} ms per step ({plan.setting.describe()})"]
+    lines += [
+        f"  it does not fit: rank {rank} needs {describe_memory(memory)}, its limit is {format_bytes(limit)}"
+        for rank, (memory, limit) in enumerate(zip(plan.memory, limits, strict=True))
+        if memory.total > limit
+    ]
+    gain = plan.sample_ms / best.sample_ms - 1
+    if gain < 0.001 and plan.fits(limits):
+        return [*lines, "  the planner finds nothing better" if gain <= 0 else "  the planner gains under 0.1 %"]
+    changes = _changes(plan, best)
+    return [*lines, f"  the planner would {'; '.join(changes)}: {_versus(best, plan)}"]
+
+
+def _changes(plan: Plan, best: Plan) -> list[str]:
+    changes = []
+    if plan.setting != best.setting:
+        changes.append(f"run {best.setting.describe()}")
+    if plan.partition != best.partition:
+        changes.append(f"cut into {list(best.partition)}")
+    if plan.policies != best.policies:
+        pairs = zip(plan.policies, best.policies, strict=True)
+        changes.append(f"change what {sum(one is not other for one, other in pairs)} blocks do with activations")
+    return changes or ["change nothing"]
+
+
+def _versus(plan: Plan, other: Plan) -> str:
+    """Say how much faster `plan` is than `other`."""
+    gain = other.sample_ms / plan.sample_ms - 1
+    return f"{plan.sample_ms:.4g} instead of {other.sample_ms:.4g} ms per sample, {abs(gain):.1%} " + (
+        "faster" if gain >= 0 else "slower"
+    )
+
+
+def _stage_table(outcome: Outcome, plan: Plan) -> list[str]:
+    blocks = outcome.request.profile.at(plan.setting.microbatch_size).blocks
+    placement = plan.setting.build().placement
+    rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "activations"]]
+    costs = plan.costs
+    for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
+        backward = costs.input_grad[stage] + costs.weight_grad[stage]
+        work = (costs.forward[stage] + backward) * plan.setting.num_microbatches
+        rows.append(
+            [
+                str(stage),
+                str(placement.rank_of(stage)),
+                str(stop - start),
+                _names(blocks[start:stop]),
+                f"{costs.forward[stage]:.4g} ms",
+                f"{backward:.4g} ms",
+                f"{work / plan.step_ms:.0%}" if plan.step_ms else "",
+                _policy_words(outcome, plan, stage, start, stop),
+            ]
+        )
+    return _table(rows, left={3, 7})
+
+
+def _names(blocks: Sequence[BlockProfile]) -> str:
+    return blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} to {blocks[-1].name}"
+
+
+def _policy_words(outcome: Outcome, plan: Plan, stage: int, start: int, stop: int) -> str:
+    """Say what is kept, recomputed and swapped, and what that costs for each microbatch."""
+    profile, own = outcome.request.profile, plan.policies[start:stop]
+    words = []
+    if kept := own.count(Policy.KEEP):
+        words.append("all kept" if kept == len(own) else f"{kept} kept")
+    if again := own.count(Policy.RECOMPUTE):
+        words.append(f"{again} recomputed ({plan.costs.recompute[stage]:.4g} ms)")
+    if own.count(Policy.SWAP):
+        blocks = profile.at(plan.setting.microbatch_size).blocks[start:stop]
+        size = sum(block.activation_bytes for block, policy in zip(blocks, own, strict=True) if policy is Policy.SWAP)
+        words.append(f"{own.count(Policy.SWAP)} swapped ({host_ms(profile.host, size):.4g} ms on the host link)")
+    return ", ".join(words)
+
+
+def _memory_table(plan: Plan, limits: Sequence[float]) -> list[str]:
+    kinds = [item.name for item in fields(RankMemory)]
+    rows = [["rank", *kinds, "total", "of limit" if any(map(math.isfinite, limits)) else ""]]
+    for rank, (memory, limit) in enumerate(zip(plan.memory, limits, strict=True)):
+        share = f"{memory.total / limit:.0%}" if math.isfinite(limit) else ""
+        sizes = [format_bytes(getattr(memory, kind)) for kind in kinds]
+        rows.append([str(rank), *sizes, format_bytes(memory.total), share])
+    return _table(rows, left=set())
+
+
+def _bottleneck_line(outcome: Outcome, plan: Plan) -> str:
+    costs, speeds = plan.costs, outcome.request.profile.rank_speeds
+    busy = [sum(parts) for parts in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)]
+    stage = max(range(len(busy)), key=busy.__getitem__)
+    rank = plan.setting.build().rank_of(stage)
+    slow = f", whose speed is {speeds[rank]:g}" if speeds and speeds[rank] != 1 else ""
+    mean = sum(busy) / len(busy)
+    over = f", {busy[stage] / mean - 1:.1%} more than the mean" if mean else ""
+    return f"Bottleneck: stage {stage} on rank {rank}{slow}: {busy[stage]:.4g} ms per microbatch{over}."
+
+
+def _alternative_lines(outcome: Outcome) -> list[str]:
+    rows = [["instead", "partition", "ms/step", "ms/sample", "slower by", ""]]
+    others: list[tuple[str, Plan]] = [("next best", plan) for plan in outcome.ranked[1:2]]
+    for name, plan in [*others, *outcome.naive.items()]:
+        over = [rank for rank, limit in enumerate(outcome.request.rank_limits) if plan.memory[rank].total > limit]
+        notes = [f"does not fit rank {over[0]}: {format_bytes(plan.memory[over[0]].total)}"] if over else []
+        if plan.setting != outcome.best.setting:
+            notes.append(plan.setting.describe())
+        elif plan.partition == outcome.best.partition:
+            notes.append("the same cut")
+        slower = f"{plan.sample_ms / outcome.best.sample_ms - 1:.1%}" if outcome.best.sample_ms else ""
+        rows.append([name, _short(plan.partition), f"{plan.step_ms:.4g}", f"{plan.sample_ms:.4g}", slower, *notes[:1]])
+    return _table([row + [""] * (6 - len(row)) for row in rows], left={0, 1, 5})
+
+
+def _short(partition: Sequence[int]) -> str:
+    shown = " ".join(map(str, partition[:12]))
+    return shown if len(partition) <= 12 else f"{shown} ..."
+
+
+def _limit_line(outcome: Outcome) -> str:
+    limits, plan = outcome.smallest_limits, outcome.smallest
+    rank = max(range(len(limits)), key=lambda each: plan.memory[each].total / limits[each])
+    named = format_bytes(limits[0]) if len(set(limits)) == 1 else ", ".join(map(format_bytes, limits))
+    return (
+        f"Smallest limit that can be kept: {named} per rank, at {plan.sample_ms:.4g} ms per sample "
+        f"({plan.setting.describe()}, {list(plan.partition)}). Less cannot: rank {rank} needs "
+        f"{describe_memory(plan.memory[rank])} even when every block holds as little as it can."
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,171 @@
+"""`vpipe plan` from the outside: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vpipe.cli import main
+from vpipe.config import load_config
+from vpipe.config.files import read_partition_file
+from vpipe.plan.memory import Policy
+from vpipe.plan.plan_file import parse_plan_file
+from vpipe.plan.profile import BlockProfile, LinkProfile, Profile, SizeProfile, write_profile
+
+TEXT = """
+data: {synthetic_data: true, sequence_length: 16}
+model: {num_layers: 4, hidden_size: 32, num_heads: 2, intermediate_size: 64}
+pipeline: {num_ranks: 3, num_microbatches: 4}
+train: {iterations: 3, batch_size: 8}
+"""
+Call = Callable[..., tuple[int, str, str]]
+
+
+def _profile(num_blocks: int = 9) -> Profile:
+    def blocks(samples: int) -> tuple[BlockProfile, ...]:
+        return tuple(
+            BlockProfile(
+                name=f"block.{index}",
+                forward_ms=0.5 * samples * (1 + 2 * (index == num_blocks - 1)),
+                input_grad_ms=0.5 * samples,
+                weight_grad_ms=0.5 * samples,
+                recompute_ms=0.5 * samples,
+                activation_bytes=1000 * samples,
+                input_bytes=100 * samples,
+                output_bytes=100 * samples if index < num_blocks - 1 else 0,
+                parameter_bytes=500,
+            )
+            for index in range(num_blocks)
+        )
+
+    sizes = tuple(SizeProfile(samples, blocks(samples)) for samples in (1, 2, 4))
+    return Profile("toy", {"cpu": "toy"}, sizes, LinkProfile(0.01, 1e6))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run.yml").write_text(TEXT)
+    write_profile(_profile(), tmp_path / "profile.json")
+    return tmp_path
+
+
+@pytest.fixture
+def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*arguments: object, profile: str | None = "profile.json") -> tuple[int, str, str]:
+        given = [] if profile is None else ["--profile", str(folder / profile)]
+        monkeypatch.setattr(sys, "argv", ["vpipe", "plan", str(folder / "run.yml"), *given, *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def test_explains_the_plan(call: Call) -> None:
+    code, out, err = call()
+    assert (code, err) == (0, "")
+    for words in (
+        "Plan: 1f1b, 4 x 2 samples, partition [4, 3, 2]",
+        "ms per sample",
+        "block.0 to block.3",
+        "all kept",
+        "activations",
+        "Bottleneck: stage 0 on rank 0",
+        "No plan of the settings looked at needs less than",
+        "uniform",
+        "Smallest limit that can be kept",
+    ):
+        assert words in out
+
+
+def test_the_file_can_be_a_runs_partition(call: Call, folder: Path) -> None:
+    code, out, _ = call("-o", folder / "plan.json", "--memory-limit", "11.5kB")
+    assert code == 0
+    assert "written to" in out
+    text = (folder / "plan.json").read_text()
+    plan, theirs = parse_plan_file(text), read_partition_file(folder / "plan.json")
+    assert theirs.partition == list(plan.partition)
+    assert theirs.recompute_ratio == list(plan.recompute_ratio)
+    assert Policy.RECOMPUTE in plan.policies
+    assert all(memory["total"] <= 11_500 for memory in json.loads(text)["predicted"]["memory_bytes"])
+    config = load_config(folder / "run.yml", [f"plan.partition={folder / 'plan.json'}"])
+    assert config.plan.partition == theirs.partition
+
+
+def test_json_and_auto(call: Call) -> None:
+    code, out, _ = call("--format", "json", "--microbatches", "auto", "--schedule", "auto")
+    assert code == 0
+    content = json.loads(out)
+    assert sum(content["partition"]) == 9
+    assert content["num_microbatches"] * content["microbatch_size"] == 8
+    assert content["schedule"] != "1f1b"
+    assert content["predicted"]["lower_bound_ms"] <= content["predicted"]["step_ms"] * (1 + 1e-9)
+    assert len(content["policies"]) == 9
+
+
+def test_a_partition_by_hand_is_simulated_and_bettered(call: Call) -> None:
+    code, out, _ = call("--partition", "1,1,7")
+    assert code == 0
+    assert "Partition 1,1,7: [1, 1, 7]" in out
+    assert "the planner would cut into [4, 3, 2]" in out
+    assert "faster" in out
+    code, out, _ = call("--partition", "uniform", "--set", "pipeline.recompute_ratio=1")
+    assert code == 0
+    assert "3 recomputed" in out
+    code, out, _ = call("--set", "plan.partition=[5,2,2]")
+    assert "The run's own: [5, 2, 2]" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--memory-limit", "100"), "memory_limit 100 bytes (100 B) cannot be kept: the smallest that can is"),
+        (("--memory-limit", "much"), "'much' is no size"),
+        (("--memory-limit", "1GiB,1GiB"), "memory_limit has 2 entries for 3 ranks"),
+        (("--partition", "4,4"), "has 8 blocks in all"),
+        (("--partition", "best"), "--partition 'best' is none"),
+        (("--schedule", "zigzag"), "unknown schedule 'zigzag'"),
+        (("--microbatches", "some"), "--microbatches 'some' is neither"),
+        (("--set", "model.num_layers=5"), "is of a model of 9 blocks, and the run's has 11"),
+        (("--set", "train.batch_size=32"), "says nothing of 8; profile that size too"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(call: Call, arguments: tuple[str, ...], words: str) -> None:
+    code, out, err = call(*arguments)
+    assert (code, out) == (1, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_without_a_profile_it_measures(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def profile_config(run: Any, *, microbatch_sizes: Any) -> Profile:
+        asked.append((run.num_ranks, microbatch_sizes))
+        return _profile()
+
+    monkeypatch.setitem(sys.modules, "vpipe.train.profile", SimpleNamespace(profile_config=profile_config))  # type: ignore[arg-type]
+    assert call(profile=None)[0] == 0
+    assert call("--microbatches", "auto", profile=None)[0] == 0
+    assert asked == [(3, [2]), (3, None)]
+
+
+def test_planning_needs_no_torch(folder: Path) -> None:
+    code = (
+        "import sys; from vpipe.cli.plan import command; "
+        f"command(['{folder / 'run.yml'}', '--profile', '{folder / 'profile.json'}'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

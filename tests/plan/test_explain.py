@@ -1,0 +1,68 @@
+"""The plan in words: the numbers that it names are the plan's."""
+
+from __future__ import annotations
+
+from plan_toys import block, profile_of, uniform_profile
+
+from vpipe.plan.explain import compare_lines, explain_lines
+from vpipe.plan.memory import Policy
+from vpipe.plan.profile import LinkProfile
+from vpipe.plan.search import Request, find_plan, judge_partition
+
+
+def _find(lines: list[str], start: str) -> str:
+    return next(line for line in lines if line.strip().startswith(start))
+
+
+def test_tables_name_what_each_stage_does_and_holds() -> None:
+    blocks = [block()] * 7 + [block(forward_ms=3.0, parameter_bytes=500)]
+    outcome = find_plan(Request(profile_of(blocks), 2, 8))
+    lines = explain_lines(outcome)
+    plan = outcome.best
+    assert f"partition {list(plan.partition)}" in lines[0]
+    assert f"{plan.step_ms:.4g} ms per step" in lines[1]
+    row = next(line.split() for line in lines if line.split()[:2] == ["0", "0"])
+    assert row[2] == str(plan.partition[0])
+    assert row[-2:] == ["all", "kept"]
+    assert f"within {outcome.gap:.1%}" in "\n".join(lines)
+    memory = plan.memory[1]
+    assert any(line.split()[:3] == ["1", str(memory.parameters), "B"] for line in lines)
+    assert "parameters" in _find(lines, "rank")
+    assert str(sum(outcome.naive["uniform"].partition)) == "8"
+    uniform = outcome.naive["uniform"]
+    assert f"{uniform.sample_ms / plan.sample_ms - 1:.1%}" in _find(lines, "uniform")
+
+
+def test_policies_and_their_costs_are_named() -> None:
+    profile = uniform_profile(8)
+    free = find_plan(Request(profile, 2, 8)).best
+    outcome = find_plan(Request(profile, 2, 8, limits=[free.memory[0].total - 1]))
+    plan = outcome.best
+    lines = "\n".join(explain_lines(outcome))
+    count = plan.policies[: plan.partition[0]].count(Policy.RECOMPUTE)
+    assert f"{count} recomputed ({plan.costs.recompute[0]:.4g} ms)" in lines
+    assert "of limit" in lines
+    assert f"Smallest limit that can be kept: {outcome.smallest_limits[0]} B per rank" in lines
+    swapping = uniform_profile(8, host=LinkProfile(0.0, 100.0))
+    request = Request(swapping, 4, 16, limits=[find_plan(Request(swapping, 4, 16)).best.memory[0].total - 1])
+    assert "swapped (2 ms on the host link)" in "\n".join(explain_lines(find_plan(request)))
+
+
+def test_a_slow_rank_is_named_as_the_bottleneck() -> None:
+    outcome = find_plan(Request(uniform_profile(2, rank_speeds=(1.0, 0.25)), 2, 8))
+    assert "Bottleneck: stage 1 on rank 1, whose speed is 0.25: 12 ms per microbatch" in "\n".join(
+        explain_lines(outcome)
+    )
+
+
+def test_a_partition_by_hand_hears_what_would_change() -> None:
+    request = Request(uniform_profile(8), 2, 8, limits=[1500])
+    outcome = find_plan(request)
+    better = "\n".join(compare_lines(outcome, judge_partition(request, [6, 2]), "by hand"))
+    assert f"by hand: [6, 2], {judge_partition(request, [6, 2]).step_ms:.4g} ms per step" in better
+    assert "cut into [4, 4]" in better
+    assert "faster" in better
+    same = "\n".join(compare_lines(outcome, outcome.best, "by hand"))
+    assert "the planner finds nothing better" in same
+    large = judge_partition(request, [7, 1], [Policy.KEEP] * 8)
+    assert "it does not fit: rank 0 needs" in "\n".join(compare_lines(outcome, large, "by hand"))
