@@ -174,7 +174,6 @@ def test_inputs_get_the_gradients_that_there_are():
         given, [ValueSpec("left", (3,), torch.float32, True), ValueSpec("product", (3,), torch.float32, False)]
     )
 
-
     def inputs():
         return {"left": torch.ones(3), "right": torch.full((3,), 2.0)}
 

@@ -147,7 +147,8 @@ def command(
         _print_list(ranks, microbatches, form)
         return
     if csv_file is not None:
-        schedules, reports = [from_csv(csv_file.read_text(encoding="utf-8"), csv_file.stem)], [None]
+        schedules = [from_csv(csv_file.read_text(encoding="utf-8"), csv_file.stem)]
+        reports: list[SearchReport | None] = [None]
         sentences = [f"read from {csv_file.name}."]
     else:
         given = {

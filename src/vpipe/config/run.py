@@ -93,5 +93,4 @@ class RunConfig(Section):
             options["vertical_sync"] = True
         if self.pipeline.memory_limit_microbatches is not None:
             options["memory_limit"] = self.pipeline.memory_limit_microbatches
-        options |= self.pipeline.rank_times
-        return options
+        return options | {str(name): times for name, times in self.pipeline.rank_times.items()}

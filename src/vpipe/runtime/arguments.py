@@ -70,7 +70,7 @@ def schedule_options(
 ) -> dict[str, object]:
     """Return the options of the schedule's builder that were given: a family refuses those that it does not have."""
     given = {"depths": depths, "vertical_sync": vertical_sync or None, "memory_limit": memory_limit}
-    return {name: value for name, value in given.items() if value is not None} | dict(rank_times or {})
+    return {**{name: value for name, value in given.items() if value is not None}, **(rank_times or {})}
 
 
 def count_batches(batches: Iterable[object], num_batches: int | None, *, synchronous: bool) -> int | None:

@@ -171,7 +171,7 @@ def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) ->
         macrobatch=pipeline.macrobatch,
         vertical_sync=pipeline.vertical_sync,
         memory_limit=pipeline.memory_limit_microbatches,
-        rank_times=pipeline.rank_times,
+        rank_times={str(name): times for name, times in pipeline.rank_times.items()},
         clip_grad_norm=setup.config.optimizer.clip_grad_norm,
         learning_rate=setup.learning_rate,
         seed=setup.config.seed,
