@@ -24,12 +24,14 @@ from benchmarks.runtime_overhead.emulated import BOUNDARY_FLOATS, NUM_RANKS
 
 HERE = "benchmarks.runtime_overhead"
 BASELINE = "torch 1F1B"
+BOUND = "blocks alone"
 CONTESTANTS = (
     Contestant(BASELINE, f"{HERE}.peer_torch", num_ranks=NUM_RANKS),
     Contestant("vpipe 1F1B", f"{HERE}.vpipe_emulated", ("--schedule", "1f1b"), num_ranks=NUM_RANKS),
     Contestant("vpipe asynchronous", f"{HERE}.vpipe_emulated", ("--schedule", "pipedream"), num_ranks=NUM_RANKS),
+    Contestant(BOUND, f"{HERE}.blocks_alone", num_ranks=NUM_RANKS),
 )
-ASYNCHRONOUS = {"vpipe asynchronous"}
+WITHOUT_BUBBLE = {"vpipe asynchronous", BOUND}
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Case:
     num_microbatches: int
     num_batches: int
 
-    def bound_ms(self, *, asynchronous: bool) -> float:
+    def bound_ms(self, *, bubble: bool) -> float:
         """Return the closed form for one batch without any overhead: no bubble, or that of 1F1B."""
-        slots = self.num_microbatches + (0 if asynchronous else NUM_RANKS - 1)
+        slots = self.num_microbatches + (NUM_RANKS - 1 if bubble else 0)
         return slots * (self.forward_ms + self.backward_ms)
 
 
@@ -54,10 +56,10 @@ def compare(case: Case, contestants: list[Contestant], num_rounds: int) -> list[
     """Measure one case and return a result per contestant."""
     reports = measure_in_turn(contestants, vars(case), num_rounds)
     medians = {name: [median_ms(report) for report in rounds] for name, rounds in reports.items()}
-    ideal_ms = case.bound_ms(asynchronous=True)
+    ideal_ms = case.bound_ms(bubble=False)
     results = []
     for name, batch_ms in medians.items():
-        bound_ms = case.bound_ms(asynchronous=name in ASYNCHRONOUS)
+        bound_ms = case.bound_ms(bubble=name not in WITHOUT_BUBBLE)
         share = spread([ideal_ms / value for value in batch_ms])
         # The actions on the critical path are the forwards and backwards that the closed form counts.
         num_actions = 2 * bound_ms / (case.forward_ms + case.backward_ms)
