@@ -26,6 +26,7 @@ SYNCHRONOUS = {
 }
 ASYNCHRONOUS = ["pipeline.schedule=pipedream", "optimizer.clip_grad_norm=null"]
 SHORT = ["train.eval_frequency=0", "train.save_model=false"]
+SLOW = ["train.iterations=3", "launch.link_latency_ms=100", "launch.link_bandwidth_mb_per_s=10"]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             **{f"{name}-2": overrides for name, overrides in SYNCHRONOUS.items()},
             "uneven-2": ["plan.partition=[1,4]", "pipeline.recompute_ratio=[1,0.5]"],
             "pipedream-2": ASYNCHRONOUS,
+            "slow-2": [*SHORT, *SLOW],
             **{f"short-{count}": [*SHORT, f"train.iterations={count}"] for count in (1, 2, 3)},
             **{f"async-{count}": [*SHORT, *ASYNCHRONOUS, f"train.iterations={count}"] for count in (1, 2, 3, 9)},
         },
@@ -170,3 +172,11 @@ def test_an_asynchronous_run_is_measured_without_filling_and_draining(folder: Pa
     assert summary(folder / "async-9")["weight_versions"] == [2, 1]
     assert summary(folder / "short-3")["measured_iterations"] == [2, 3]
     assert summary(folder / "pipedream-2")["measured_iterations"] == [6, 7]
+
+
+def test_slow_links_change_the_time_and_nothing_else(folder: Path) -> None:
+    losses = [[record["loss"] for record in records(folder / run) if "loss" in record] for run in ("slow-2", "short-3")]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+    # There and back: no machine is so quick that a message arrives before it has left.
+    assert summary(folder / "slow-2")["iteration_ms"] >= 200

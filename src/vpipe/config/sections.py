@@ -20,6 +20,7 @@ from vpipe.config.fields import (
     Ratio,
     Share,
 )
+from vpipe.schedule.registry import SCHEDULES
 
 __all__ = [
     "BERT_SIZES",
@@ -130,7 +131,7 @@ class PipelineConfig(Section):
     num_ranks: Count | None = None
     """Ranks in the pipeline, one process each; null counts `launch.machines`, else the partition, else 1."""
     stages_per_rank: Count = 1
-    """Stages that each rank holds."""
+    """Stages that each rank holds; left out, as the schedule has it: 2 for those made for several, else 1."""
     num_microbatches: Count = 1
     """Slices of a batch; must divide `train.batch_size`. Asynchronous schedules make an update after each."""
     recompute_ratio: Ratio | list[Ratio] = 0.0
@@ -156,6 +157,15 @@ class PipelineConfig(Section):
     rank_times: dict[Literal["forward", "input_grad", "weight_grad"], list[NonNegative]] = {}
     """For searched: the time of each rank's share of one microbatch, in any unit, e.g. {forward: [1, 2], input_grad:
     [1, 2]}; what is left out takes 1 on every rank."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hold_stages_as_the_schedule_does(cls, given: object) -> object:
+        if not isinstance(given, dict) or given.get("stages_per_rank") is not None:
+            return given
+        name = given.get("schedule")
+        entry = SCHEDULES.get(name) if isinstance(name, str) else None
+        return given if entry is None else given | {"stages_per_rank": entry.default_stages_per_rank}
 
 
 class PlanConfig(Section):
@@ -238,3 +248,7 @@ class LaunchConfig(Section):
     """How long a rank waits for another before it gives up."""
     master_port: Port | None = None
     """Port where ranks meet; null takes a free one."""
+    link_latency_ms: NonNegative = 0.0
+    """Above 0, messages between ranks arrive so much later: what a slow network does, seen on one machine (gloo)."""
+    link_bandwidth_mb_per_s: Positive | None = None
+    """Likewise, each link carries one message at a time per direction and no more than this; null is no limit."""

@@ -16,6 +16,7 @@ from vpipe.errors import ConfigError, PeerLostError
 from vpipe.runtime.pipeline import Hooks, StepResult
 from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.runtime.status import StatusFile, status_path
+from vpipe.runtime.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action
 from vpipe.train.describe import describe_plan
@@ -28,6 +29,9 @@ from vpipe.train.stretches import cut_into_stretches
 __all__ = ["Trainer", "default_device", "train_rank"]
 
 logger = logging.getLogger(__name__)
+
+_BYTES_PER_MS = 1e6 / 1e3
+"""In one megabyte per second."""
 
 
 class Trainer:
@@ -42,6 +46,11 @@ class Trainer:
         self._status = StatusFile(status_path(run_directory, group.rank))
         hooks = Hooks(record=self._record, announce=self._status.write, waited=self._recorder.waited)
         self.pipeline = build_training_pipeline(self.setup, group.device, hooks)
+        launch = config.launch
+        if launch.link_latency_ms or launch.link_bandwidth_mb_per_s:
+            bandwidth = launch.link_bandwidth_mb_per_s
+            link = SlowLink(launch.link_latency_ms, None if bandwidth is None else bandwidth * _BYTES_PER_MS)
+            emulate_slow_links(self.pipeline.transport, link)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl") if group.rank == 0 else None
         self._meter = ThroughputMeter(num_draining=count_filling(self.pipeline))
         self._start = time.perf_counter()
