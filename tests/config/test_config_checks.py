@@ -239,3 +239,13 @@ def test_what_a_schedule_family_refuses_is_passed_on() -> None:
         ConfigError, match=r"^config: pipeline: schedule '1f1b' runs one stage per rank, got stages_per_rank=2"
     ):
         build_config(with_changes({"pipeline.stages_per_rank": 2, "plan.partition": "uniform"}))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages_per_rank"), [("1f1b", 1), ("interleaved", 2), ("looped-bfs", 2), ("zb-v", 2), ("pipedream", 1)]
+)
+def test_a_rank_holds_as_many_stages_as_the_schedule_is_made_for(schedule, stages_per_rank):
+    changes = {"pipeline.schedule": schedule, "pipeline.num_ranks": 2, "plan.partition": "uniform"}
+    run = build_config(with_changes(changes))
+    assert run.pipeline.stages_per_rank == stages_per_rank
+    assert run.num_stages == 2 * stages_per_rank

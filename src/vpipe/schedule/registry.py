@@ -48,6 +48,12 @@ class Entry:
         """Name the builder's options."""
         return tuple(name for name in self.parameters if name != "stages_per_rank")
 
+    @property
+    def default_stages_per_rank(self) -> int:
+        """Return how many stages a rank holds where nobody says; 1 where the builder would choose."""
+        parameter = inspect.signature(self.builder).parameters.get("stages_per_rank")
+        return 1 if parameter is None or parameter.default is None else int(parameter.default)
+
 
 SCHEDULES: dict[str, Entry] = {
     "naive": Entry(build_naive, True, "One microbatch at a time through all stages: one rank works, the rest wait."),
