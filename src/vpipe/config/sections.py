@@ -248,3 +248,7 @@ class LaunchConfig(Section):
     """How long a rank waits for another before it gives up."""
     master_port: Port | None = None
     """Port where ranks meet; null takes a free one."""
+    link_latency_ms: NonNegative = 0.0
+    """Above 0, messages between ranks arrive so much later: what a slow network does, seen on one machine (gloo)."""
+    link_bandwidth_mb_per_s: Positive | None = None
+    """Likewise, each link carries one message at a time per direction and no more than this; null is no limit."""
