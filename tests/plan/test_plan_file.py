@@ -34,7 +34,7 @@ def test_what_is_written_is_read() -> None:
 
 def test_the_depths_of_a_plan_are_written() -> None:
     profile = uniform_profile(4)
-    plan = find_plan(Request(profile, 2, 8, options={"depths": (3, 1)})).best
+    plan = find_plan(Request(profile, 2, 8, options={"depths": [3, 1], "vertical_sync": True})).best
     assert plan_to_dict(plan, profile)["stage_to_depth_map"] == [3, 1]
 
 

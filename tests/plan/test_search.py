@@ -193,3 +193,20 @@ def _same(one: Outcome, other: Outcome) -> bool:
 def test_the_same_request_gives_the_same_plan() -> None:
     request = Request(random_profile(random.Random(4), 12, 3), 3, 8, ("1f1b", "zb-h1"), limits=[700])
     assert _same(find_plan(request), find_plan(request))
+
+
+def test_stages_recompute_ahead_where_that_saves_time_and_fits() -> None:
+    profile = uniform_profile(8)
+    free = find_plan(Request(profile, 4, 8)).best
+    limits = [free.memory[0].total - 100] * 4
+    best = find_plan(Request(profile, 4, 8, limits=limits)).best
+    plain = judge_partition(Request(profile, 4, 8, limits=limits), best.partition, best.policies)
+    assert best.ahead
+    assert best.step_ms < plain.step_ms
+    assert best.fits(limits)
+    # A limit that the recomputed blocks one by one keep, and all at once would not.
+    again = [Policy.RECOMPUTE] * 8
+    held = judge_partition(Request(profile, 4, 8), [2, 2, 2, 2], again).memory[0].total
+    tight = find_plan(Request(profile, 4, 8, limits=[held]))
+    assert all(memory.total <= held for memory in tight.best.memory)
+    assert 0 not in tight.best.ahead

@@ -24,6 +24,7 @@ from vpipe.schedule.registry import SCHEDULES, find_entry
 
 __all__ = ["command"]
 
+_NOT_CHOSEN = ("naive", "searched")
 _NAIVE = ("uniform", "parameters", "compute")
 
 
@@ -121,9 +122,9 @@ def _profile_of(run: RunConfig, file: Path | None, counts: Sequence[int] | None)
 
 
 def _schedules(run: RunConfig, names: str | None) -> tuple[str, ...]:
-    """Return the schedules to choose from; `auto` are all that give the answer of one process."""
+    """Return the schedules to choose from; `auto` are all closed forms that give the answer of one process."""
     if names == "auto":
-        return tuple(name for name, entry in SCHEDULES.items() if entry.synchronous and name != "naive")
+        return tuple(name for name, entry in SCHEDULES.items() if entry.synchronous and name not in _NOT_CHOSEN)
     found = (run.pipeline.schedule,) if names is None else tuple(name.strip() for name in names.split(","))
     for name in found:
         find_entry(name)

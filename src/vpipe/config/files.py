@@ -19,6 +19,7 @@ _PLAN_KEYS = (
     *("schedule", "synchronous", "num_microbatches", "microbatch_size", "depths"),
     *("stages", "cuts", "fingerprint"),
     *("policies", "stages_per_rank", "stage_to_depth_map", "predicted", "profile"),
+    "recompute_ahead",
 )
 
 

@@ -142,7 +142,7 @@ def simulator_costs(
 ) -> Costs:
     """Return the simulator's costs, in ms and bytes, of a partition with a policy per block.
 
-    Recomputing comes before the backward, and so does waiting for a host link that is busier than the rank.
+    Before a backward comes the wait for a host link that is busier than the rank.
     """
     speeds = speeds_of(profile, placement.num_ranks)
     ends = list(accumulate(partition))
@@ -157,7 +157,7 @@ def simulator_costs(
         swapped = sum(block.activation_bytes for block, policy in inside if policy is Policy.SWAP)
         waiting = host_ms(profile.host, swapped) - forward - input_grad - weight_grad - again
         times["forward"].append(forward)
-        times["input_grad"].append(input_grad + again + max(0.0, waiting))
+        times["input_grad"].append(input_grad + max(0.0, waiting))
         times["weight_grad"].append(weight_grad)
         times["step"].append(math.fsum(block.step_ms for block, _ in inside) / speed)
         times["recompute"].append(again)

@@ -89,8 +89,8 @@ def _stage_table(outcome: Outcome, plan: Plan) -> list[str]:
     rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "activations"]]
     costs = plan.costs
     for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
-        backward = costs.input_grad[stage] + costs.weight_grad[stage]
-        work = (costs.forward[stage] + backward) * plan.setting.num_microbatches
+        backward = plan.stage_ms[stage] - costs.forward[stage]
+        work = plan.stage_ms[stage] * plan.setting.num_microbatches
         rows.append(
             [
                 str(stage),
@@ -117,7 +117,8 @@ def _policy_words(outcome: Outcome, plan: Plan, stage: int, start: int, stop: in
     if kept := own.count(Policy.KEEP):
         words.append("all kept" if kept == len(own) else f"{kept} kept")
     if again := own.count(Policy.RECOMPUTE):
-        words.append(f"{again} recomputed ({plan.costs.recompute[stage]:.4g} ms)")
+        ahead = ", before the gradient arrives" if stage in plan.ahead else ""
+        words.append(f"{again} recomputed ({plan.costs.recompute[stage]:.4g} ms{ahead})")
     if own.count(Policy.SWAP):
         blocks = profile.at(plan.setting.microbatch_size).blocks[start:stop]
         size = sum(block.activation_bytes for block, policy in zip(blocks, own, strict=True) if policy is Policy.SWAP)
@@ -136,8 +137,7 @@ def _memory_table(plan: Plan, limits: Sequence[float]) -> list[str]:
 
 
 def _bottleneck_line(outcome: Outcome, plan: Plan) -> str:
-    costs, speeds = plan.costs, outcome.request.profile.rank_speeds
-    busy = [sum(parts) for parts in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)]
+    busy, speeds = plan.stage_ms, outcome.request.profile.rank_speeds
     stage = max(range(len(busy)), key=busy.__getitem__)
     rank = plan.setting.build().rank_of(stage)
     slow = f", whose speed is {speeds[rank]:g}" if speeds and speeds[rank] != 1 else ""

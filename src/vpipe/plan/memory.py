@@ -100,12 +100,19 @@ def transient_bytes(block: BlockProfile, policy: Policy) -> int:
     return block.workspace_bytes + max(0, again)
 
 
-def stage_bytes(blocks: Sequence[BlockProfile], start: int, stop: int, policies: Sequence[Policy]) -> StageBytes:
-    """Add up blocks `start` to `stop - 1` of a chain; `policies` has one entry per block of the whole chain."""
+def stage_bytes(
+    blocks: Sequence[BlockProfile], start: int, stop: int, policies: Sequence[Policy], *, is_ahead: bool = False
+) -> StageBytes:
+    """Add up blocks `start` to `stop - 1` of a chain; `policies` has one entry per block of the whole chain.
+
+    With `is_ahead` all blocks that recompute do so at once, before the gradient arrives.
+    """
     inside = [(blocks[index], policies[index]) for index in range(start, stop)]
     arriving = blocks[start - 1].output_bytes if start else 0
     kept = {Policy.KEEP: "activation_bytes", Policy.RECOMPUTE: "input_bytes"}
     held = sum(getattr(block, kept[policy]) for block, policy in inside if policy in kept)
+    needs = [transient_bytes(block, policy) for block, policy in inside]
+    own = [block.workspace_bytes for block, _ in inside]
     return StageBytes(
         parameters=sum(block.parameter_bytes for block, _ in inside),
         optimizer=sum(block.optimizer_bytes for block, _ in inside),
@@ -114,7 +121,7 @@ def stage_bytes(blocks: Sequence[BlockProfile], start: int, stop: int, policies:
         held=held + max(0, arriving - blocks[start].input_bytes),  # values that only pass through
         swapped=sum(block.activation_bytes for block, policy in inside if policy is Policy.SWAP),
         weight_held=sum(block.weight_grad_bytes for block, _ in inside),
-        workspace=max(transient_bytes(block, policy) for block, policy in inside),
+        workspace=sum(needs) - sum(own) + max(own) if is_ahead else max(needs),
     )
 
 

@@ -30,7 +30,8 @@ class PlanFile:
 def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = None) -> dict[str, Any]:
     """Return the plan for JSON; times are predictions in ms, sizes bytes.
 
-    `policies` holds what a ratio cannot say: what every block does, in model order.
+    `policies` holds what a ratio cannot say: what every block does, in model order. `recompute_ahead` names the stages
+    that recompute before the gradient arrives: the schedule has an R before each of their backwards.
     """
     setting = plan.setting
     return {
@@ -42,6 +43,7 @@ def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = No
         "num_microbatches": setting.num_microbatches,
         "microbatch_size": setting.microbatch_size,
         "stages_per_rank": len(plan.partition) // setting.num_ranks,
+        **({"recompute_ahead": list(plan.ahead)} if plan.ahead else {}),
         **({"stage_to_depth_map": list(setting.depths)} if setting.depths else {}),
         "stages": _stages(plan, profile),
         "predicted": {
@@ -121,7 +123,7 @@ def _stages(plan: Plan, profile: Profile) -> list[dict[str, Any]]:
                 "first_block": start,
                 "blocks": [block.name for block in blocks[start:stop]],
                 "forward_ms": costs.forward[stage],
-                "backward_ms": costs.input_grad[stage] + costs.weight_grad[stage],
+                "backward_ms": plan.stage_ms[stage] - costs.forward[stage],
                 "recompute_ms": costs.recompute[stage],
             }
         )

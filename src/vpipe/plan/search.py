@@ -117,6 +117,7 @@ def find_plan(request: Request) -> Outcome:
         raise PlanError(_refusal(request, situations))
     ranked = _simulate_best(drafts)
     improved = [_improve(*pair) for pair in ranked[:2]]
+    improved += [(situation, situation.recompute_ahead(plan)) for situation, plan in [*improved, *ranked[:2]]]
     ranked = _prefer_small(_distinct(sorted([*improved, *ranked], key=_merit)))
     situation, best = ranked[0]
     limits, smallest = _smallest(situations)

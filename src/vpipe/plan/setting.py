@@ -122,7 +122,7 @@ def _options(
     name: str, num_ranks: int, num_microbatches: int, options: Mapping[str, Any], *, is_eager: bool
 ) -> Iterator[dict[str, Any]]:
     known = find_entry(name).options
-    own = {key: value for key, value in options.items() if key in known}
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items() if key in known}
     if options.get("macrobatch") and "microbatches_per_update" in known:
         own["microbatches_per_update"] = num_microbatches
     yield own

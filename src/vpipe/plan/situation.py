@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -15,6 +15,7 @@ from vpipe.plan.profile import Profile
 from vpipe.plan.setting import Setting
 from vpipe.plan.stage_times import StageTimes
 from vpipe.schedule.costs import Costs
+from vpipe.schedule.recompute_ahead import insert_recomputes, recompute_ahead
 from vpipe.schedule.schedule import Schedule, uses_split_backward
 from vpipe.schedule.simulate import simulate
 
@@ -35,11 +36,20 @@ class Plan:
     """What the prediction is made of: ms and bytes per stage."""
     step_ms: float
     """One batch."""
+    ahead: tuple[int, ...] = ()
+    """The stages that recompute before the gradient arrives."""
 
     @property
     def sample_ms(self) -> float:
         """Time per sample."""
         return self.step_ms / self.setting.batch_size
+
+    @property
+    def stage_ms(self) -> tuple[float, ...]:
+        """Time that each stage computes for one microbatch."""
+        costs = self.costs
+        times = zip(costs.forward, costs.input_grad, costs.weight_grad, costs.recompute, strict=True)
+        return tuple(map(sum, times))
 
     @property
     def recompute_ratio(self) -> tuple[float, ...]:
@@ -116,22 +126,39 @@ class Situation:
         limits = [share * self.limits[self.schedule.rank_of(stage)] for stage, share in enumerate(self.stage_shares)]
         return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits))
 
-    def draft(self, partition: Sequence[int], policies: Sequence[Policy]) -> Plan:
-        """Return the plan without its time."""
+    def draft(self, partition: Sequence[int], policies: Sequence[Policy], ahead: Collection[int] = ()) -> Plan:
+        """Return the plan without its time; stages of `ahead` recompute before the gradient arrives."""
         blocks, placement = self.chain.blocks, self.schedule.placement
         cut = pairwise([0, *accumulate(partition)])
-        stages = [stage_bytes(blocks, start, stop, policies) for start, stop in cut]
+        stages = [
+            stage_bytes(blocks, start, stop, policies, is_ahead=stage in ahead)
+            for stage, (start, stop) in enumerate(cut)
+        ]
         memory = rank_memory(self.schedule, self.loads, stages)
         costs = simulator_costs(self.profile, blocks, partition, policies, placement)
-        return Plan(self.setting, tuple(partition), tuple(policies), memory, costs, math.nan)
+        return Plan(self.setting, tuple(partition), tuple(policies), memory, costs, math.nan, tuple(ahead))
 
     def judge(self, draft: Plan) -> Plan:
         """Return the plan with its time, by the simulator: of a batch, or of one in an asynchronous steady state."""
-        end = simulate(self.schedule, draft.costs).makespan
+        end = simulate(insert_recomputes(self.schedule, draft.ahead), draft.costs).makespan
         if not self.setting.synchronous:
             longer, more = self._longer
-            end = (simulate(longer, draft.costs).makespan - end) / more
-        return Plan(draft.setting, draft.partition, draft.policies, draft.memory, draft.costs, end)
+            end = (simulate(insert_recomputes(longer, draft.ahead), draft.costs).makespan - end) / more
+        return replace(draft, step_ms=end)
+
+    def recompute_ahead(self, plan: Plan) -> Plan:
+        """Let stages recompute before the gradient arrives, where that saves time and there is the memory for it."""
+        able = [
+            stage
+            for stage, time in enumerate(plan.costs.recompute)
+            if time and self.draft(plan.partition, plan.policies, [stage]).fits(self.limits)
+        ]
+        _, stages = recompute_ahead(self.schedule, plan.costs, able)
+        draft = self.draft(plan.partition, plan.policies, stages)
+        if not stages or not draft.fits(self.limits):
+            return plan
+        judged = self.judge(draft)
+        return judged if judged.step_ms < plan.step_ms else plan
 
     @cached_property
     def _longer(self) -> tuple[Schedule, int]:
@@ -141,10 +168,7 @@ class Situation:
     def estimate(self, draft: Plan) -> float:
         """Estimate the time of a batch without simulating: once through all stages, and the busiest rank's rest."""
         costs, placement = draft.costs, self.schedule.placement
-        stages = [
-            sum(parts) + self.chain.dispatch_ms
-            for parts in zip(costs.forward, costs.input_grad, costs.weight_grad, strict=True)
-        ]
+        stages = [time + self.chain.dispatch_ms for time in draft.stage_ms]
         ranks = [0.0] * placement.num_ranks
         for stage, time in enumerate(stages):
             ranks[placement.rank_of(stage)] += time

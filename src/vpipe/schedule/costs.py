@@ -63,7 +63,8 @@ class Costs:
     message_bytes: tuple[float, ...] = ()
     """Bytes that each stage sends to the next; the gradient that comes back is as large. Empty: nothing."""
     recompute: tuple[float, ...] = ()
-    """One recomputation. Empty: as long as the forward."""
+    """One recomputation of what the stage does not keep: its R, or without one a part of its backward. Empty: nothing
+    is recomputed in backwards, and an R takes as long as the forward."""
     dispatch: float = 0.0
     """What every computation takes on top, before it starts: the executor's own time. The rank counts as working."""
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)

@@ -110,6 +110,7 @@ class _Run:
         self._starts = starts
         self.events: list[list[Event]] = [[] for _ in schedule.orders]
         self._durations = costs.durations(stages)
+        self._again = self._recomputed_in_backwards(costs)
         self._hops_forward, self._hops_backward = costs.hops(schedule.placement)
         self._rank_of = [schedule.rank_of(stage) for stage in range(stages)]
         # When the input of a forward / backward is there, at stage * num_microbatches + microbatch; None: not sent yet.
@@ -119,12 +120,24 @@ class _Run:
         self._missing: list[int | None] = [None] * len(schedule.orders)  # what a rank waits for; gradients as ~index
         self._link_free: dict[tuple[int, int], float] = {}
 
+    def _recomputed_in_backwards(self, costs: Costs) -> list[float] | None:
+        """Return how much longer each backward takes; nothing where its recomputation is an action of its own."""
+        if not any(costs.recompute):
+            return None
+        width = self.schedule.num_microbatches
+        extra = [time for time in costs.recompute for _ in range(width)]
+        for order in self.schedule.orders:
+            for action in order:
+                if action.kind is Kind.R:
+                    extra[action.stage * width + action.microbatch] = 0.0
+        return extra
+
     def advance(self, rank: int) -> list[int]:
         """Run `rank` until it is done or misses an input; return the ranks that its messages set free."""
         order, events, missing = self.schedule.orders[rank], self.events[rank], self._missing
         inputs, gradients, durations = self._inputs, self._gradients, self._durations
         width, last = self.schedule.num_microbatches, self.schedule.num_stages - 1
-        forward, backward, input_backward = Kind.F, Kind.B, Kind.I
+        forward, backward, input_backward, again = Kind.F, Kind.B, Kind.I, self._again
         clock = events[-1].end if events else self._starts[rank]
         freed = []
         missing[rank] = None
@@ -139,6 +152,8 @@ class _Run:
                 break
             start = ready if ready > clock else clock
             clock = start + durations[kind][stage]
+            if goes_back and again is not None:
+                clock += again[index]
             events.append(Event(action, start, clock))
             if kind is forward and stage < last:
                 receiver, index = self._rank_of[stage + 1], index + width
