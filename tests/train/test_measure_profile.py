@@ -1,0 +1,50 @@
+"""What the profiler says of a chain whose bytes can be counted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from train_toys import write_chain_config
+
+from vpipe.config import load_config
+from vpipe.errors import PlanError
+from vpipe.plan.profile import Profile
+from vpipe.train.profile import profile_config
+
+WIDTH, SAMPLES = 6, 2
+VALUE = 4 * WIDTH * SAMPLES
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    path = write_chain_config(tmp_path_factory.mktemp("profile"))
+    return profile_config(load_config(path))
+
+
+def test_it_counts_what_a_layer_holds(profile: Profile) -> None:
+    (size,) = profile.sizes
+    assert size.microbatch_size == SAMPLES
+    assert [block.name for block in size.blocks] == [f"block.{index}" for index in range(4)]
+    first, *middle, last = size.blocks
+    for block in middle:
+        assert block.parameter_bytes == 4 * (WIDTH * WIDTH + WIDTH)
+        assert (block.input_bytes, block.output_bytes) == (VALUE, VALUE)
+        # The input, what tanh gave, and the dropout's noise.
+        assert block.activation_bytes == 3 * VALUE
+        assert block.weight_grad_bytes >= 2 * VALUE  # the layer's input, and the gradient of its output
+        assert block.optimizer_bytes >= 2 * block.parameter_bytes  # adamw's two means
+    assert first.input_bytes == 0  # the batch's fields are nobody's
+    assert last.output_bytes == 0
+
+
+def test_it_times_everything(profile: Profile) -> None:
+    for block in profile.sizes[0].blocks:
+        assert min(block.forward_ms, block.input_grad_ms, block.weight_grad_ms, block.step_ms) > 0
+        assert block.recompute_ms >= 0
+
+
+def test_a_microbatch_larger_than_the_batch_is_refused(tmp_path: Path) -> None:
+    config = load_config(write_chain_config(tmp_path))
+    with pytest.raises(PlanError, match=r"microbatches of 9 samples do not fit train\.batch_size 8"):
+        profile_config(config, microbatch_sizes=[9])
