@@ -25,6 +25,7 @@ from vpipe.model.chain import Chain
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
 from vpipe.runtime.agreement import agree
+from vpipe.runtime.allocator import keep_freed_memory
 from vpipe.runtime.arguments import (
     as_chain,
     check_training_arguments,
@@ -173,6 +174,7 @@ class Pipeline:
             self._membership = initialise_process_group(None, timeout.total_seconds(), device=device)
             self.device = self._membership.device
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        keep_freed_memory()
         # A group of its own, so that losses and collectives never meet the transport's messages.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.num_ranks > 1 else None
 
