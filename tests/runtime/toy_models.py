@@ -231,6 +231,36 @@ def stopped() -> Chain:
     return Chain(blocks, ("input", "target"), CallableLoss(nn.functional.mse_loss))
 
 
+class Weigh(nn.Module):
+    """Offers a number per token that needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.inner(hidden)), hidden.detach().abs().mean(-1, keepdim=True)
+
+
+class Scale(nn.Module):
+    """Takes the number up again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, hidden: Tensor, share: Tensor) -> Tensor:
+        return self.drop(hidden * (1 + share))
+
+
+def winding() -> Chain:
+    """Enough blocks for eight stages: skip connections, integers, booleans and numbers without gradient across cuts."""
+    chain = skipping()
+    weigh = Block("weigh", Weigh, ("hidden",), ("hidden", "share"))
+    scale = Block("scale", Scale, ("hidden", "share"), ("hidden",))
+    return Chain((*chain.blocks[:2], weigh, *chain.blocks[2:5], scale, *chain.blocks[5:]), chain.fields, chain.loss)
+
+
 MODELS: dict[str, Callable[[], Chain]] = {
     "frozen": frozen,
     "normalised": normalised,
@@ -241,6 +271,7 @@ MODELS: dict[str, Callable[[], Chain]] = {
     "tied": tied,
     "tied_frozen": tied_frozen,
     "weightless": weightless,
+    "winding": winding,
 }
 
 

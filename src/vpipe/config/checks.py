@@ -12,7 +12,8 @@ from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig
 from vpipe.errors import ScheduleError
 from vpipe.plan.partition import check_partition, check_ratios
-from vpipe.schedule.registry import SCHEDULES, build_schedule
+from vpipe.schedule.csv_file import check_csv_run, is_csv_file
+from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry, known_entry
 
 __all__ = ["check_config", "is_synchronous"]
 
@@ -24,17 +25,21 @@ def check_config(run: RunConfig) -> list[Problem]:
 
 def is_synchronous(run: RunConfig) -> bool | None:
     """Return whether the run's schedule updates all stages at once, or None when there is no such schedule."""
-    entry = SCHEDULES.get(run.pipeline.schedule)
+    entry = known_entry(run.pipeline.schedule)
     return None if entry is None else entry.synchronous
 
 
 def _check_schedule(run: RunConfig) -> Iterator[Problem]:
     pipeline = run.pipeline
-    if pipeline.schedule not in SCHEDULES:
+    if is_csv_file(pipeline.schedule):
+        yield from _check_schedule_file(pipeline.schedule)
+    elif pipeline.schedule not in SCHEDULES:
         near = did_you_mean(pipeline.schedule, SCHEDULES)
         names = ", ".join(show(name) for name in SCHEDULES)
         text = f"pipeline.schedule = {show(pipeline.schedule)} is not one of {names}{near}"
         yield Problem(("pipeline.schedule",), text)
+    entry = known_entry(pipeline.schedule)
+    if entry is None:
         return
     wanted = {
         "macrobatch": ("microbatches_per_update", pipeline.macrobatch),
@@ -44,13 +49,22 @@ def _check_schedule(run: RunConfig) -> Iterator[Problem]:
         "rank_times": ("forward", bool(pipeline.rank_times)),
     }
     for key, (option, given) in wanted.items():
-        if given and option not in SCHEDULES[pipeline.schedule].options:
-            able = " or ".join(name for name, entry in SCHEDULES.items() if option in entry.options)
+        if given and option not in entry.options:
+            able = " or ".join(name for name, other in SCHEDULES.items() if option in other.options)
             value = show(getattr(pipeline, key))
             yield Problem(
                 (f"pipeline.{key}", "pipeline.schedule"),
                 f"pipeline.{key} = {value} needs pipeline.schedule = {able}, not {show(pipeline.schedule)}",
             )
+
+
+def _check_schedule_file(name: str) -> Iterator[Problem]:
+    try:
+        reasons = check_csv_run(name, synchronous=find_entry(name).synchronous)
+    except ScheduleError as error:
+        reasons = [str(error)]
+    for reason in reasons:
+        yield Problem(("pipeline.schedule",), f"pipeline.{reason}")
 
 
 def _check_flow(run: RunConfig) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from vpipe.config.sections import BERT_SIZES, DataConfig, ModelConfig
 from vpipe.config.text import parse_json, read_text
 from vpipe.config.tree import Tree, get_key, set_key
 from vpipe.errors import ConfigError
+from vpipe.schedule.csv_file import is_csv_file
 
 __all__ = ["absolute", "is_file_name", "make_paths_absolute", "read_initial_model", "read_partition", "resolve_run"]
 
@@ -46,7 +47,7 @@ def is_file_name(partition: object) -> bool:
 
 
 def make_paths_absolute(tree: Tree, folder: Path) -> None:
-    """Let the relative paths of a run start from `folder`: folders, the files of entries, and a partition file."""
+    """Let the relative paths of a run start from `folder`: folders, and files of entries, partition and schedule."""
     tree.setdefault("log_directory", "runs")
     for key in _PATHS:
         value = get_key(tree, key)
@@ -60,6 +61,9 @@ def make_paths_absolute(tree: Tree, folder: Path) -> None:
     partition = get_key(tree, "plan.partition")
     if is_file_name(partition):
         set_key(tree, "plan.partition", absolute(partition, folder))
+    schedule = get_key(tree, "pipeline.schedule")
+    if isinstance(schedule, str) and is_csv_file(schedule):
+        set_key(tree, "pipeline.schedule", absolute(schedule, folder))
 
 
 def read_initial_model(tree: Tree) -> list[Problem]:

@@ -20,7 +20,7 @@ from vpipe.config.fields import (
     Ratio,
     Share,
 )
-from vpipe.schedule.registry import SCHEDULES
+from vpipe.schedule.registry import known_entry
 
 __all__ = [
     "BERT_SIZES",
@@ -127,7 +127,8 @@ class PipelineConfig(Section):
     """How microbatches flow."""
 
     schedule: str = "1f1b"
-    """Name of the schedule, e.g. naive, gpipe, 1f1b, pipedream; `vpipe schedule --help` lists them all."""
+    """Name of the schedule, e.g. naive, gpipe, 1f1b, pipedream; `vpipe schedule --list` has them all. Or a CSV file
+    with one order for these ranks and microbatches, as `vpipe schedule --format csv` prints it."""
     num_ranks: Count | None = None
     """Ranks in the pipeline, one process each; null counts `launch.machines`, else the partition, else 1."""
     stages_per_rank: Count = 1
@@ -164,7 +165,7 @@ class PipelineConfig(Section):
         if not isinstance(given, dict) or given.get("stages_per_rank") is not None:
             return given
         name = given.get("schedule")
-        entry = SCHEDULES.get(name) if isinstance(name, str) else None
+        entry = known_entry(name) if isinstance(name, str) else None
         return given if entry is None else given | {"stages_per_rank": entry.default_stages_per_rank}
 
 

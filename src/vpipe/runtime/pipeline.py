@@ -83,7 +83,7 @@ class Pipeline:
         model: a `Chain`, or modules that each take the previous one's tensor; these keep the weights that they have.
         loss: for modules alone: a function of the last one's output and the batch's target, the mean over samples.
         optimizer: makes the optimizer of one stage from its (name, parameter) pairs, which torch's optimizers take.
-        schedule: a name from `vpipe schedule --list`.
+        schedule: a name from `vpipe schedule --list`, or a CSV file with an order of these sizes.
         num_microbatches: slices of a batch, by default two per rank; in `pipedream` each one is an update of its own.
         partition: blocks per stage, `uniform` (default) or `parameters`.
         stages_per_rank: stages that each rank holds; None: as the schedule has it, mostly 1.

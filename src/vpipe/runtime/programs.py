@@ -8,6 +8,7 @@ from dataclasses import replace
 from vpipe.errors import ScheduleError
 from vpipe.runtime.executor import RUNNABLE, Program
 from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.csv_file import check_csv_run
 from vpipe.schedule.lower import lower
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.registry import build_schedule, find_entry
@@ -40,6 +41,8 @@ class ProgramBuilder:
         options: Mapping[str, object],
     ) -> None:
         self.synchronous = find_entry(name).synchronous
+        if reasons := check_csv_run(name, synchronous=self.synchronous):
+            raise ScheduleError(reasons[0])
         self.num_microbatches = num_microbatches
         self._name = name
         self._num_ranks = num_ranks

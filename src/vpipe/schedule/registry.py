@@ -2,7 +2,7 @@
 
 A builder is called as ``builder(num_ranks, num_microbatches, **options)``; its keyword parameters are its options. One
 that has the parameter `stages_per_rank` can put several stages on a rank (its default is the family's), any other runs
-one.
+one. The name of a CSV file is a schedule, too, of the sizes that the file has.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from vpipe.errors import ScheduleError
+from vpipe.schedule.csv_file import build_from_csv, is_csv_file, read_csv_file
 from vpipe.schedule.dualpipe_v import build_dualpipe_v
 from vpipe.schedule.gpipe import build_gpipe
 from vpipe.schedule.interleaved import build_interleaved
@@ -26,7 +29,7 @@ from vpipe.schedule.v_memory import build_v_half, build_v_min
 from vpipe.schedule.zb_v import build_zb_v
 from vpipe.schedule.zero_bubble import build_zb_h1, build_zb_h2
 
-__all__ = ["SCHEDULES", "Entry", "build_schedule", "find_entry"]
+__all__ = ["SCHEDULES", "Entry", "build_schedule", "find_entry", "known_entry"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def build_schedule(
     """Build the schedule `name` for so many ranks and microbatches.
 
     Args:
-        name: a key of `SCHEDULES`.
+        name: a key of `SCHEDULES`, or a CSV file.
         num_ranks: ranks in the pipeline.
         num_microbatches: microbatches of one batch; in an asynchronous schedule, all until the pipeline drains.
         stages_per_rank: stages that each rank holds; None: what the family holds by default, mostly 1.
@@ -116,15 +119,31 @@ def build_schedule(
 
 
 def find_entry(name: str) -> Entry:
-    """Return the family called `name`.
+    """Return the family called `name`, or what there is to know about the CSV file of that name.
 
     Raises:
-        ScheduleError: there is none; the text lists those there are.
+        ScheduleError: there is none; the text lists those there are. Or the file holds no legal schedule.
     """
+    if is_csv_file(name):
+        return _entry_of_file(Path(name))
     if name not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise ScheduleError(f"unknown schedule '{name}'{_did_you_mean(name, SCHEDULES)}; known schedules: {known}")
     return SCHEDULES[name]
+
+
+def known_entry(name: str) -> Entry | None:
+    """Return what `find_entry` finds, or None where it finds nothing."""
+    try:
+        return find_entry(name)
+    except ScheduleError:
+        return None
+
+
+def _entry_of_file(path: Path) -> Entry:
+    schedule = read_csv_file(path)
+    builder = partial(build_from_csv, path, stages_per_rank=schedule.placement.stages_per_rank)
+    return Entry(builder, schedule.synchronous, f"The order in {path.name}.")
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
