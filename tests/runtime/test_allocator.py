@@ -21,7 +21,7 @@ if sys.argv[1] == "keep":
 for turn in range(12):
     if turn == 2:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    kept = [torch.ones(1 << 18) for _ in range(24)]  # 24 MiB, as a microbatch's activations
+    kept = [torch.ones(1 << 20) for _ in range(12)]  # 48 MiB, as a microbatch's activations
     del kept
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -34,9 +34,9 @@ def _faults(how: str) -> int:
 
 
 def test_what_is_freed_does_not_come_back_page_by_page() -> None:
-    if _faults("leave") < 10_000:
+    if _faults("leave") < 50_000:
         pytest.skip("this C library keeps freed memory by itself")
-    assert _faults("keep") < 1_000
+    assert _faults("keep") < 5_000
 
 
 @pytest.mark.parametrize(
