@@ -16,14 +16,14 @@ Source of the idea: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DeferWeightGradients", "Deferred", "run_deferred"]
+__all__ = ["DeferWeightGradients", "Deferred", "held_tensors", "run_deferred"]
 
 Deferred = list[Callable[[], None]]
 """Weight gradients that are still to be computed, in the order of the backward."""
@@ -66,6 +66,10 @@ class _WeightGradient:
 
     def of_bias(self) -> Tensor | None:
         return self._rows.sum(0) if self._bias is not None and self._bias.requires_grad else None
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return what is held for it."""
+        return self._rows, self._hidden
 
     def __call__(self) -> None:
         for parameter, gradient in ((self._weight, self.of_weight()), (self._bias, self.of_bias())):
@@ -123,6 +127,13 @@ def run_deferred(deferred: Deferred) -> None:
             compute()
             deferred[index] = _done
     deferred.clear()
+
+
+def held_tensors(deferred: Iterable[Callable[[], None]]) -> Iterator[Tensor]:
+    """Yield what the noted gradients still need."""
+    for compute in deferred:
+        if isinstance(compute, _WeightGradient):
+            yield from compute.tensors()
 
 
 def _done() -> None:

@@ -5,8 +5,7 @@ Weights are passed in, so the same stage serves every weight version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -14,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils.checkpoint import checkpoint
 
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import derive_seed, seed_everything
-from vpipe.runtime.split import Deferred, DeferWeightGradients, run_deferred
+from vpipe.runtime.activations import Activations
+from vpipe.runtime.entry import Entrance, enter_as_leaves, enter_through_nodes
+from vpipe.runtime.split import Deferred, DeferWeightGradients, held_tensors, run_deferred
+from vpipe.runtime.swap import Parcel
 
 __all__ = ["MicrobatchKey", "Stage"]
 
@@ -50,9 +51,10 @@ def _derive(seed: int, iteration: int, microbatch: int, block: int) -> int:
 
 @dataclass
 class _Saved:
-    """What a forward leaves for its backward: the inputs that need a gradient, and where the outputs' graphs begin."""
+    """What a forward leaves for its backward, and where the outputs' graphs begin."""
 
-    inputs: dict[str, Tensor]
+    entrance: Entrance
+    activations: Activations
     deferred: Deferred | None
     """Where the weight gradients of a split backward are noted; None for a full backward."""
     roots: dict[str, GradientEdge] = field(default_factory=dict)
@@ -62,7 +64,8 @@ class _Saved:
 class Stage:
     """Blocks `start` to `stop - 1` of a chain.
 
-    `recomputes(block, microbatch)` says which blocks keep no activations for a microbatch (by its index in the batch).
+    `recomputes(block, microbatch)` says which blocks keep no activations for a microbatch (by its index in the batch),
+    `swaps` names those whose activations can be moved to host memory between forward and backward.
 
     Forward and backward use the default random generators and leave them changed.
     """
@@ -73,6 +76,7 @@ class Stage:
         start: int,
         stop: int,
         recomputes: Callable[[int, int], bool] = lambda block, microbatch: False,
+        swaps: Container[int] = (),
     ) -> None:
         self.chain = chain
         self.start = start
@@ -81,6 +85,8 @@ class Stage:
         self.outputs = () if self.is_last else chain.crossing(stop)
         self.fields = chain.fields_of(start, stop)
         self._recomputes = recomputes
+        self._swaps = frozenset(block for block in range(start, stop) if block in swaps)
+        self._enter = enter_through_nodes if self._swaps else enter_as_leaves
         self._differentiable: frozenset[str] = frozenset()
         self._owed: frozenset[str] = frozenset()
         self._saved: dict[int, _Saved] = {}
@@ -104,21 +110,27 @@ class Stage:
         fields: Mapping[str, Tensor],
         key: MicrobatchKey,
         split: bool = False,
+        is_watched: bool = False,
     ) -> dict[str, Tensor]:
         """Run microbatch `serial` and keep what its backward needs; return the values that cross the next cut.
 
-        `inputs` become leaves of the stage's graph, so they are tensors that nobody else holds, and part of no graph.
-        On the last stage return all values, for `loss`. With `split` its backward comes in two halves.
+        `inputs` become part of the stage's graph, so they are tensors that nobody else holds, and part of no graph. On
+        the last stage return all values, for `loss`. With `split` its backward comes in two halves. Where it
+        `is_watched`, `held` tells what memory it left.
 
         Raises:
             ModelError: a value needs a gradient although it did not when shapes were inferred, or the other way round.
         """
-        needing = {name: value.requires_grad_() for name, value in inputs.items() if name in self._differentiable}
+        entrance = self._enter(inputs, self._differentiable)
         deferred: Deferred | None = [] if split else None
-        values = self._run(modules, {**fields, **inputs}, key, deferred)
-        saved = self._saved[serial] = _Saved(needing, deferred)
+        activations = Activations(self._swaps, fields.values(), is_watched=is_watched)
+        activations.note(entrance.held())
+        values = self._run(modules, {**fields, **entrance.values}, key, deferred, activations)
+        entrance.values = {}
+        saved = self._saved[serial] = _Saved(entrance, activations, deferred)
         if self.is_last:
             return values
+        activations.forget_needless()
         outputs = {name: values[name] for name in self.outputs}
         saved.roots = {name: _edge(value) for name, value in outputs.items() if value.requires_grad}
         if odd := sorted(saved.roots.keys() ^ self._owed):
@@ -132,11 +144,22 @@ class Stage:
     def loss(
         self, serial: int, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
-        """Compute the parts of the microbatch's loss and make their sum the root of its backward."""
-        parts = self.chain.loss(values, totals, num_samples)
+        """Compute the parts of the microbatch's loss and make their sum the root of its backward.
+
+        It keeps, recomputes or swaps what it needs as the last block does.
+        """
+        saved, names = self._saved[serial], self.chain.blocks[-1].outputs
+        others = {name: values[name] for name in self.chain.loss.inputs if name not in names}
+
+        def call(written: Any) -> dict[str, Tensor]:
+            tensors = written if isinstance(written, tuple) else (written,)
+            return self.chain.loss({**others, **dict(zip(names, tensors, strict=True))}, totals, num_samples)
+
+        parts = saved.activations.around_loss(call, tuple(values[name] for name in names))
+        saved.activations.forget_needless()
         total = sum_parts(parts)
         if total.requires_grad:
-            self._saved[serial].loss = _edge(total), torch.ones_like(total)
+            saved.loss = _edge(total), torch.ones_like(total)
         return {name: part.detach() for name, part in parts.items()}
 
     def evaluate(
@@ -153,13 +176,35 @@ class Stage:
         values: dict[str, Tensor],
         key: MicrobatchKey,
         deferred: Deferred | None = None,
+        activations: Activations | None = None,
     ) -> dict[str, Tensor]:
         for index, module in zip(range(self.start, self.stop), modules, strict=True):
-            call = partial(_seeded, key, index, module, deferred)
-            if torch.is_grad_enabled() and self._recomputes(index, key.microbatch):
-                call = partial(_checkpointed, module, call)
-            values.update(call_block(self.chain.blocks[index], call, values))
+            block = self.chain.blocks[index]
+            call: Callable[..., Any] = partial(_seeded, key, index, module, deferred)
+            if activations is not None:
+                recomputes = self._recomputes(index, key.microbatch)
+                call = activations.around(index, block.name, module, call, recomputes=recomputes)
+            values.update(call_block(block, call, values))
         return values
+
+    def recompute(self, serial: int) -> None:
+        """Compute again, ahead of the backward, what the forward of microbatch `serial` left out."""
+        self._saved[serial].activations.recompute()
+
+    def pack_up(self, serial: int) -> list[Parcel]:
+        """Return those activations of microbatch `serial` that can be moved to host memory now."""
+        return self._saved[serial].activations.pack_up()
+
+    def parcels(self, serial: int) -> list[Parcel]:
+        """Return what was packed up of microbatch `serial`, in the order in which the backward will want it."""
+        return self._saved[serial].activations.parcels()
+
+    def held(self, serial: int) -> dict[int, int]:
+        """Return place and bytes of every storage held for a watched microbatch, but for parcels and what is shared."""
+        if serial in self._saved:
+            return self._saved[serial].activations.held()
+        tensors = held_tensors(self._deferred.get(serial, []))
+        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
     def backward(self, serial: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the backward of microbatch `serial`, or its half for inputs; return the gradients of the stage's inputs.
@@ -177,7 +222,7 @@ class Stage:
             torch.autograd.backward(roots, seeds)
         if saved.deferred is not None:
             self._deferred[serial] = saved.deferred
-        return {name: leaf.grad for name, leaf in saved.inputs.items() if leaf.grad is not None}
+        return saved.entrance.gradients()
 
     def backward_weights(self, serial: int) -> None:
         """Run the half for weights of a backward that was split."""
@@ -198,28 +243,3 @@ def _seeded(key: MicrobatchKey, block: int, module: nn.Module, deferred: Deferre
         return module(*inputs)
     with DeferWeightGradients(deferred):
         return module(*inputs)
-
-
-def _checkpointed(module: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> Any:
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _keeping_buffers(module)
-
-    return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-@contextmanager
-def _keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Undo what a recomputed forward does to buffers: running statistics have seen the microbatch already."""
-    kept = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for part, name, buffer, value in kept:
-            # As batch norm's own update does, this goes past autograd's version counter.
-            buffer.data.copy_(value)
-            part._buffers[name] = buffer

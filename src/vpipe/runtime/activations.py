@@ -1,0 +1,122 @@
+"""What the forward of one microbatch through one stage leaves for its backward, as the policies of the blocks say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from vpipe.runtime.recompute import Recomputation
+from vpipe.runtime.swap import Kept, Parcel, Swapped, take
+
+__all__ = ["Activations"]
+
+
+class Activations:
+    """Runs the blocks of one forward, and does later what has to be done about their activations.
+
+    `swaps` are the blocks whose activations can be moved; `shared` are tensors that live anyway, such as fields of the
+    batch: they are neither moved nor counted. With `is_watched` all memory is noted, for the ledger.
+    """
+
+    def __init__(self, swaps: Container[int], shared: Iterable[Tensor] = (), *, is_watched: bool = False) -> None:
+        self._swaps = swaps
+        self._swapped = Swapped() if swaps else None
+        self._recomputations: list[Recomputation] = []
+        self._notes = is_watched or self._swapped is not None
+        self._noted: dict[int, int] = {}
+        self._resident = {place_of(tensor) for tensor in shared} if self._notes else set()
+        self._around_loss: Callable[..., Any] = _plainly
+
+    @property
+    def moves(self) -> bool:
+        """Tell whether any of it may be moved."""
+        return self._swapped is not None
+
+    def around(
+        self, block: int, name: str, module: nn.Module, call: Callable[..., Any], *, recomputes: bool
+    ) -> Callable[..., Any]:
+        """Return what to call instead of `call`, which runs the module of a block."""
+        if self._notes:
+            self._resident.update(place_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        if recomputes:
+            recomputation = Recomputation(name, module, call)
+            self._recomputations.append(recomputation)
+            self._around_loss = recomputation.go_on
+            return recomputation.run
+        if not self._notes:
+            self._around_loss = _plainly
+            return call
+        swapped = self._swapped if block in self._swaps else None
+        self._around_loss = self._noting if swapped is None else swapped.run
+        return partial(self._around_loss, call)
+
+    def around_loss(self, call: Callable[[tuple[Tensor, ...]], Any], written: tuple[Tensor, ...]) -> Any:
+        """Run the loss on what the last block wrote, by that block's policy."""
+        return self._around_loss(call, written)
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """Say what else is held until the backward."""
+        if self._notes:
+            self._noted.update(_sizes(tensors, self._resident))
+
+    def forget_needless(self) -> None:
+        """Drop the inputs of blocks that have no backward."""
+        self._recomputations = [item for item in self._recomputations if item.is_needed]
+
+    def recompute(self) -> None:
+        """Compute again all that was left out."""
+        for item in self._recomputations:
+            item.fill()
+
+    def pack_up(self) -> list[Parcel]:
+        """Return what can be moved to host memory now."""
+        if self._swapped is None:
+            return []
+        staying = self._resident | self._noted.keys() | _sizes(self._recomputed(), ()).keys()
+        return self._swapped.pack_up(staying)
+
+    def parcels(self) -> list[Parcel]:
+        """Return what was packed up, in the order in which the backward will want it."""
+        return [] if self._swapped is None else self._swapped.parcels()
+
+    def held(self) -> dict[int, int]:
+        """Return place and bytes of every storage that is held on the device, but for parcels."""
+        found = self._noted | _sizes(self._recomputed(), self._resident)
+        return found if self._swapped is None else found | _sizes(self._swapped.tensors(), self._resident)
+
+    def _recomputed(self) -> Iterable[Tensor]:
+        for item in self._recomputations:
+            yield from item.tensors()
+
+    def _noting(self, call: Callable[..., Any], *inputs: Any) -> Any:
+        with saved_tensors_hooks(self._note, take):
+            return call(*inputs)
+
+    def _note(self, tensor: Tensor) -> Kept:
+        self._noted.update(_sizes((tensor,), self._resident))
+        return Kept(tensor)
+
+
+def place_of(tensor: Tensor) -> int:
+    """Return where the memory of a tensor begins."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _plainly(call: Callable[..., Any], *inputs: Any) -> Any:
+    return call(*inputs)
+
+
+def _sizes(tensors: Iterable[Tensor], resident: Container[int]) -> dict[int, int]:
+    found = {}
+    for tensor in tensors:
+        if tensor.layout is not torch.strided:
+            continue
+        storage = tensor.untyped_storage()
+        if (place := storage.data_ptr()) and place not in resident:
+            found[place] = storage.nbytes()
+    return found
