@@ -37,8 +37,8 @@ def calibrate() -> Calibration:
     slow = _ping_pong("1f1b", 1, link=_SLOW)
     nominal = _SLOW.latency_ms + _SLOW.occupied_ms(MESSAGE_BYTES)
     return {
-        "emulated": {str(pairs): _calibrate_crowd(pairs, MESSAGE_BYTES) for pairs in _PAIRS},
-        "real_messages": _calibrate_crowd(1, real.message_bytes),
+        "emulated": {str(pairs): calibrate_crowd(pairs, MESSAGE_BYTES) for pairs in _PAIRS},
+        "real_messages": calibrate_crowd(1, real.message_bytes),
         "slow_link_adds_ms": _latency_ms(slow) - nominal,
     }
 
@@ -48,7 +48,7 @@ def _ping_pong(schedule: str, pairs: int, *, num_bytes: int = MESSAGE_BYTES, lin
     return [measure_costs(run.events) for run in run_pipeline(pair, pairs)]
 
 
-def _calibrate_crowd(pairs: int, num_bytes: int) -> dict[str, Any]:
+def calibrate_crowd(pairs: int, num_bytes: int) -> dict[str, Any]:
     """Measure what is added while so many pairs of ranks run at once."""
     whole, split, asynchronous = (
         _ping_pong(schedule, pairs, num_bytes=num_bytes) for schedule in ("1f1b", "zb-h1", "pipedream")

@@ -66,10 +66,13 @@ class EmulatedDevice(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `hidden` times the weight, after the forward's time."""
-        modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeferWeightGradients)]
-        deferred = modes[-1]._deferred if modes else None
-        result: Tensor = _Device.apply(hidden, self.weight, self.times, deferred)  # type: ignore[no-untyped-call]
+        result: Tensor = _Device.apply(hidden, self.weight, self.times, self.find_deferred())  # type: ignore[no-untyped-call]
         return result
+
+    def find_deferred(self) -> Deferred | None:
+        """Return where the backward notes its half for weights; None for a full backward."""
+        modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeferWeightGradients)]
+        return modes[-1]._deferred if modes else None
 
 
 def mean_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class Configuration:
     link: SlowLink | None = None
     depths: tuple[int, ...] | None = None
     macrobatch: bool = False
+    vertical_sync: bool = False
     num_batches: int = 12
 
     @property
@@ -104,6 +105,8 @@ class Configuration:
         options: dict[str, Any] = {} if self.depths is None else {"depths": self.depths}
         if self.macrobatch:
             options["microbatches_per_update"] = self.num_microbatches
+        if self.vertical_sync:
+            options["vertical_sync"] = True
         per_rank = self.num_stages // self.num_ranks
         return build_schedule(self.schedule, self.num_ranks, num_microbatches, stages_per_rank=per_rank, **options)
 
@@ -132,7 +135,7 @@ def run_pipeline(configuration: Configuration, num_copies: int = 1) -> list[Run]
     Raises:
         RuntimeError: a rank failed; its traceback is on standard error.
     """
-    num_ranks, ports = configuration.num_ranks, [_free_port() for _ in range(num_copies)]
+    num_ranks, ports = configuration.num_ranks, [free_port() for _ in range(num_copies)]
     with tempfile.TemporaryDirectory() as folder:
 
         def be_process(process: int) -> None:
@@ -172,7 +175,8 @@ def fork(num_processes: int, be_process: Callable[[int], None]) -> None:
         raise RuntimeError(f"processes ended with exit codes {codes}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
@@ -215,6 +219,7 @@ def _train(configuration: Configuration, rank: int) -> tuple[list[float], list[T
         stages_per_rank=configuration.num_stages // configuration.num_ranks,
         depths=configuration.depths,
         macrobatch=configuration.macrobatch,
+        vertical_sync=configuration.vertical_sync,
         hooks=Hooks(record=recorder, waited=recorder.waited),
     )
     if configuration.link is not None:
