@@ -96,6 +96,10 @@ def test_stage_maps(tmp_path: Path, text: str, maps: StageMaps) -> None:
          "module_to_stage_map = [1, 2] does not count stages up, one per entry of the partition and the last again "
          "for the loss; write [0, 1, 2, 2] and join what shares a stage in the partition"),
         ('{"module_to_stage_map": "x"}', "module_to_stage_map = 'x' is not a list of stages, e.g. [0, 1, 2, 3, 3]"),
+        ('{"module_to_stage_map": [-1]}', "module_to_stage_map = [-1] is not a list of stages, e.g. [0, 1, 2, 3, 3]"),
+        ('{"module_to_stage_map": [0, 1, 1000000000000]}',
+         "module_to_stage_map = [0, 1, 1000000000000] does not count stages up, one per entry of the partition and the "
+         "last again for the loss; write [0, 1, 2, 3, 3] and join what shares a stage in the partition"),
         ('{"module_to_stage_map": [0, 1, 1], "stage_to_rank_map": {"0": [0]}}',
          "module_to_stage_map has 2 stages and stage_to_rank_map has 1"),
         ('{"mp_size": 2}', "mp_size = 2: tensor parallelism is not supported yet; use 1"),

@@ -170,6 +170,11 @@ def test_macrobatch_flows_as_many_microbatches_as_stages(folder: Path) -> None:
             {"compress_activations": False},
             "compress_activations has no meaning any more and is ignored; activations are never compressed",
         ),
+        (
+            {"container": "/vpipe.sif"},
+            "container = '/vpipe.sif' is ignored: ranks run where vpipe runs; to use the container, start vpipe inside "
+            "it",
+        ),
         ({"recompute": False}, "recompute is false, so recompute_ratio = [0.3, 0.0, 0.0, 0.0] is ignored"),
         (
             {"recompute_ratio": [0, 0, 0, 0]},
@@ -194,7 +199,6 @@ ADVICE = "; VPipe has 'bert'; for another model give a 'model:' section with typ
         ({"directory": "gnmt", "partition": "uniform", "config_file": "absent"},
          "directory = 'gnmt' is model code that VPipe does not have" + ADVICE),
         ({"module": "large_4"}, "module = 'large_4' is not known; 'vgpus=N' is BERT-large" + ADVICE),
-        ({"container": "/vpipe.sif"}, "container = '/vpipe.sif': containers are not supported yet; remove the key"),
         ({"batch_sise": 4}, "batch_sise = 4 is not a known key; did you mean 'batch_size'?"),
         ({"epochs": "two"}, "epochs = 'two' is not a whole number of at least 1, or null"),
         ({"batch_size": 15, "num_microbatches": 2},
@@ -207,6 +211,7 @@ ADVICE = "; VPipe has 'bert'; for another model give a 'model:' section with typ
          "machines: 'a' is another machine; starting ranks over ssh is not supported yet; use 'localhost:0', or "
          "start the ranks yourself with torchrun and leave machines out"),
         ({"partition": "none.json"}, "partition = none.json: no such file"),
+        ({"partition": "parameter"}, "partition = parameter: no such file; did you mean 'parameters'?"),
         ({"partition": [12, 13, 13, 10]},
          "partition = [12, 13, 13, 10]: has 48 blocks in all, and the model has 49; add 1"),
         ({"config_file": 3}, "config_file = 3 is not a path"),

@@ -151,6 +151,7 @@ def test_options_of_a_custom_model_by_override(tmp_path: Path) -> None:
         ("train.batchsize=3", "train.batchsize = 3 is not a known key; did you mean 'batch_size'?"),
         ("batchsize=3", "batchsize = 3 is not a known key; did you mean 'batch_size'?"),
         ("hidden_size=3", "hidden_size = 3 is not a known key; did you mean 'model.hidden_size'?"),
+        ("pipeline=&a [*a]", "--set pipeline=&a [*a]: is nested too deeply, or an alias stands inside what it repeats"),
         ("batch_size=no", "batch_size = false is not a whole number of at least 1"),
     ],
 )  # fmt: skip
@@ -178,6 +179,24 @@ def test_text_that_is_no_yaml(tmp_path: Path) -> None:
     )
     assert error_of(tmp_path, "- 1\n") == "is not a mapping of keys to values, but [1]"
     assert error_of(tmp_path, "a: \x07").startswith("unacceptable character")
+    assert error_of(tmp_path, "? [1, 2]\n: 3\n") == ", line 1, column 3: a key must be a single word"
+    assert error_of(tmp_path, "{[1]: 3}") == ", line 1, column 2: a key must be a single word"
+    assert error_of(tmp_path, "---\na: 1\n---\nb: 2\n") == (
+        ", line 3, column 1: expected a single document in the stream but found another document"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &a [*a]", "a: &a {b: {c: *a}}", "[" * 5000 + "]" * 5000], ids=lambda text: text[:9]
+)
+def test_yaml_without_a_bottom(tmp_path: Path, text: str) -> None:
+    assert error_of(tmp_path, text) == "is nested too deeply, or an alias stands inside what it repeats"
+
+
+def test_aliases_and_merges_are_read(tmp_path: Path) -> None:
+    text = "data: {synthetic_data: true}\ntrain: {<<: {iterations: 3}, batch_size: &b 8, eval_batch_size: *b}\n"
+    train = load(tmp_path, text).train
+    assert (train.iterations, train.batch_size, train.eval_batch_size) == (3, 8, 8)
 
 
 def test_empty_file_says_what_is_needed(tmp_path: Path) -> None:

@@ -96,16 +96,16 @@ def read_stage_maps(path: Path) -> StageMaps:
 def _count_module_stages(path: Path, modules: Any) -> int:
     """Count the stages of a module_to_stage_map, which must give each module a stage of its own, the loss excepted."""
     start = f"{path}: module_to_stage_map = {show(modules)}"
-    if not (isinstance(modules, list) and modules and all(_is_int(stage) for stage in modules)):
+    if not (isinstance(modules, list) and modules and all(_is_int(stage) and stage >= 0 for stage in modules)):
         raise ConfigError(f"{start} is not a list of stages, e.g. [0, 1, 2, 3, 3]")
     num_stages = int(modules[-1]) + 1
-    expected = list(range(num_stages))
+    expected = list(range(min(num_stages, len(modules) + 1)))  # a mistyped number may be huge
     if modules in (expected, [*expected, num_stages - 1]):
         return num_stages
-    likely = list(range(max(modules) + 1))
+    likely = list(range(min(max(modules), len(modules)) + 1))
     raise ConfigError(
         f"{start} does not count stages up, one per entry of the partition and the last again for the loss; write "
-        f"{[*likely, likely[-1]] if likely else [0, 0]} and join what shares a stage in the partition"
+        f"{[*likely, likely[-1]]} and join what shares a stage in the partition"
     )
 
 

@@ -57,7 +57,7 @@ MEANT: dict[str, str] = {
     "config_file": "pipeline.num_ranks, pipeline.stages_per_rank, pipeline.stage_to_depth_map",
     "sync_mode": "pipeline.schedule: asp is pipedream, bsp is 1f1b",
     "no_input_pipelining": "pipeline.schedule: true is naive",
-    "container": "not supported yet",
+    "container": "ignored: ranks run where vpipe runs",
 }
 """Flat keys that carry a decision, and what they become."""
 
@@ -105,8 +105,10 @@ def translate(flat: Mapping[str, Any], native: Mapping[str, Any], folder: Path) 
     _translate_schedule(flat, result)
     _translate_stage_maps(flat, folder, result)
     if flat.get("container"):
-        text = f"container = {show(flat['container'])}: containers are not supported yet; remove the key"
-        result.problems.append(Problem(("container",), text))
+        result.warnings.append(
+            f"container = {show(flat['container'])} is ignored: ranks run where vpipe runs; to use the container, "
+            "start vpipe inside it"
+        )
     for key in (key for key in flat if key in IGNORED):
         result.warnings.append(f"{key} has no meaning any more and is ignored; {IGNORED[key]}")
     return result

@@ -13,8 +13,8 @@ from vpipe.config.flat import FLAT_KEYS, Translation, translate
 from vpipe.config.problems import Problem, raise_problems, sections, validate_tree, without
 from vpipe.config.resolve import make_paths_absolute, read_initial_model, read_partition, resolve_run
 from vpipe.config.run import RunConfig
-from vpipe.config.text import format_yaml, parse_yaml, read_text
-from vpipe.config.tree import Tree, get_key, parse_override, set_key, with_text_keys
+from vpipe.config.text import format_yaml, parse_yaml, read_text, with_text_keys
+from vpipe.config.tree import Tree, get_key, parse_override, set_key
 from vpipe.errors import ConfigError
 
 __all__ = ["LoadedConfig", "build_config", "dump_config", "load_config", "read_config"]

@@ -9,7 +9,7 @@ from typing import Any
 from vpipe.config.checks import is_synchronous
 from vpipe.config.fields import show
 from vpipe.config.files import read_partition_file
-from vpipe.config.problems import Problem
+from vpipe.config.problems import Problem, did_you_mean
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import BERT_SIZES, DataConfig, ModelConfig
 from vpipe.config.text import parse_json, read_text
@@ -20,6 +20,7 @@ from vpipe.schedule.csv_file import is_csv_file
 __all__ = ["absolute", "is_file_name", "make_paths_absolute", "read_initial_model", "read_partition", "resolve_run"]
 
 _PATHS = ("log_directory", "data.data_dir", "model.init_from")
+_PARTITIONS = ("uniform", "parameters")
 _ENTRIES = ("model.entry", "data.entry")
 _BERT_VOCABULARY = 30522
 _SYNTHETIC_LENGTH = 128
@@ -43,7 +44,7 @@ def absolute(name: str, folder: Path) -> str:
 
 def is_file_name(partition: object) -> bool:
     """Tell whether a partition is the name of a JSON file."""
-    return isinstance(partition, str) and partition not in ("uniform", "parameters")
+    return isinstance(partition, str) and partition not in _PARTITIONS
 
 
 def make_paths_absolute(tree: Tree, folder: Path) -> None:
@@ -96,7 +97,9 @@ def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
         try:
             content = read_partition_file(Path(name))
         except ConfigError as error:
-            problems.append(Problem(("plan.partition", "pipeline.recompute_ratio"), f"plan.partition = {error}"))
+            near = "" if Path(name).is_file() else did_you_mean(Path(name).name, _PARTITIONS)
+            keys = ("plan.partition", "pipeline.recompute_ratio")
+            problems.append(Problem(keys, f"plan.partition = {error}{near}"))
             set_key(tree, "plan.partition", "uniform")
         else:
             set_key(tree, "plan.partition", content.partition)

@@ -12,7 +12,7 @@ import yaml
 
 from vpipe.errors import ConfigError
 
-__all__ = ["format_yaml", "parse_json", "parse_yaml", "read_text"]
+__all__ = ["format_yaml", "parse_json", "parse_yaml", "read_text", "with_text_keys"]
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 # YAML 1.2 floats: PyYAML follows YAML 1.1, which reads 1e-3 (no dot, or no sign in the exponent) as a text.
@@ -25,12 +25,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a single word", key.start_mark)
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key.value}' is given twice", key.start_mark
                 )
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -73,17 +74,29 @@ def read_text(path: Path) -> str:
 def parse_yaml(text: str, where: str) -> Any:
     """Turn YAML text into plain values; `where` names its source in errors.
 
+    Every key becomes text: YAML reads ``1: x`` as a number.
+
     Raises:
         ConfigError: a syntax error or a key given twice, with its line and column.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return with_text_keys(yaml.load(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise ConfigError(f"{where}{place}: {error.problem or error.context}") from None
+        whole = [error.context] if error.context and error.context.startswith("expected") else []
+        raise ConfigError(f"{where}{place}: {' '.join([*whole, error.problem or str(error.context)])}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply, or an alias stands inside what it repeats") from None
+
+
+def with_text_keys(value: Any) -> Any:
+    """Copy nested values with every key as text."""
+    if isinstance(value, Mapping):
+        return {str(key): with_text_keys(item) for key, item in value.items()}
+    return [with_text_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -96,6 +109,8 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply") from None
 
 
 def format_yaml(tree: Mapping[str, Any]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vpipe.config.text import parse_yaml
 from vpipe.errors import ConfigError
 
-__all__ = ["Tree", "get_key", "parse_override", "set_key", "with_text_keys"]
+__all__ = ["Tree", "get_key", "parse_override", "set_key"]
 
 Tree = dict[str, Any]
 """Nested values; a key in it is written 'section.key'."""
@@ -32,13 +31,6 @@ def set_key(tree: Tree, key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def with_text_keys(value: Any) -> Any:
-    """Copy nested values with every key as text: YAML reads ``1: x`` as a number."""
-    if isinstance(value, Mapping):
-        return {str(key): with_text_keys(item) for key, item in value.items()}
-    return [with_text_keys(item) for item in value] if isinstance(value, list) else value
-
-
 def parse_override(override: str) -> tuple[str, Any]:
     """Read 'section.key=value', the value in YAML.
 
@@ -49,4 +41,4 @@ def parse_override(override: str) -> tuple[str, Any]:
     key = key.strip()
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {override}: is not of the form key=value, e.g. train.batch_size=8")
-    return key, with_text_keys(parse_yaml(text, f"--set {override}"))
+    return key, parse_yaml(text, f"--set {override}")
