@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vpipe.runtime.split import DeferWeightGradients, run_deferred
+from vpipe.runtime.pipeline import Pipeline
+from vpipe.runtime.split import DeferWeightGradients, run_deferred, tell_split
 
 
 def layer():
@@ -131,3 +132,42 @@ def test_weights_that_were_computed_or_are_frozen_are_left_to_autograd():
     run_deferred(deferred)
     assert frozen.weight.grad is None
     assert leaf.grad is not None
+
+
+def named(module):
+    return list(module.named_parameters())
+
+
+def test_it_is_told_what_is_not_split(caplog):
+    caplog.set_level("INFO")
+    linear, mixed, none = nn.Linear(4, 4), layer(), nn.LayerNorm(4)
+    for stage, (module, width) in enumerate([(linear, 4), (mixed, 32), (none, 4)]):
+        deferred = []
+        gradients(module, torch.randn(2, 3, width), deferred)
+        tell_split(stage, named(module), deferred)
+    info, warning = caplog.records
+    assert (info.levelname, warning.levelname) == ("INFO", "WARNING")
+    share = round(
+        100
+        * sum(item.numel() for name, item in named(mixed) if "linear" not in name)
+        / sum(item.numel() for _, item in named(mixed))
+    )
+    assert f"stage 1: the first half of a backward computes the gradients of {share} % of its weights" in info.message
+    assert info.message.endswith("such as self_attn.in_proj_weight")
+    assert "stage 2: none of its weights is that of a linear layer" in warning.message
+
+
+def test_a_pipeline_tells_it_once(caplog, tmp_path):
+    order = tmp_path / "order.csv"
+    order.write_text("0F0,0F1,0I0,0I1,0W0,0W1\n")
+    batch = torch.randn(4, 6)
+    with Pipeline(
+        [nn.LayerNorm(6), nn.LayerNorm(6)],
+        nn.functional.mse_loss,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        schedule=str(order),
+        num_microbatches=2,
+    ) as pipeline:
+        pipeline.step(batch, batch)
+        pipeline.step(batch, batch)
+    assert sum("backwards are not split" in record.message for record in caplog.records) == 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vpipe.model.rng import RandomState
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Record
+from vpipe.runtime.split import tell_split
 from vpipe.runtime.stage import MicrobatchKey, Stage
 from vpipe.runtime.transport import Transport
 from vpipe.runtime.weights import WeightVersions
@@ -100,6 +101,7 @@ class Executor:
         self._prepared: dict[tuple[int, int], _Prepared] = {}
         self._totals: tuple[int, dict[str, float]] | None = None
         self._callers: RandomState | None = None
+        self._told: set[int] = set()
         self.losses: dict[int, dict[str, Tensor]] = {}
         self.counts: dict[int, dict[str, float]] = {}
         self._dispatch: dict[Kind, Callable[[Action], None]] = {
@@ -205,10 +207,20 @@ class Executor:
         gradients = held.weights.accumulate(
             version, lambda: held.stage.backward(serial, arrived), is_last_use=not self._program.split
         )
+        if self._program.split and action.stage not in self._told:
+            self._tell_split(held, action)
         if action.kind is Kind.B and self._program.split:
             self._backward_weights(action)
         if action.stage > 0:
             self._hand_over(Kind.B, action.stage, action.stage - 1, serial, gradients)
+
+    def _tell_split(self, held: HeldStage, action: Action) -> None:
+        self._told.add(action.stage)
+        version = self._program.weights[action.stage].version_of[action.microbatch]
+        own = [item for item in held.weights.modules(version).parameters() if item.requires_grad]
+        tell_split(
+            action.stage, list(zip(held.weights.names, own, strict=True)), held.stage.deferred(action.microbatch)
+        )
 
     def _backward_weights(self, action: Action) -> None:
         held, serial = self._held[action.stage], action.microbatch

@@ -15,18 +15,24 @@ Source of the idea: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DeferWeightGradients", "Deferred", "held_tensors", "run_deferred"]
+__all__ = ["DeferWeightGradients", "Deferred", "held_tensors", "run_deferred", "tell_split"]
+
+logger = logging.getLogger(__name__)
 
 Deferred = list[Callable[[], None]]
 """Weight gradients that are still to be computed, in the order of the backward."""
+
+
+_WORTH_TELLING = 0.1
 
 
 class _Linear(torch.autograd.Function):
@@ -66,6 +72,10 @@ class _WeightGradient:
 
     def of_bias(self) -> Tensor | None:
         return self._rows.sum(0) if self._bias is not None and self._bias.requires_grad else None
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        return self._weight, self._bias
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Return what is held for it."""
@@ -134,6 +144,28 @@ def held_tensors(deferred: Iterable[Callable[[], None]]) -> Iterator[Tensor]:
     for compute in deferred:
         if isinstance(compute, _WeightGradient):
             yield from compute.tensors()
+
+
+def tell_split(stage: int, named: Sequence[tuple[str, Tensor]], deferred: Deferred) -> None:
+    """Log how much of a stage's weights, given by name, the first half of a backward has left to the second."""
+    noted = {id(item) for each in deferred if isinstance(each, _WeightGradient) for item in each.parameters}
+    others = [(name, weight) for name, weight in named if id(weight) not in noted]
+    if named and not deferred:
+        logger.warning(
+            "stage %d: none of its weights is that of a linear layer, so its backwards are not split: the first half "
+            "does all of the work. A schedule with full backwards, such as 1f1b, does the same",
+            stage,
+        )
+        return
+    share = sum(weight.numel() for _, weight in others) / max(1, sum(weight.numel() for _, weight in named))
+    if noted and share > _WORTH_TELLING:
+        logger.info(
+            "stage %d: the first half of a backward computes the gradients of %.0f %% of its weights, those that are "
+            "not of linear layers, such as %s",
+            stage,
+            100 * share,
+            max(others, key=lambda pair: pair[1].numel())[0],
+        )
 
 
 def _done() -> None:

@@ -224,6 +224,10 @@ class Stage:
             self._deferred[serial] = saved.deferred
         return saved.entrance.gradients()
 
+    def deferred(self, serial: int) -> Deferred:
+        """Return the weight gradients that the first half of a split backward has left."""
+        return self._deferred[serial]
+
     def backward_weights(self, serial: int) -> None:
         """Run the half for weights of a backward that was split."""
         run_deferred(self._deferred.pop(serial))
