@@ -13,7 +13,7 @@ from enum import Enum
 
 from vpipe.errors import ScheduleError
 
-__all__ = ["COMMUNICATION", "COMPUTE", "Action", "Kind"]
+__all__ = ["COMMUNICATION", "COMPUTE", "MOVES", "Action", "Kind"]
 
 
 class Kind(str, Enum):
@@ -54,6 +54,7 @@ class Kind(str, Enum):
 
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.STEP})
 COMMUNICATION = frozenset({Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B})
+MOVES = frozenset({Kind.OFFLOAD, Kind.FETCH})
 
 _TEXT = re.compile(r"(\d+)([A-Z_]+)(\d+)")
 

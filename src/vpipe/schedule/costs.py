@@ -65,13 +65,15 @@ class Costs:
     recompute: tuple[float, ...] = ()
     """One recomputation of what the stage does not keep: its R, or without one a part of its backward. Empty: nothing
     is recomputed in backwards, and an R takes as long as the forward."""
+    move: tuple[float, ...] = ()
+    """Time that an OFFLOAD or a FETCH of a stage occupies its rank's host link. Empty: none."""
     dispatch: float = 0.0
     """What every computation takes on top, before it starts: the executor's own time. The rank counts as working."""
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     """Links that are not like the rest, by (sending rank, receiving rank): each direction by itself."""
 
     def __post_init__(self) -> None:
-        for name in (*_STAGE_TIMES, "recompute", "message_bytes"):
+        for name in (*_STAGE_TIMES, "recompute", "move", "message_bytes"):
             for value in getattr(self, name):
                 _check_time(name, value)
         _check_time("dispatch", self.dispatch)
@@ -90,6 +92,7 @@ class Costs:
         bandwidth: float = math.inf,
         message_bytes: float = 0.0,
         recompute: float | Sequence[float] | None = None,
+        move: float | Sequence[float] | None = None,
         dispatch: float = 0.0,
         links: Mapping[tuple[int, int], Link] | None = None,
     ) -> Costs:
@@ -120,6 +123,7 @@ class Costs:
             bandwidth=bandwidth,
             message_bytes=(float(message_bytes),) * placement.num_stages,
             recompute=() if recompute is None else split("recompute", recompute),
+            move=() if move is None else split("move", move),
             dispatch=dispatch,
             links=links or {},
         )
@@ -130,7 +134,7 @@ class Costs:
         Raises:
             ScheduleError: the costs are for another number of stages.
         """
-        for name in _STAGE_TIMES if not self.recompute else (*_STAGE_TIMES, "recompute"):
+        for name in (*_STAGE_TIMES, *(name for name in ("recompute", "move") if getattr(self, name))):
             if len(getattr(self, name)) != num_stages:
                 raise ScheduleError(
                     f"{name} has {len(getattr(self, name))} entries for {num_stages} stages; give one per stage"

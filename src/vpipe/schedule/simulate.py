@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.action import MOVES, Action, Kind
 from vpipe.schedule.costs import Costs, Hop
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.schedule import Schedule
@@ -39,6 +39,8 @@ class Simulation:
     costs: Costs
     events: tuple[tuple[Event, ...], ...]
     """Per rank, in order; computations only."""
+    moves: tuple[tuple[Event, ...], ...] = ()
+    """Per rank, in order: when its host link carried what OFFLOAD and FETCH move."""
 
     @cached_property
     def makespan(self) -> float:
@@ -98,7 +100,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None, starts: Sequence[fl
     while runnable:
         runnable += run.advance(runnable.pop())
     run.check_finished()
-    return Simulation(schedule, costs, tuple(map(tuple, run.events)))
+    return Simulation(schedule, costs, tuple(map(tuple, run.events)), tuple(map(tuple, run.moves)))
 
 
 class _Run:
@@ -107,8 +109,12 @@ class _Run:
     def __init__(self, schedule: Schedule, costs: Costs, starts: Sequence[float]) -> None:
         stages, size = schedule.num_stages, schedule.num_stages * schedule.num_microbatches
         self.schedule = schedule
-        self._starts = starts
         self.events: list[list[Event]] = [[] for _ in schedule.orders]
+        self.moves: list[list[Event]] = [[] for _ in schedule.orders]
+        self._move_times = costs.move or (0.0,) * stages
+        self._fetched: dict[int, float] = {}
+        self._offloaded = [0.0] * len(schedule.orders)
+        self._waited = list(starts)
         self._durations = costs.durations(stages)
         self._again = self._recomputed_in_backwards(costs)
         self._hops_forward, self._hops_backward = costs.hops(schedule.placement)
@@ -138,18 +144,29 @@ class _Run:
         inputs, gradients, durations = self._inputs, self._gradients, self._durations
         width, last = self.schedule.num_microbatches, self.schedule.num_stages - 1
         forward, backward, input_backward, again = Kind.F, Kind.B, Kind.I, self._again
-        clock = events[-1].end if events else self._starts[rank]
+        moves, fetched = self.moves[rank], self._fetched
+        clock = max(events[-1].end, self._waited[rank]) if events else self._waited[rank]
         freed = []
         missing[rank] = None
-        for position in range(len(events), len(order)):
+        for position in range(len(events) + len(moves), len(order)):
             action = order[position]
             kind, stage = action.kind, action.stage
             index = stage * width + action.microbatch
             goes_back = kind is backward or kind is input_backward
-            ready = inputs[index] if kind is forward else gradients[index] if goes_back else clock
+            if kind is forward:
+                ready = inputs[index]
+            elif goes_back:
+                ready = gradients[index]
+            elif kind in MOVES:
+                clock = self._move(rank, action, index, clock)
+                continue
+            else:
+                ready = clock
             if ready is None:
                 missing[rank] = ~index if goes_back else index
                 break
+            if goes_back and index in fetched and fetched[index] > ready:
+                ready = fetched[index]
             start = ready if ready > clock else clock
             clock = start + durations[kind][stage]
             if goes_back and again is not None:
@@ -171,6 +188,22 @@ class _Run:
                 freed.append(receiver)
         return freed
 
+    def _move(self, rank: int, action: Action, index: int, clock: float) -> float:
+        """Put a move on the rank's host link, after those before it; return when the rank goes on."""
+        moves = self.moves[rank]
+        if action.kind is Kind.OFFLOAD:
+            # One at a time, or several microbatches would wait on the device to get out.
+            clock = max(clock, self._offloaded[rank])
+        start = max(clock, moves[-1].end) if moves else clock
+        end = start + self._move_times[action.stage]
+        moves.append(Event(action, start, end))
+        if action.kind is Kind.FETCH:
+            self._fetched[index] = end
+        else:
+            self._offloaded[rank] = end
+        self._waited[rank] = clock
+        return clock
+
     def _arrival(self, sender: int, receiver: int, hop: Hop, ready: float) -> float:
         if hop.occupied:
             link = (sender, receiver)
@@ -182,9 +215,9 @@ class _Run:
         """Raise when ranks are left waiting."""
         orders = self.schedule.orders
         waits = [
-            f"rank {rank} at {order[len(done)]}"
-            for rank, (order, done) in enumerate(zip(orders, self.events, strict=True))
-            if len(done) < len(order)
+            f"rank {rank} at {order[len(done) + len(moved)]}"
+            for rank, (order, done, moved) in enumerate(zip(orders, self.events, self.moves, strict=True))
+            if len(done) + len(moved) < len(order)
         ]
         if waits:
             raise ScheduleError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.action import COMPUTE, Action, Kind
+from vpipe.schedule.action import COMPUTE, MOVES, Action, Kind
 from vpipe.schedule.deadlock import find_deadlock, find_disorder
 from vpipe.schedule.problem import Problem, marked_orders
 from vpipe.schedule.schedule import Schedule, WeightRule
@@ -86,7 +86,7 @@ def _check_places(schedule: Schedule) -> Iterator[Problem]:
 
 
 def _misplaced(schedule: Schedule, rank: int, action: Action) -> str | None:
-    if action.kind not in COMPUTE:
+    if action.kind not in COMPUTE and action.kind not in MOVES:
         kinds = " ".join(sorted(COMPUTE))
         return f"{action} on rank {rank} is no computation; list only {kinds}, lower() adds the communication"
     if not 0 <= action.stage < schedule.num_stages:
@@ -114,6 +114,16 @@ def _check_completeness(schedule: Schedule) -> Iterator[Problem]:
                     f"stage {stage} must run the backward of microbatch {microbatch} once, as B or as I and W; "
                     f"found {found}"
                 )
+    yield from _check_moves(listed)
+
+
+def _check_moves(listed: set[Action]) -> Iterator[Problem]:
+    """What is moved to host memory comes back, and the other way round."""
+    other = {Kind.OFFLOAD: Kind.FETCH, Kind.FETCH: Kind.OFFLOAD}
+    for action in sorted((action for action in listed if action.kind in MOVES), key=str):
+        missing = Action(action.stage, other[action.kind], action.microbatch)
+        if missing not in listed:
+            yield Problem(f"{action} is there and {missing} is not; moving to host memory and back go together")
 
 
 def _needed_before(schedule: Schedule, action: Action) -> Iterator[Action]:
@@ -126,13 +136,16 @@ def _needed_before(schedule: Schedule, action: Action) -> Iterator[Action]:
     elif kind in (Kind.B, Kind.I):
         yield Action(stage, Kind.F, microbatch)
         yield Action(stage, Kind.R, microbatch)
+        yield Action(stage, Kind.FETCH, microbatch)
         if stage < schedule.num_stages - 1 and schedule.rank_of(stage + 1) == rank:
             yield Action(stage + 1, Kind.B, microbatch)
             yield Action(stage + 1, Kind.I, microbatch)
     elif kind is Kind.W:
         yield Action(stage, Kind.I, microbatch)
-    elif kind is Kind.R:
+    elif kind in (Kind.R, Kind.OFFLOAD):
         yield Action(stage, Kind.F, microbatch)
+    elif kind is Kind.FETCH:
+        yield Action(stage, Kind.OFFLOAD, microbatch)
 
 
 def _check_order(schedule: Schedule) -> Iterator[Problem]:

@@ -1,0 +1,133 @@
+"""OFFLOAD and FETCH: where they stand, what they cost, and that they keep to their share of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from vpipe.errors import ScheduleError
+from vpipe.schedule.action import MOVES, Action, Kind
+from vpipe.schedule.costs import Costs
+from vpipe.schedule.lower import lower
+from vpipe.schedule.offload import DEVICE_COPIES, insert_offloads
+from vpipe.schedule.recompute_ahead import insert_recomputes
+from vpipe.schedule.registry import build_schedule
+from vpipe.schedule.schedule import Schedule
+from vpipe.schedule.simulate import Simulation, simulate
+from vpipe.schedule.validate import check_schedule, validate_schedule
+
+FAMILIES = ["gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-h2", "zb-v", "v-half", "pipedream"]
+
+
+def swapping(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
+    schedule = build_schedule(name, num_ranks, num_microbatches)
+    return insert_offloads(schedule, range(schedule.num_stages))
+
+
+def text(schedule: Schedule, rank: int = 0) -> str:
+    return " ".join(map(str, schedule.orders[rank]))
+
+
+def test_out_after_the_forward_and_back_one_computation_before_the_backward() -> None:
+    assert text(swapping("gpipe", 1, 4)) == (
+        "0F0 0OFFLOAD0 0F1 0OFFLOAD1 0F2 0OFFLOAD2 0FETCH0 0F3 0OFFLOAD3 0FETCH1 0B0 0FETCH2 0B1 0FETCH3 0B2 0B3 0STEP3"
+    )
+
+
+def test_sends_go_before_what_is_moved() -> None:
+    first = lower(swapping("1f1b", 3, 4))[0]
+    assert " ".join(map(str, first[:6])) == "0F0 0SEND_F0 0OFFLOAD0 0F1 0SEND_F1 0OFFLOAD1"
+
+
+def test_stages_that_hold_little_are_left_alone() -> None:
+    schedule = swapping("1f1b", 4, 8)
+    moved = {action.stage for order in schedule.orders for action in order if action.kind in MOVES}
+    assert moved == {0, 1}
+    plain = build_schedule("1f1b", 2, 8)
+    assert insert_offloads(plain, [0, 1]) is plain
+    with pytest.raises(ScheduleError, match="there is no stage 2 to swap, only 0 to 1"):
+        insert_offloads(plain, [2])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 4), (2, 6), (4, 8), (5, 12)])
+def test_every_family_stays_legal(name: str, num_ranks: int, num_microbatches: int) -> None:
+    validate_schedule(swapping(name, num_ranks, num_microbatches))
+
+
+def on_device(schedule: Schedule, simulation: Simulation, stage: int) -> int:
+    """Count the microbatches of a stage that are on the device at once, at most: moves free memory when they end."""
+    changes: list[tuple[float, int]] = []
+    rank = schedule.rank_of(stage)
+    away = set()
+    for action, start, end in simulation.moves[rank]:
+        if action.stage == stage:
+            away.add(action.microbatch)
+            changes.append((end, -1) if action.kind is Kind.OFFLOAD else (start, +1))
+    for action, start, end in simulation.events[rank]:
+        if action.stage == stage and action.kind is Kind.F:
+            changes.append((start, +1))
+        elif action.stage == stage and action.kind in (Kind.B, Kind.I):
+            changes.append((end, -1))
+    held = most = 0
+    for _, change in sorted(changes):
+        held += change
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-h2", "pipedream"])
+@pytest.mark.parametrize("move", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(1, 5), (4, 8), (5, 12)])
+def test_no_more_microbatches_are_on_the_device_than_said(
+    name: str, move: float, num_ranks: int, num_microbatches: int
+) -> None:
+    schedule = swapping(name, num_ranks, num_microbatches)
+    costs = Costs.from_rank_shares(schedule.placement, move=move, latency=0.1)
+    simulation = simulate(schedule, costs)
+    for stage in range(schedule.num_stages):
+        assert on_device(schedule, simulation, stage) <= DEVICE_COPIES
+
+
+def test_moves_that_fit_beside_the_computation_cost_nothing() -> None:
+    schedule = swapping("gpipe", 1, 6)
+    for move in (0.0, 0.5):
+        costs = Costs.from_rank_shares(schedule.placement, move=move)
+        assert simulate(schedule, costs).makespan == 6 * 3
+    slow = simulate(schedule, Costs.from_rank_shares(schedule.placement, move=2.0))
+    assert slow.makespan > 6 * 3
+    assert len(slow.moves[0]) == 12
+    assert all(first.end <= second.start for first, second in zip(slow.moves[0], slow.moves[0][1:], strict=False))
+
+
+def test_a_backward_waits_for_what_is_fetched() -> None:
+    schedule = swapping("gpipe", 1, 3)
+    simulation = simulate(schedule, Costs.from_rank_shares(schedule.placement, move=5.0))
+    ends = {event.action: event.end for event in simulation.moves[0]}
+    starts = {event.action: event.start for event in simulation.events[0]}
+    assert starts[Action(0, Kind.B, 0)] == ends[Action(0, Kind.FETCH, 0)]
+    # Out of the device one at a time: the second OFFLOAD waits for the first, and the rank with it.
+    assert starts[Action(0, Kind.F, 2)] == ends[Action(0, Kind.OFFLOAD, 0)]
+
+
+def test_a_recomputation_ahead_belongs_to_its_backward() -> None:
+    schedule = insert_recomputes(build_schedule("gpipe", 1, 4), [0])
+    both = insert_offloads(schedule, [0])
+    validate_schedule(both)
+    assert "0R0 0FETCH1 0B0 0R1 0FETCH2 0B1 0R2" in text(both)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("0F0 0OFFLOAD0 0B0 0STEP0", "0OFFLOAD0 is there and 0FETCH0 is not"),
+        ("0F0 0FETCH0 0B0 0STEP0", "0FETCH0 is there and 0OFFLOAD0 is not"),
+        ("0OFFLOAD0 0F0 0FETCH0 0B0 0STEP0", "0OFFLOAD0 comes before 0F0"),
+        ("0F0 0FETCH0 0OFFLOAD0 0B0 0STEP0", "0FETCH0 comes before 0OFFLOAD0"),
+        ("0F0 0OFFLOAD0 0B0 0FETCH0 0STEP0", "0B0 comes before 0FETCH0"),
+        ("0F0 0SEND_F0 0B0 0STEP0", "0SEND_F0 on rank 0 is no computation"),
+    ],
+)
+def test_moves_in_the_wrong_place_are_told(draw: Callable[..., Schedule], row: str, reason: str) -> None:
+    assert any(reason in found for found in check_schedule(draw(row)))
