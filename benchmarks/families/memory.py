@@ -3,9 +3,9 @@
 python -m benchmarks.families.memory [--ranks 4 8 16] [--out FILE]
 
 Each block is one of BERT's (attention and feed-forward of linear layers, dropout on). All schedules train the same
-blocks on the same batches: two blocks per rank, in two stages where the schedule has two. After every action each rank
-counts the bytes of all tensors that are alive, less weights and their gradients, and the most it ever counted is what
-it held: activations, messages, and what a split backward has noted.
+blocks on the same batches: four blocks per rank, in two stages where the schedule has two. After every action each rank
+counts the bytes of all tensors that are alive, less weights and their gradients: activations, what was received, and
+what a split backward has noted. Messages that were sent are counted apart. The figure is the most that it ever counted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from benchmarks.common import environment, format_table, write_results
 from benchmarks.families.blocks import bert_blocks
 from benchmarks.families.live_bytes import LiveBytes
 from benchmarks.simulator.ranks import fork, free_port
-from torch import nn
+from torch import Tensor, nn
 
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
@@ -31,13 +32,16 @@ from vpipe.schedule.action import Action
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.registry import build_schedule, find_entry
 
+SENT = "sent"
+MIB = 2**20
 BASELINE = "1f1b"
 SCHEDULES = (BASELINE, "zb-v", "v-half", "v-min")
-HIDDEN_SIZE, NUM_TOKENS, MICROBATCH_SIZE = 128, 128, 4
+BLOCKS_PER_RANK = 4
+HIDDEN_SIZE, NUM_TOKENS, MICROBATCH_SIZE = 128, 64, 4
 
 
-def measure(schedule: str, num_ranks: int) -> list[int]:
-    """Train one batch of twice as many microbatches as ranks; return the most bytes that each rank held."""
+def measure(schedule: str, num_ranks: int) -> list[tuple[int, int]]:
+    """Train one batch of twice as many microbatches as ranks; return the most bytes that each rank held, and sent."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
 
@@ -50,15 +54,16 @@ def measure(schedule: str, num_ranks: int) -> list[int]:
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(num_ranks)]
 
 
-def _train(schedule: str, num_ranks: int) -> int:
-    live, counts = LiveBytes(), [0]
+def _train(schedule: str, num_ranks: int) -> tuple[int, int]:
+    live, held, sent = LiveBytes(), [0], [0]
 
     def count(action: Action, start_ns: int, end_ns: int) -> None:
         parameters = [parameter for item in pipeline.held.values() for parameter in item.weights.parameters]
-        counts.append(live.count(without=[parameter.grad for parameter in parameters]))
+        held.append(live.count(without=[parameter.grad for parameter in parameters]))
+        sent.append(live.count(SENT))
 
     pipeline = Pipeline(
-        bert_blocks(2 * num_ranks, HIDDEN_SIZE),
+        bert_blocks(BLOCKS_PER_RANK * num_ranks, HIDDEN_SIZE),
         nn.functional.mse_loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
         schedule=schedule,
@@ -66,23 +71,32 @@ def _train(schedule: str, num_ranks: int) -> int:
         stages_per_rank=find_entry(schedule).default_stages_per_rank,
         hooks=Hooks(record=count),
     )
+    send = pipeline.transport.send
+
+    def labelled_send(action: Action, values: Mapping[str, Tensor]) -> None:
+        with live.label(SENT):
+            send(action, values)
+
+    pipeline.transport.send = labelled_send  # type: ignore[method-assign]
     shape = (2 * num_ranks * MICROBATCH_SIZE, NUM_TOKENS, HIDDEN_SIZE)
     batch = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     with pipeline, live:
         pipeline.step(batch, batch)
-    return max(counts)
+    return max(held), max(sent)
 
 
 def compare(num_ranks: int) -> dict[str, Any]:
     """Measure all schedules on so many ranks."""
     found = {}
     for name in SCHEDULES:
-        held = measure(name, num_ranks)
-        print(f"{num_ranks} ranks  {name:<8} {max(held) / 2**20:8.1f} MiB", flush=True)
+        ranks = measure(name, num_ranks)
+        schedule = build_schedule(name, num_ranks, 2 * num_ranks)
         found[name] = {
-            "held_bytes": held,
-            "microbatches": max(peak_activations(build_schedule(name, num_ranks, 2 * num_ranks))),
+            "held_bytes": [held for held, _ in ranks],
+            "sent_bytes": [sent for _, sent in ranks],
+            "microbatches": max(peak_activations(schedule)),
         }
+        print(f"{num_ranks} ranks  {name:<8} {max(found[name]['held_bytes']) / MIB:8.1f} MiB", flush=True)
     return found
 
 
@@ -97,13 +111,15 @@ def show(results: dict[str, Any]) -> None:
                 [
                     ranks,
                     f"`{name}`",
-                    f"{worst / 2**20:.1f}",
+                    f"{worst / MIB:.1f}",
                     f"{worst / max(base['held_bytes']):.2f}",
                     f"{row['microbatches']:g}",
                     f"{row['microbatches'] / base['microbatches']:.2f}",
+                    f"{max(row['sent_bytes']) / MIB:.1f}",
                 ]
             )
-    print(format_table(["ranks", "schedule", "held [MiB]", f"of `{BASELINE}`'s", "microbatches", "of its"], rows))
+    header = ["ranks", "schedule", "held [MiB]", f"of `{BASELINE}`", "microbatches", f"of `{BASELINE}`", "sent [MiB]"]
+    print(format_table(header, rows))
 
 
 def main() -> None:
