@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 from vpipe.cli import main
 from vpipe.cli.data import command
 from vpipe.cli.progress import show_progress
+from vpipe.config import build_config
+from vpipe.config.text import parse_yaml
 from vpipe.data.bert import open_bert
 
 
@@ -71,6 +73,17 @@ def test_a_set_is_made_and_its_use_shown(text: Path, tmp_path: Path) -> None:
     assert f"samples     {data.num_samples} train, " in result.stdout
     assert result.stdout.endswith(f"    data_dir: {out}\n    sequence_length: 24\n    masking: dynamic\n")
     assert result.stderr.splitlines()[:3] == ["read", "find sentences", "train the tokenizer"]
+
+
+def test_what_is_shown_is_yaml_that_works_in_any_folder(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shown = _run("prepare", "bert", "--input", text, "--out", "it's: a #set").stdout
+    yaml = parse_yaml(shown.partition("use it in a run's YAML:\n")[2], "shown")
+    run = build_config({**yaml, "train": {"iterations": 1}}, folder=tmp_path / "elsewhere")
+    assert run.data.data_dir == tmp_path / "work" / "it's: a #set"
 
 
 def test_every_option_arrives(text: Path, tmp_path: Path) -> None:

@@ -32,6 +32,13 @@ def refuse(arguments):
     time.sleep(60)
 
 
+def fill_the_disk(arguments):
+    if RANK == 1:
+        with open("/dev/full", "w") as file:
+            file.write("more than fits")
+    time.sleep(60)
+
+
 def stumble(arguments):
     if RANK == 1:
         raise ValueError("surprise")

@@ -86,6 +86,27 @@ def test_the_rank_that_diverged_is_the_cause_and_not_those_that_lost_it(tmp_path
         launch(tmp_path, "diverge", num_ranks=3)
 
 
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    with pytest.raises(LaunchError) as error:
+        launch(tmp_path, "fill_the_disk")
+    assert str(error.value).splitlines()[0] == (
+        "rank 1 stopped: cannot write: No space left on device; free some space, or choose another log_directory"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_disk_that_is_full_from_the_start_is_told_too(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (tmp_path / "filler").write_bytes(b"x" * 4096)
+        with pytest.raises(LaunchError, match=r"rank \d .*No space left on device|see the end of"):
+            launch(tmp_path, "stumble")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
 def test_a_bug_keeps_its_traceback_in_the_log(tmp_path):
     with pytest.raises(LaunchError, match=r"^rank 1 failed: ValueError: surprise \(the traceback is in .*log\.1\)"):
         launch(tmp_path, "stumble")

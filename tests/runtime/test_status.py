@@ -66,3 +66,12 @@ def _seconds_per_write(status):
     for _ in range(2000):
         status.write("waiting for 1F3 from rank 0")
     return (time.perf_counter() - start) / 2000
+
+
+def test_a_full_disk_is_an_error_and_no_crash_later_on(tmp_path, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left on device"):
+        StatusFile(status_path(tmp_path, 0))

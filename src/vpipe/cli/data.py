@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vpipe.cli.progress import show_progress
+from vpipe.config.text import format_yaml
 
 if TYPE_CHECKING:
     from vpipe.data.bert_meta import BertMeta
@@ -86,7 +86,7 @@ def _summary(meta: BertMeta, out: Path, seconds: float) -> list[str]:
     size = sum(stored.num_bytes for stored in meta.files())
     duplicates = f"; duplicates left out: {meta.num_duplicates:,}" if meta.num_duplicates else ""
     padding = {name: 1 - split.num_tokens / (split.num_samples * length) for name, split in splits.items()}
-    lines = [
+    return [
         f"prepared {out} in {seconds:.1f} s",
         *(
             f"  text        {origin.name}: {origin.num_bytes / 1e6:.1f} MB, {origin.num_documents:,} documents "
@@ -101,12 +101,15 @@ def _summary(meta: BertMeta, out: Path, seconds: float) -> list[str]:
         f"  size        {size / 1e6:.1f} MB",
         "",
         "use it in a run's YAML:",
-        "  data:",
-        "    type: bert",
-        f"    data_dir: {shlex.quote(str(out))}",
-        f"    sequence_length: {length}",
+        *(f"  {line}" for line in format_yaml({"data": _section(meta, out)}).splitlines()),
     ]
-    return lines + ([f"    masking: {meta.options.masking}"] if meta.options.masking != "static" else [])
+
+
+def _section(meta: BertMeta, out: Path) -> dict[str, str | int]:
+    """Return the YAML section of a run on this set; its path is absolute, as a relative one starts from that file."""
+    options = meta.options
+    section = {"type": "bert", "data_dir": str(out.absolute()), "sequence_length": options.sequence_length}
+    return section | ({"masking": options.masking} if options.masking != "static" else {})
 
 
 def _per_split(meta: BertMeta, count: str) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.distributed import DistNetworkError
@@ -166,11 +166,18 @@ def _check_port(port: int) -> None:
             ) from error
 
 
+class _QuietFileHandler(logging.FileHandler):
+    """Says nothing when the disk is full: what is written here is a convenience."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextmanager
 def _torchrun_logs(run_directory: Path) -> Iterator[None]:
     """Keep torchrun's own remarks off the terminal; they are in ``launcher.log`` if it makes any."""
     elastic = logging.getLogger("torch.distributed.elastic")
-    handler = logging.FileHandler(run_directory / "launcher.log", delay=True)
+    handler = _QuietFileHandler(run_directory / "launcher.log", delay=True)
     propagate, elastic.propagate = elastic.propagate, False
     elastic.addHandler(handler)
     try:
@@ -178,7 +185,8 @@ def _torchrun_logs(run_directory: Path) -> Iterator[None]:
     finally:
         elastic.removeHandler(handler)
         elastic.propagate = propagate
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 @contextmanager
@@ -225,6 +233,6 @@ def _explain(failures: Mapping[int, ProcessFailure], killed: set[int], num_ranks
     for end in ends:
         if end.message is None:
             waiting = f"; {lines[end.rank]}" if end.rank in lines else ""
-            with log_path(run_directory, end.rank).open("a") as log:
+            with suppress(OSError), log_path(run_directory, end.rank).open("a") as log:  # the disk may be full
                 log.write(f"launcher: {cause}{waiting}\n")
     return "\n".join([cause, *(f"  {line}" for line in lines.values()), f"  logs: {log_path(run_directory, '*')}"])

@@ -6,7 +6,9 @@ is imported before the rank can be interrupted and its errors are recorded.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import faulthandler
 import importlib
 import json
@@ -31,6 +33,7 @@ __all__ = ["load_function", "run_worker"]
 _PR_SET_PDEATHSIG = 1
 _SAME_MISTAKE_SECONDS = 1
 """How long a rank that torchrun started waits for the others to find what it refuses, before its end ends them all."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _LAST_WORDS_SECONDS = 5
 """How long a rank that torchrun tells to end may look for the reason."""
 
@@ -46,8 +49,9 @@ def run_worker(main: Callable[[], None]) -> None:
     """
     _prepare_process()
     configure_logging()
-    status = _open_status()
+    status = None
     try:
+        status = _open_status()
         main()
     except VPipeError as error:
         logger.error("%s", error)
@@ -59,8 +63,9 @@ def run_worker(main: Callable[[], None]) -> None:
             logger.exception("exit with %s", error.code)
             _end(error, f"exit with {error.code}", exit_code=error.code if isinstance(error.code, int) else 1)
     except Exception as error:
-        logger.exception("unexpected %s", type(error).__name__)
-        _end(error, f"{type(error).__name__}: {error}")
+        full = _full_disk(error)
+        logger.exception("%s", full or f"unexpected {type(error).__name__}")
+        _end(full or error, str(full or f"{type(error).__name__}: {error}"))
     if status is not None:
         status.remove()
 
@@ -110,6 +115,14 @@ def _open_status() -> StatusFile | None:
     return StatusFile(status_path(Path(directory), int(rank)))
 
 
+def _full_disk(error: Exception) -> LaunchError | None:
+    """Say in our words what a full disk means; None where `error` is something else."""
+    if not isinstance(error, OSError) or error.errno not in _NO_SPACE:
+        return None
+    place = f" {error.filename}" if error.filename else ""
+    return LaunchError(f"cannot write{place}: {error.strerror}; free some space, or choose another log_directory")
+
+
 def _end(error: BaseException, message: str, *, exit_code: int = 1) -> NoReturn:
     _record(error, message)
     logging.shutdown()
@@ -131,8 +144,9 @@ def _record(error: BaseException, message: str) -> None:
         "vpipe": {"kind": type(error).__name__, "expected": expected, "time": now},
     }
     new = Path(f"{name}.new")
-    new.write_text(json.dumps(content))
-    new.replace(name)
+    with contextlib.suppress(OSError):  # the log has it too
+        new.write_text(json.dumps(content))
+        new.replace(name)
 
 
 def _main() -> None:

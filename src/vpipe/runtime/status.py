@@ -43,7 +43,7 @@ class StatusFile:
         self.path = path
         self._pid = os.getpid()
         with path.open("a+b") as file:
-            file.truncate(STATUS_BYTES)
+            os.posix_fallocate(file.fileno(), 0, STATUS_BYTES)  # on a full disk an error, not a SIGBUS later on
             self._map = mmap.mmap(file.fileno(), STATUS_BYTES)
         self.write(STARTING)
 
