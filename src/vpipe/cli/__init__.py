@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "Plan what to cut, keep, recompute and swap, and say why.",
     "schedule": "Show a pipeline schedule: order, bubble, memory.",
     "simulate": "Predict a finished run from its own costs, and show the error.",
+    "sweep": "Run or simulate a grid of settings, and show them side by side.",
     "train": "Train the model of a YAML file.",
     "verify": "Prove that a run gives the answer of one process.",
 }

@@ -7,13 +7,19 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from vpipe.cli import INTERRUPTED
 from vpipe.cli.shared import plural, read_config_aloud, short, threads_of
 
-__all__ = ["command", "run_rank"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vpipe.config import RunConfig
+
+__all__ = ["command", "run_rank", "train_here"]
 
 
 @click.command()
@@ -61,13 +67,33 @@ def _train(path: Path, overrides: Sequence[str]) -> Path:
     return train_rank(load_config(path, overrides), agree_run_directory)[0]
 
 
+def train_here(path: Path, overrides: Sequence[str], config: RunConfig, run_directory: Path, console: Console) -> None:
+    """Start all ranks of the run on this machine, show on `console` how they get on, and return when they have ended.
+
+    Raises:
+        LaunchError: a rank failed, or none could be started.
+        KeyboardInterrupt: Ctrl-C; all ranks have ended.
+    """
+    from vpipe.launch.local import launch_local
+    from vpipe.launch.progress import ProgressDisplay
+
+    progress = ProgressDisplay(run_directory / "metrics.jsonl", console, print_frequency=config.train.print_frequency)
+    with progress:
+        launch_local(
+            ["vpipe.cli.train:run_rank", str(path), *overrides],
+            config.num_ranks,
+            run_directory=run_directory,
+            threads_per_rank=threads_of(config),
+            master_port=config.launch.master_port,
+            on_poll=progress.poll,
+        )
+
+
 def _launch(path: Path, overrides: Sequence[str]) -> None:
     config = read_config_aloud(path, overrides)  # before torch is imported: mistakes are told at once
 
     from rich.console import Console
 
-    from vpipe.launch.local import launch_local
-    from vpipe.launch.progress import ProgressDisplay
     from vpipe.launch.run_directory import create_run_directory
 
     run_directory = create_run_directory(config.log_directory)
@@ -76,17 +102,8 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
     click.echo(
         f"{config.pipeline.schedule}, {ranks}, {slices} of {config.microbatch_size}; logs in {short(run_directory)}"
     )
-    progress = ProgressDisplay(run_directory / "metrics.jsonl", Console(), print_frequency=config.train.print_frequency)
     try:
-        with progress:
-            launch_local(
-                ["vpipe.cli.train:run_rank", str(path), *overrides],
-                config.num_ranks,
-                run_directory=run_directory,
-                threads_per_rank=threads_of(config),
-                master_port=config.launch.master_port,
-                on_poll=progress.poll,
-            )
+        train_here(path, overrides, config, run_directory, Console())
     except KeyboardInterrupt:
         click.echo(f"interrupted; all ranks were ended. Logs: {short(run_directory)}/output.log.*", err=True)
         sys.exit(INTERRUPTED)

@@ -1,0 +1,91 @@
+"""What came out of a sweep as a table: CSV for other tools, and one for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from vpipe.plan.units import format_bytes
+from vpipe.report.sweep import Axis, Row, short_key
+
+__all__ = ["METRICS", "Metric", "failure_lines", "find_best", "one_line", "render_table", "table_csv"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a row: its key, and how a person reads it."""
+
+    key: str
+    heading: str
+    show: Callable[[float], str]
+
+
+METRICS = (
+    Metric("samples_per_second", "samples/s", "{:.4g}".format),
+    Metric("iteration_ms", "ms/iteration", "{:.4g}".format),
+    Metric("bubble_fraction", "bubble", "{:.1%}".format),
+    Metric("communication_share", "communication", "{:.1%}".format),
+    Metric("peak_memory_bytes", "memory", lambda size: format_bytes(int(size))),
+    Metric("predicted_memory_bytes", "memory", lambda size: format_bytes(int(size))),
+    Metric("final_loss", "loss", "{:.4f}".format),
+    Metric("eval_loss", "held-out loss", "{:.4f}".format),
+)
+"""Of the busiest rank, where each has its own."""
+
+
+def table_csv(axes: Sequence[Axis], rows: Sequence[Row]) -> str:
+    """Return CSV with a column for each axis, each number that any row has, and the folder and error of each row."""
+    metrics = _present(rows)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*(axis.key for axis in axes), *(metric.key for metric in metrics), "folder", "error"])
+    for row in rows:
+        numbers = [row.metrics.get(metric.key) for metric in metrics]
+        writer.writerow([*row.values, *numbers, row.folder, one_line(row.error)])
+    return file.getvalue()
+
+
+def render_table(axes: Sequence[Axis], rows: Sequence[Row]) -> Table:
+    """Return a table for a rich console; the fastest row is bold, a failed one says why."""
+    metrics, best = _present(rows), find_best(rows)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for axis in axes:
+        table.add_column(Text(short_key(axis)), justify="right" if axis.numbers else "left", overflow="fold")
+    for metric in metrics:
+        table.add_column(metric.heading, justify="right", no_wrap=True)
+    for row in rows:
+        numbers = [_shown(row, metric) for metric in metrics] if row.is_done else ["failed"]
+        table.add_row(*map(Text, [*row.values, *numbers]), style="bold" if row is best else None)
+    return table
+
+
+def failure_lines(rows: Sequence[Row]) -> list[str]:
+    """Say each reason for which rows failed once, with how many had it."""
+    reasons = Counter(one_line(row.error) for row in rows if not row.is_done)
+    return [f"failed, {count} of {len(rows)}: {reason}" for reason, count in reasons.items()]
+
+
+def find_best(rows: Sequence[Row]) -> Row | None:
+    """Return the row with the most samples per second, or None where none has any."""
+    able = [row for row in rows if row.metrics.get("samples_per_second")]
+    return max(able, key=lambda row: row.metrics["samples_per_second"] or 0.0, default=None)
+
+
+def one_line(text: str) -> str:
+    """Join the lines of an error."""
+    return "; ".join(line.strip() for line in text.splitlines())
+
+
+def _present(rows: Sequence[Row]) -> list[Metric]:
+    return [metric for metric in METRICS if any(row.metrics.get(metric.key) is not None for row in rows)]
+
+
+def _shown(row: Row, metric: Metric) -> str:
+    value = row.metrics.get(metric.key)
+    return "-" if value is None else metric.show(value)
