@@ -108,7 +108,8 @@ def _summary(meta: BertMeta, out: Path, seconds: float) -> list[str]:
 def _section(meta: BertMeta, out: Path) -> dict[str, str | int]:
     """Return the YAML section of a run on this set; its path is absolute, as a relative one starts from that file."""
     options = meta.options
-    section = {"type": "bert", "data_dir": str(out.absolute()), "sequence_length": options.sequence_length}
+    section: dict[str, str | int] = {"type": "bert", "data_dir": str(out.absolute())}
+    section["sequence_length"] = options.sequence_length
     return section | ({"masking": options.masking} if options.masking != "static" else {})
 
 
