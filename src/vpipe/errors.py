@@ -12,7 +12,8 @@
     └── ExecutionError         something went wrong while ranks were running
         ├── PeerLostError      another rank died or stopped answering
         ├── TransportError     a message arrived with another shape or type than agreed
-        └── NonFiniteLossError the loss became NaN or infinite
+        ├── NonFiniteLossError the loss became NaN or infinite
+        └── MemoryLimitError   a rank held more bytes than it may
 
 Every message names the key or value, the numbers involved and what to change.
 """
@@ -24,6 +25,7 @@ __all__ = [
     "DataError",
     "ExecutionError",
     "LaunchError",
+    "MemoryLimitError",
     "ModelError",
     "NonFiniteLossError",
     "PeerLostError",
@@ -76,3 +78,7 @@ class TransportError(ExecutionError):
 
 class NonFiniteLossError(ExecutionError):
     """The loss became NaN or infinite."""
+
+
+class MemoryLimitError(ExecutionError):
+    """A rank held more bytes than its memory limit allows."""

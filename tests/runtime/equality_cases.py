@@ -199,5 +199,6 @@ def _run(case: Case) -> dict[str, Any]:
         "num_sets": {stage: item.weights.num_sets for stage, item in pipeline.held.items()},
         "num_saved": [item.stage.num_saved for item in pipeline.held.values()],
         "actions": [actions[start:stop] for start, stop in zip(programs[::2], programs[1::2], strict=True)],
+        "moved": (pipeline.host_link.bytes_offloaded, pipeline.host_link.bytes_fetched) if pipeline.host_link else None,
         "traffic": (pipeline.transport.bytes_sent, pipeline.transport.bytes_received),
     }

@@ -11,6 +11,7 @@ from toy_models import frozen, plain, skipping, tied, tied_frozen
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Block, Chain, ParameterRef
+from vpipe.plan.plan_file import trailing_policies
 from vpipe.runtime.assembly import build_stages, crossing_specs, parameter_sizes, resolve_partition, tied_groups
 from vpipe.schedule.placement import Placement
 
@@ -23,7 +24,7 @@ def build(chain, partition, stages, ratio=0.0, recompute="always", num_microbatc
         torch.optim.SGD,
         seed=0,
         device=torch.device("cpu"),
-        recompute_ratio=[ratio] * len(partition),
+        policies=trailing_policies(partition, [ratio] * len(partition)),
         recompute=recompute,
         num_microbatches=num_microbatches,
     )

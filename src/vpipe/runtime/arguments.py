@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from itertools import accumulate, pairwise
 from typing import get_args
 
 from torch import Tensor
@@ -11,10 +12,21 @@ from vpipe.errors import ConfigError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.model.modules import Modules
+from vpipe.plan.memory import Policy
 from vpipe.plan.partition import check_ratios
+from vpipe.plan.plan_file import trailing_policies
 from vpipe.runtime.assembly import RecomputeMode
 
-__all__ = ["as_chain", "check_training_arguments", "count_batches", "ratio_per_stage", "schedule_options"]
+__all__ = [
+    "as_chain",
+    "check_training_arguments",
+    "count_batches",
+    "limit_of",
+    "policy_per_block",
+    "ratio_per_stage",
+    "schedule_options",
+    "stages_with",
+]
 
 
 def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chain:
@@ -62,6 +74,34 @@ def ratio_per_stage(ratio: float | Sequence[float], num_stages: int) -> list[flo
     return ratios
 
 
+def policy_per_block(
+    policies: Sequence[Policy | str] | None, ratio: float | Sequence[float], partition: Sequence[int]
+) -> tuple[Policy, ...]:
+    """Return what every block does with its activations: as `policies` says, or else as the recompute ratio does.
+
+    Raises:
+        PlanError: both are given, or not one known policy per block.
+    """
+    ratios = ratio_per_stage(ratio, len(partition))
+    if policies is None:
+        return trailing_policies(partition, ratios)
+    if any(ratios):
+        raise PlanError(f"recompute_ratio {ratios} and policies say the same thing twice; keep one")
+    known, count = [policy.value for policy in Policy], sum(partition)
+    if isinstance(policies, str) or len(policies) != count:
+        raise PlanError(f"policies {list(policies)} has {len(policies)} entries for {count} blocks; give one per block")
+    for block, policy in enumerate(policies):
+        if policy not in known:
+            raise PlanError(f"policies has {policy!r} for block {block}; use one of {', '.join(known)}")
+    return tuple(map(Policy, policies))
+
+
+def stages_with(policy: Policy, policies: Sequence[Policy], partition: Sequence[int]) -> frozenset[int]:
+    """Return the stages that have a block with this policy."""
+    cuts = enumerate(pairwise([0, *accumulate(partition)]))
+    return frozenset(stage for stage, (start, stop) in cuts if policy in policies[start:stop])
+
+
 def schedule_options(
     depths: Sequence[int] | None,
     vertical_sync: bool,
@@ -71,6 +111,20 @@ def schedule_options(
     """Return the options of the schedule's builder that were given: a family refuses those that it does not have."""
     given = {"depths": depths, "vertical_sync": vertical_sync or None, "memory_limit": memory_limit}
     return {**{name: value for name, value in given.items() if value is not None}, **(rank_times or {})}
+
+
+def limit_of(limit: int | Sequence[int] | None, rank: int, num_ranks: int) -> int | None:
+    """Return the bytes that `rank` may hold, of one limit for all or one for each.
+
+    Raises:
+        ConfigError: another number of limits than ranks, or one that is no size.
+    """
+    limits = list(limit) if isinstance(limit, Sequence) else [limit] * num_ranks
+    if len(limits) != num_ranks:
+        raise ConfigError(f"memory_limit_bytes has {len(limits)} entries for {num_ranks} ranks; give one, or one each")
+    if any(item is not None and item < 1 for item in limits):
+        raise ConfigError(f"memory_limit_bytes is {limit}; give bytes above 0, or None for no limit")
+    return limits[rank]
 
 
 def count_batches(batches: Iterable[object], num_batches: int | None, *, synchronous: bool) -> int | None:

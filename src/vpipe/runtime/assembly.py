@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate
 from typing import Literal
@@ -14,14 +14,24 @@ from torch import Tensor, nn
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Chain, ValueSpec
-from vpipe.plan.partition import partition_by_weight, partition_uniform, recompute_blocks, validate_partition
+from vpipe.plan.memory import Policy
+from vpipe.plan.partition import partition_by_weight, partition_uniform, validate_partition
 from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.stage import Stage
 from vpipe.runtime.update import TiedCopy, TiedGroup
 from vpipe.runtime.weights import OptimizerFactory, WeightVersions
 from vpipe.schedule.placement import Placement
 
-__all__ = ["RecomputeMode", "build_stages", "crossing_specs", "parameter_sizes", "resolve_partition", "tied_groups"]
+__all__ = [
+    "RecomputeMode",
+    "build_stages",
+    "crossing_specs",
+    "named_state",
+    "parameter_sizes",
+    "plan_facts",
+    "resolve_partition",
+    "tied_groups",
+]
 
 RecomputeMode = Literal["always", "except_last", "never"]
 
@@ -67,6 +77,18 @@ def resolve_partition(partition: Sequence[int] | str | None, chain: Chain, num_s
     return tuple(partition)
 
 
+def plan_facts(chain: Chain, partition: Sequence[int], policies: Sequence[Policy]) -> dict[str, object]:
+    """Return what ranks must agree on about a model and how it is cut."""
+    return {
+        "partition": list(partition),
+        "policies": " ".join(policies),
+        "blocks": " ".join(block.name for block in chain.blocks),
+        "batch fields": chain.fields,
+        "parts of the loss": chain.loss.parts,
+        "tied weights": chain.tied,
+    }
+
+
 def crossing_specs(
     chain: Chain, partition: Sequence[int], fields: Mapping[str, Tensor], *, training: bool
 ) -> dict[int, tuple[ValueSpec, ...]]:
@@ -84,21 +106,37 @@ def build_stages(
     *,
     seed: int,
     device: torch.device,
-    recompute_ratio: Sequence[float],
+    policies: Sequence[Policy],
     recompute: RecomputeMode,
     num_microbatches: int,
+    swapping: Container[int] = (),
 ) -> dict[int, HeldStage]:
-    """Materialise the blocks of `stages`, and nothing else."""
+    """Materialise the blocks of `stages`, and nothing else; `policies` are of all blocks, `swapping` names stages."""
     starts = [0, *accumulate(partition)]
+    spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[recompute]
+    swaps = {block for block, policy in enumerate(policies) if policy is Policy.SWAP}
+
+    def recomputes(block: int, microbatch: int) -> bool:
+        return policies[block] is Policy.RECOMPUTE and microbatch < spared
+
     held: dict[int, HeldStage] = {}
     for index in stages:
         start, stop = starts[index], starts[index + 1]
         modules = [chain.materialise(block, seed, device) for block in range(start, stop)]
         names = _trainable_names(chain, start, modules)
-        first_recomputed = stop - recompute_blocks(stop - start, recompute_ratio[index])
-        policy = _recompute_policy(first_recomputed, recompute, num_microbatches)
-        held[index] = HeldStage(Stage(chain, start, stop, policy), WeightVersions(modules, names, optimizer))
+        stage = Stage(chain, start, stop, recomputes, swaps if index in swapping else ())
+        held[index] = HeldStage(stage, WeightVersions(modules, names, optimizer))
     return held
+
+
+def named_state(chain: Chain, held: Iterable[HeldStage]) -> dict[str, Tensor]:
+    """Return the newest weights and the buffers of some stages, by their names in the whole model."""
+    return {
+        chain.blocks[block].global_name(name): tensor
+        for item in held
+        for block, module in enumerate(item.weights.newest, start=item.stage.start)
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def _trainable_names(chain: Chain, start: int, modules: Sequence[nn.Module]) -> list[str]:
@@ -116,11 +154,6 @@ def _trainable_names(chain: Chain, start: int, modules: Sequence[nn.Module]) -> 
             if parameter.requires_grad:
                 names.append(name)
     return names
-
-
-def _recompute_policy(first_block: int, mode: RecomputeMode, num_microbatches: int) -> Callable[[int, int], bool]:
-    spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[mode]
-    return lambda block, microbatch: block >= first_block and microbatch < spared
 
 
 def tied_groups(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from vpipe.model.rng import RandomState
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Record
+from vpipe.runtime.host_link import HostLink
+from vpipe.runtime.memory_watch import MemoryWatch
 from vpipe.runtime.split import tell_split
 from vpipe.runtime.stage import MicrobatchKey, Stage
 from vpipe.runtime.transport import Transport
@@ -20,10 +22,7 @@ from vpipe.runtime.weights import WeightVersions
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.weights import StageWeights
 
-__all__ = ["RUNNABLE", "Executor", "HeldStage", "Program"]
-
-RUNNABLE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.STEP})
-"""The computations that a schedule may be made of."""
+__all__ = ["Executor", "HeldStage", "Program"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ class Executor:
     """Runs programs on the stages that this rank holds.
 
     `update(stage, microbatch)` is called for every STEP. On the rank of the last stage, `losses` holds the parts of
-    each microbatch's loss; in evaluation these are sums, and `counts` what they have to be divided by.
+    each microbatch's loss; in evaluation these are sums, and `counts` what they have to be divided by. `link` is where
+    OFFLOAD and FETCH move activations; only a stage that swaps needs one. `watch` keeps the rank's ledger.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class Executor:
         record: Record,
         *,
         seed: int,
+        link: HostLink | None = None,
+        watch: MemoryWatch | None = None,
         synchronise: bool = False,
     ) -> None:
         self._held = held
@@ -95,6 +97,9 @@ class Executor:
         self._update = update
         self._record = record
         self._seed = seed
+        self._link = link
+        self._watch = watch
+        self._watching: MemoryWatch | None = None
         self._synchronise = synchronise
         self._arrived: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
         self._leaving: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
@@ -109,6 +114,9 @@ class Executor:
             Kind.B: self._backward,
             Kind.I: self._backward,
             Kind.W: self._backward_weights,
+            Kind.R: self._recompute,
+            Kind.OFFLOAD: self._offload,
+            Kind.FETCH: self._fetch,
             Kind.SEND_F: self._send,
             Kind.SEND_B: self._send,
             Kind.RECV_F: self._receive,
@@ -127,10 +135,17 @@ class Executor:
             held.weights.start(program.weights[index].version_of)
         dispatch, record, clock = self._dispatch, self._record, time.perf_counter_ns
         self._callers = RandomState()
+        self._watching = None
+        if self._watch is not None and program.training and self._watch.covers(program.first_iteration):
+            self._watching = self._watch
+            self._watching.start()
         try:
             for action in program.actions:
                 start = clock()
-                dispatch[action.kind](action)
+                if self._watching is None:
+                    dispatch[action.kind](action)
+                else:
+                    self._run_watched(self._watching, action)
                 if self._synchronise:
                     # A device's time is only known once it has done the work.
                     torch.cuda.current_stream().synchronize()
@@ -140,6 +155,19 @@ class Executor:
         finally:
             if self._callers is not None:
                 self._callers.restore()
+
+    def _run_watched(self, watch: MemoryWatch, action: Action) -> None:
+        handler, program = self._dispatch[action.kind], self._program
+        if watch.covers(program.first_iteration + action.microbatch // program.num_microbatches):
+            watch.run(handler, action, self._handed_over)
+        else:
+            watch.stop()
+            self._watching = None
+            handler(action)
+
+    def _handed_over(self) -> Iterator[Tensor]:
+        for values in (*self._arrived.values(), *self._leaving.values()):
+            yield from values.values()
 
     @contextmanager
     def callers_turn(self) -> Iterator[None]:
@@ -171,7 +199,9 @@ class Executor:
         inputs = self._arrived.pop((Kind.F, action.stage, serial), {})
         ready = self._prepared.pop((action.stage, serial), None) or self._prepare(action)
         if self._program.training:
-            outputs = stage.forward(serial, ready.modules, inputs, ready.fields, ready.key, self._program.split)
+            outputs = stage.forward(
+                serial, ready.modules, inputs, ready.fields, ready.key, self._program.split, self._watching is not None
+            )
             if stage.is_last:
                 self.losses[serial] = stage.loss(serial, outputs, ready.totals, ready.num_samples)
         else:
@@ -226,6 +256,19 @@ class Executor:
         held, serial = self._held[action.stage], action.microbatch
         version = self._program.weights[action.stage].version_of[serial]
         held.weights.accumulate(version, lambda: held.stage.backward_weights(serial))
+
+    def _recompute(self, action: Action) -> None:
+        self._held[action.stage].stage.recompute(action.microbatch)
+
+    def _offload(self, action: Action) -> None:
+        parcels = self._held[action.stage].stage.pack_up(action.microbatch)
+        if parcels and self._link is not None:
+            self._link.offload((action.stage, action.microbatch), parcels)
+
+    def _fetch(self, action: Action) -> None:
+        parcels = self._held[action.stage].stage.parcels(action.microbatch)
+        if parcels and self._link is not None:
+            self._link.fetch((action.stage, action.microbatch), parcels)
 
     def _hand_over(self, kind: Kind, source: int, target: int, serial: int, values: Mapping[str, Tensor]) -> None:
         # Neighbours on one rank need no message.

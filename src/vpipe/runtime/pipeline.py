@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain as concatenate
 from itertools import groupby, islice
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -20,23 +20,28 @@ from torch import Tensor
 
 from vpipe.data.batches import microbatch_rows
 from vpipe.data.source import FieldSpec
-from vpipe.errors import DataError, ExecutionError, NonFiniteLossError
+from vpipe.errors import DataError, ExecutionError
 from vpipe.model.chain import Chain
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
+from vpipe.plan.memory import Policy
 from vpipe.runtime.agreement import agree
 from vpipe.runtime.allocator import keep_freed_memory
 from vpipe.runtime.arguments import (
     as_chain,
     check_training_arguments,
     count_batches,
-    ratio_per_stage,
+    limit_of,
+    policy_per_block,
     schedule_options,
+    stages_with,
 )
 from vpipe.runtime.assembly import (
     RecomputeMode,
     build_stages,
+    named_state,
     parameter_sizes,
+    plan_facts,
     resolve_partition,
     tied_groups,
 )
@@ -48,8 +53,12 @@ from vpipe.runtime.executor import Executor, Program
 from vpipe.runtime.failure import report_failure
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Hooks
+from vpipe.runtime.host_link import HostLink, open_host_link
+from vpipe.runtime.ledger import Ledger
+from vpipe.runtime.memory_watch import MemoryWatch, WatchMode
 from vpipe.runtime.process_group import ProcessGroup, destroy_process_group, initialise_process_group
 from vpipe.runtime.programs import ProgramBuilder
+from vpipe.runtime.result import StepResult
 from vpipe.runtime.transport import Transport
 from vpipe.runtime.update import Updater
 from vpipe.runtime.weights import OptimizerFactory
@@ -57,19 +66,6 @@ from vpipe.runtime.weights import OptimizerFactory
 __all__ = ["Hooks", "Pipeline", "StepResult"]
 
 _EVALUATED_TOGETHER = 32
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one batch gave; the same on every rank, but for the norm in asynchronous schedules."""
-
-    iteration: int
-    """Batches done before this one."""
-    loss: float
-    parts: Mapping[str, float]
-    """What the loss is the sum of."""
-    gradient_norm: float | None
-    """Before clipping, over all stages; in asynchronous schedules of this rank's stage. None without clipping."""
 
 
 class Pipeline:
@@ -89,6 +85,11 @@ class Pipeline:
         stages_per_rank: stages that each rank holds; None: as the schedule has it, mostly 1.
         recompute_ratio: per stage or for all, the trailing share of blocks that keep no activations.
         recompute: for which microbatches: `always`, `except_last` of a batch, `never`.
+        policies: instead of ratios, what each block does with its activations: `keep`, `recompute` or `swap`.
+        recompute_ahead: stages that compute again before the gradient arrives (R actions).
+        swap_directory: where swapped activations go on a CPU, a fast disk; None: where temporary files are.
+        memory_limit_bytes: what a rank may hold by its `ledger`, one number or one per rank; more is an error.
+        watch_memory: which batches the `ledger` looks at: the `first` ones, or `all` (slower; so does a limit).
         depths: warmup forwards per stage, more than the schedule's own hide latency (`stage_to_depth_map`).
         macrobatch: asynchronous, but one update per batch and two weight versions (PipeDream-2BW).
         vertical_sync: asynchronous with one weight version per microbatch on all stages.
@@ -118,6 +119,11 @@ class Pipeline:
         stages_per_rank: int | None = None,
         recompute_ratio: float | Sequence[float] = 0.0,
         recompute: RecomputeMode = "always",
+        policies: Sequence[Policy | str] | None = None,
+        recompute_ahead: Sequence[int] = (),
+        swap_directory: Path | None = None,
+        memory_limit_bytes: int | Sequence[int] | None = None,
+        watch_memory: WatchMode = "first",
         depths: Sequence[int] | None = None,
         macrobatch: bool = False,
         vertical_sync: bool = False,
@@ -136,7 +142,9 @@ class Pipeline:
         self.hooks = hooks or Hooks()
         self._is_busy = False
         self.iteration = 0
-        self._join(device, timedelta(seconds=timeout_seconds))
+        self.host_link: HostLink | None = None
+        timeout = timedelta(seconds=timeout_seconds)
+        self._join(device, timeout)
         with ExitStack() as leaving:
             leaving.push(self)  # what fails here fails inside of the group that was joined
             self.programs = ProgramBuilder(
@@ -150,8 +158,12 @@ class Pipeline:
             )
             placement = self.programs.sample.placement
             self.partition = resolve_partition(partition, self.chain, placement.num_stages)
-            ratios = ratio_per_stage(recompute_ratio, placement.num_stages)
-            self._agree_on_plan(seed, clip_grad_norm)
+            self.policies = policy_per_block(policies, recompute_ratio, self.partition)
+            self.programs.insert(recompute_ahead, stages_with(Policy.SWAP, self.policies, self.partition))
+            settings = {"clip_grad_norm": clip_grad_norm, "seed": seed}
+            agree(
+                self.programs.facts() | plan_facts(self.chain, self.partition, self.policies) | settings, self._control
+            )
             self._crossings = Crossings(self.chain, self.partition, field_specs, self._control)
             self.held = build_stages(
                 self.chain,
@@ -160,11 +172,14 @@ class Pipeline:
                 optimizer,
                 seed=seed,
                 device=self.device,
-                recompute_ratio=ratios,
+                policies=self.policies,
                 recompute=recompute,
+                swapping=self.programs.swapping,
                 num_microbatches=self.programs.num_microbatches,
             )
-            self._assemble(timedelta(seconds=timeout_seconds), seed, clip_grad_norm, learning_rate)
+            self.transport = Transport(placement, self.rank, self.device, self.hooks.announce, timeout=timeout)
+            self._watch_memory(memory_limit_bytes, watch_memory, swap_directory)
+            self._assemble(timeout, seed, clip_grad_norm, learning_rate)
             leaving.pop_all()
 
     def _join(self, device: torch.device | str, timeout: timedelta) -> None:
@@ -178,6 +193,15 @@ class Pipeline:
         # A group of its own, so that losses and collectives never meet the transport's messages.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.num_ranks > 1 else None
 
+    def _watch_memory(self, limit: int | Sequence[int] | None, mode: WatchMode, directory: Path | None) -> None:
+        """Open the account of what the rank holds, and the way to host memory."""
+        self.ledger = Ledger(self.rank, limit_of(limit, self.rank, self.num_ranks))
+        count = None if mode == "all" or limit is not None else self.programs.num_batches_until_steady
+        stages = {index: (item.stage, item.weights) for index, item in self.held.items()}
+        self._watch = MemoryWatch(self.ledger, stages, self.transport, self.device, count)
+        if self.programs.swapping & self.held.keys():
+            self.host_link = open_host_link(self.device, directory, self._watch.moved)
+
     def _assemble(
         self,
         timeout: timedelta,
@@ -188,7 +212,6 @@ class Pipeline:
         """Make what moves values, steps and tells the loss, around the stages; collective."""
         placement, synchronous = self.programs.sample.placement, self.programs.synchronous
         sizes = parameter_sizes(self.chain)
-        self.transport = Transport(placement, self.rank, self.device, self.hooks.announce, timeout=timeout)
         self._updater = Updater(
             {index: item.weights for index, item in self.held.items()},
             [name for named in sizes for name in named],
@@ -206,24 +229,12 @@ class Pipeline:
             self._update,
             self.hooks.record,
             seed=seed,
+            link=self.host_link,
+            watch=self._watch,
             synchronise=self.device.type == "cuda",
         )
         self._last_rank = placement.rank_of(placement.num_stages - 1)
         self._board = LossBoard(self._last_rank, len(self.chain.loss.parts), self._control)
-
-    def _agree_on_plan(self, seed: int, clip_grad_norm: float | None) -> None:
-        sample = self.programs.sample
-        facts = {
-            "schedule": f"{sample.name} with {self.programs.num_microbatches} microbatches ({sample.fingerprint()})",
-            "partition": list(self.partition),
-            "blocks": " ".join(block.name for block in self.chain.blocks),
-            "batch fields": self.chain.fields,
-            "parts of the loss": self.chain.loss.parts,
-            "tied weights": self.chain.tied,
-            "clip_grad_norm": clip_grad_norm,
-            "seed": seed,
-        }
-        agree(facts, self._control)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -299,17 +310,13 @@ class Pipeline:
             scale = program.microbatches_per_update / size
             self._board.publish([math.fsum(share[name].item() for share in shares) * scale for name in names])
         parts = dict(zip(names, self._board.collect(), strict=True))
-        loss = math.fsum(parts.values())
-        if not math.isfinite(loss):
+        result = StepResult(iteration, math.fsum(parts.values()), parts, self._updater.gradient_norm)
+        if not math.isfinite(result.loss):
             # Every rank comes here by itself; it must not be disturbed by others that have left already.
             self.transport.finish_gradients()
             self._board.finish()
-            shown = ", ".join(f"{name} {value}" for name, value in parts.items())
-            raise NonFiniteLossError(
-                f"the loss became {loss} at iteration {iteration + 1} ({shown}); lower the learning rate, warm it up "
-                "for longer, clip gradients (clip_grad_norm), or look for empty or broken samples"
-            )
-        return StepResult(iteration, loss, parts, self._updater.gradient_norm)
+            result.check_finite()
+        return result
 
     def _update(self, stage: int, microbatch: int) -> None:
         program = self._program
@@ -366,15 +373,12 @@ class Pipeline:
 
         The dictionaries of all ranks together are the model's; for an `nn.Sequential`, what its own would be.
         """
-        return {
-            self.chain.blocks[block].global_name(name): tensor
-            for item in self.held.values()
-            for block, module in enumerate(item.weights.newest, start=item.stage.start)
-            for name, tensor in module.state_dict().items()
-        }
+        return named_state(self.chain, self.held.values())
 
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""
+        if self.host_link is not None:
+            self.host_link.close()
         if self._membership is not None:
             membership, self._membership = self._membership, None
             destroy_process_group(membership)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from vpipe.errors import ScheduleError
-from vpipe.runtime.executor import RUNNABLE, Program
+from vpipe.runtime.executor import Program
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.csv_file import check_csv_run
 from vpipe.schedule.lower import lower
 from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.offload import insert_offloads
+from vpipe.schedule.recompute_ahead import insert_recomputes
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule, uses_split_backward
 from vpipe.schedule.validate import validate_schedule
@@ -51,29 +53,25 @@ class ProgramBuilder:
         self._options = dict(options)
         if macrobatch:
             self._options["microbatches_per_update"] = num_microbatches
+        self._ahead: frozenset[int] = frozenset()
+        self._moved: frozenset[int] = frozenset()
         self._latest: tuple[int, Program] | None = None
         self.sample = self.schedule(1)
         """A schedule of one batch, or of enough batches to show an asynchronous schedule's steady state."""
         if not self.synchronous:
-            self.sample = self.schedule(self._num_batches_until_steady())
+            self.sample = self.schedule(self.num_batches_until_steady)
         # A longer asynchronous schedule repeats the steady state of this one.
         validate_schedule(self.sample)
-        self._check_runnable()
         self.microbatches_per_update = self._count_microbatches_per_update()
 
-    def _num_batches_until_steady(self) -> int:
-        """Return a number of batches in which every stage has more forwards than it runs ahead, and a few pairs."""
+    @property
+    def num_batches_until_steady(self) -> int:
+        """Count enough batches that every stage has more forwards than it runs ahead, and a few pairs."""
+        if self.synchronous:
+            return 2
         depths = self._options.get("depths")
         deepest: int = max([self.sample.num_stages, *(depths if isinstance(depths, list | tuple) else ())])
         return 2 + -(-2 * deepest // self.num_microbatches)
-
-    def _check_runnable(self) -> None:
-        kinds = {action.kind for order in self.sample.orders for action in order} - RUNNABLE
-        if kinds:
-            raise ScheduleError(
-                f"schedule '{self._name}' has actions that can be drawn and simulated but not run yet: "
-                f"{', '.join(sorted(kinds))}; use one of forwards and full backwards, such as 1f1b or pipedream"
-            )
 
     def _count_microbatches_per_update(self) -> int:
         count = weight_usage(self.sample)[0].update_of.count(0)
@@ -87,8 +85,33 @@ class ProgramBuilder:
     def schedule(self, num_batches: int) -> Schedule:
         """Build the schedule of `num_batches` batches."""
         count = self.num_microbatches * num_batches
-        return build_schedule(
+        schedule = build_schedule(
             self._name, self._num_ranks, count, stages_per_rank=self._stages_per_rank, **self._options
+        )
+        return insert_offloads(insert_recomputes(schedule, self._ahead), self._moved)
+
+    def insert(self, ahead: Collection[int], swapping: Collection[int]) -> None:
+        """From now on recompute ahead of the backwards of the stages `ahead`, and move what those `swapping` hold.
+
+        Raises:
+            ScheduleError: there is no such stage.
+        """
+        if not ahead and not swapping:
+            return
+        self._ahead, self._moved, self._latest = frozenset(ahead), frozenset(swapping), None
+        self.sample = self.schedule(self.sample.num_microbatches // self.num_microbatches)
+        validate_schedule(self.sample)
+
+    def facts(self) -> dict[str, object]:
+        """Return what ranks must agree on."""
+        name, fingerprint = self.sample.name, self.sample.fingerprint()
+        return {"schedule": f"{name} with {self.num_microbatches} microbatches ({fingerprint})"}
+
+    @property
+    def swapping(self) -> frozenset[int]:
+        """Name the stages whose activations are moved: those that hold enough of them for that to be of use."""
+        return frozenset(
+            action.stage for order in self.sample.orders for action in order if action.kind is Kind.OFFLOAD
         )
 
     def training(self, num_batches: int, first_iteration: int) -> Program:

@@ -19,8 +19,8 @@ from vpipe.errors import ModelError, ScheduleError
 
 __all__ = ["Arrival", "Kept", "Parcel", "Swapped", "take"]
 
-_SMALL = 4096
-"""Bytes: what is not larger stays, because moving it would take longer than its memory is worth."""
+SMALL_BYTES = 4096
+"""What is not larger stays, because moving it would take longer than its memory is worth."""
 
 
 class Arrival(Protocol):
@@ -133,7 +133,7 @@ class Swapped:
                 continue
             storage = kept.tensor.untyped_storage()
             place = storage.data_ptr()
-            if storage.nbytes() > _SMALL and place not in staying:
+            if storage.nbytes() > SMALL_BYTES and place not in staying:
                 if place not in parcels:
                     parcels[place] = Parcel(storage)
                 kept.move_into(parcels[place])

@@ -285,6 +285,13 @@ class Transport:
             raise
         self._announce("running")
 
+    def memory(self) -> dict[int, int]:
+        """Return place and bytes of all messages: on their way, or waiting to be used again."""
+        posted = [message for channel in self._channels.values() for _, message in channel.posted.values()]
+        sent = [message for channel in self._channels.values() for _, message in channel.sent.values()]
+        kept = [message for _, messages in self._layouts.values() for message in messages]
+        return {message.buffer.data_ptr(): message.buffer.numel() for message in (*posted, *sent, *kept)}
+
     def finish(self) -> None:
         """End a program: wait until all that was sent has been taken."""
         self._answered.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -95,6 +95,16 @@ class WeightVersions:
     def gradients(self) -> list[Tensor | None]:
         """Return the accumulated gradients in parameter order."""
         return [parameter.grad for parameter in self.parameters]
+
+    def optimizer_state(self) -> Iterator[Tensor]:
+        """Yield the tensors that the optimizer keeps."""
+        for state in self.optimizer.state.values() if self.optimizer is not None else ():
+            yield from (item for item in state.values() if isinstance(item, Tensor))
+
+    def untrained(self) -> Iterator[Tensor]:
+        """Yield buffers and frozen parameters, which all versions share."""
+        yield from self._sets[0].buffers()
+        yield from (parameter for parameter in self._sets[0].parameters() if not parameter.requires_grad)
 
     def step(self) -> None:
         """Make the next version from the newest one and the accumulated gradients, and forget the gradients."""

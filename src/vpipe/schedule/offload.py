@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.action import MOVES, Action, Kind
 from vpipe.schedule.schedule import Schedule
 
 __all__ = ["DEVICE_COPIES", "insert_offloads"]
@@ -28,7 +28,8 @@ _BACKWARD = frozenset({Kind.B, Kind.I})
 def insert_offloads(schedule: Schedule, stages: Collection[int]) -> Schedule:
     """Return the schedule with an OFFLOAD and a FETCH for the microbatches of `stages` that are away for a while.
 
-    Stages that never have more than `DEVICE_COPIES` microbatches in flight are left alone: there is nothing to gain.
+    Stages that never have more than `DEVICE_COPIES` microbatches in flight are left alone, as there is nothing to gain,
+    and so are those that have such actions.
 
     Raises:
         ScheduleError: there is no such stage.
@@ -36,7 +37,10 @@ def insert_offloads(schedule: Schedule, stages: Collection[int]) -> Schedule:
     for stage in stages:
         if not 0 <= stage < schedule.num_stages:
             raise ScheduleError(f"there is no stage {stage} to swap, only 0 to {schedule.num_stages - 1}")
-    moving = {stage for stage in stages if _most_in_flight(schedule.stage_order(stage), stage) > DEVICE_COPIES}
+    placed = {action.stage for order in schedule.orders for action in order if action.kind in MOVES}
+    moving = {
+        stage for stage in set(stages) - placed if _most_in_flight(schedule.stage_order(stage), stage) > DEVICE_COPIES
+    }
     if not moving:
         return schedule
     return replace(schedule, orders=tuple(tuple(_with_moves(order, moving)) for order in schedule.orders))

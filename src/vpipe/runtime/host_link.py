@@ -1,0 +1,187 @@
+"""The way to host memory: copies parcels out and back, one after another, beside the computation.
+
+On a CPU a thread does the copying; torch and the copy itself leave the interpreter to others. On a GPU copies are
+queued on a stream of their own. Both go strictly in order, and an `offload` waits until the one before it is over: so
+no more than one microbatch is on its way out, and what is fetched takes the place of what has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Protocol
+
+import torch
+
+from vpipe.errors import ExecutionError
+from vpipe.runtime.host_memory import HostMemory, MappedMemory, PinnedMemory
+from vpipe.runtime.swap import Parcel
+
+__all__ = ["HostLink", "Moved", "StreamLink", "ThreadLink", "open_host_link"]
+
+Owner = tuple[int, int]
+"""Stage and microbatch."""
+Moved = Callable[[Owner, Parcel, bool], None]
+"""Is told that a parcel is packed up or about to come back (True), or about to leave; on the thread that does it."""
+
+
+class HostLink(Protocol):
+    """One rank's link."""
+
+    bytes_offloaded: int
+    bytes_fetched: int
+
+    def offload(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
+        """Begin to move parcels out; wait before that until the last ones have left."""
+
+    def fetch(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
+        """Begin to bring parcels back, in this order."""
+
+    def close(self) -> None:
+        """Stop; what is under way is finished first."""
+
+
+def open_host_link(device: torch.device, directory: Path | None, moved: Moved = lambda *_: None) -> HostLink:
+    """Return the link of a device; on a CPU host memory is a mapped file in `directory`."""
+    if device.type == "cuda":
+        return StreamLink(device, PinnedMemory(), moved)
+    return ThreadLink(MappedMemory(directory), moved)
+
+
+class ThreadLink:
+    """Copies on a thread, which starts with the first parcel. Errors are raised where a parcel is needed."""
+
+    def __init__(self, memory: HostMemory, moved: Moved = lambda *_: None) -> None:
+        self.bytes_offloaded = 0
+        self.bytes_fetched = 0
+        self._memory = memory
+        self._moved = moved
+        self._jobs: SimpleQueue[tuple[Callable[[Owner, Parcel], None], Owner, Parcel, Event] | None] = SimpleQueue()
+        self._thread: Thread | None = None
+        self._left: Event | None = None
+
+    def offload(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
+        """Begin to move parcels out; wait before that until the last ones have left."""
+        if self._left is not None:
+            self._left.wait()
+        for parcel in parcels:
+            self._moved(owner, parcel, True)
+        for parcel in parcels:
+            self._left = self._add(self._move_out, owner, parcel)
+
+    def fetch(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
+        """Begin to bring parcels back, in this order."""
+        for parcel in parcels:
+            parcel.arrival = self._add(self._bring_back, owner, parcel)
+
+    def _add(self, job: Callable[[Owner, Parcel], None], owner: Owner, parcel: Parcel) -> Event:
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="vpipe host link", daemon=True)
+            self._thread.start()
+        done = Event()
+        self._jobs.put((job, owner, parcel, done))
+        return done
+
+    def _work(self) -> None:
+        while (entry := self._jobs.get()) is not None:
+            job, owner, parcel, done = entry
+            try:
+                if parcel.error is None:
+                    job(owner, parcel)
+            except (RuntimeError, ExecutionError) as error:
+                parcel.error = error
+            done.set()
+            # Or the parcel's memory would live until the next one comes.
+            del entry, job, owner, parcel, done
+
+    def _move_out(self, owner: Owner, parcel: Parcel) -> None:
+        assert parcel.device is not None
+        parcel.host = self._memory.take(parcel.num_bytes)
+        parcel.host.copy_(parcel.device)
+        self.bytes_offloaded += parcel.num_bytes
+        self._moved(owner, parcel, False)
+        parcel.device = None
+
+    def _bring_back(self, owner: Owner, parcel: Parcel) -> None:
+        assert parcel.host is not None
+        self._moved(owner, parcel, True)
+        device = torch.empty(parcel.num_bytes, dtype=torch.uint8)
+        device.copy_(parcel.host)
+        self.bytes_fetched += parcel.num_bytes
+        region, parcel.host, parcel.device = parcel.host, None, device
+        self._memory.give(region)
+
+    def close(self) -> None:
+        """Stop; what is under way is finished first."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+class _StreamArrival:
+    """Lets the current stream wait for a copy, and tells the allocator who uses what it brought."""
+
+    def __init__(self, parcel: Parcel, event: torch.cuda.Event) -> None:
+        self._device = parcel.device
+        self._event = event
+
+    def wait(self) -> None:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._event)
+        if self._device is not None:
+            self._device.record_stream(stream)
+            self._device = None
+
+
+class StreamLink:
+    """Copies on a CUDA stream of its own, from and to pinned memory."""
+
+    # Written for GPUs and never run on one: development machines have none.
+
+    def __init__(self, device: torch.device, memory: HostMemory, moved: Moved = lambda *_: None) -> None:
+        self.bytes_offloaded = 0
+        self.bytes_fetched = 0
+        self._memory = memory
+        self._moved = moved
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._left: torch.cuda.Event | None = None
+
+    def offload(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
+        """Begin to move parcels out; wait before that until the last ones have left."""
+        if self._left is not None:
+            self._left.synchronize()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        for parcel in parcels:
+            self._moved(owner, parcel, True)
+        with torch.cuda.stream(self._stream):
+            for parcel in parcels:
+                assert parcel.device is not None
+                parcel.host = self._memory.take(parcel.num_bytes)
+                parcel.host.copy_(parcel.device, non_blocking=True)
+                # The allocator gives the memory to nobody else before the copy is done.
+                parcel.device.record_stream(self._stream)
+                self.bytes_offloaded += parcel.num_bytes
+                self._moved(owner, parcel, False)
+                parcel.device = None
+            self._left = self._stream.record_event()
+
+    def fetch(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
+        """Begin to bring parcels back, in this order."""
+        with torch.cuda.stream(self._stream):
+            for parcel in parcels:
+                assert parcel.host is not None
+                self._moved(owner, parcel, True)
+                parcel.device = torch.empty(parcel.num_bytes, dtype=torch.uint8, device=self._stream.device)
+                parcel.device.copy_(parcel.host, non_blocking=True)
+                self.bytes_fetched += parcel.num_bytes
+                parcel.arrival = _StreamArrival(parcel, self._stream.record_event())
+                # Whoever takes the region next writes to it on this same stream, after this copy.
+                self._memory.give(parcel.host)
+                parcel.host = None
+
+    def close(self) -> None:
+        """Stop; what is under way is finished first."""
+        self._stream.synchronize()
