@@ -1,6 +1,6 @@
 """Measure what ranks hold for backwards, on real transformer blocks, in schedules made to hold less.
 
-python -m benchmarks.families.memory [--ranks 4 8 16] [--out FILE]
+python -m benchmarks.families.memory [--ranks 4 8 16] [--schedules NAME...] [--out FILE]
 
 Each block is one of BERT's (attention and feed-forward of linear layers, dropout on). All schedules train the same
 blocks on the same batches: four blocks per rank, in two stages where the schedule has two. After every action each rank
@@ -11,6 +11,7 @@ what a split backward has noted. Messages that were sent are counted apart. The 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pickle
@@ -85,19 +86,14 @@ def _train(schedule: str, num_ranks: int) -> tuple[int, int]:
     return max(held), max(sent)
 
 
-def compare(num_ranks: int) -> dict[str, Any]:
-    """Measure all schedules on so many ranks."""
-    found = {}
-    for name in SCHEDULES:
-        ranks = measure(name, num_ranks)
-        schedule = build_schedule(name, num_ranks, 2 * num_ranks)
-        found[name] = {
-            "held_bytes": [held for held, _ in ranks],
-            "sent_bytes": [sent for _, sent in ranks],
-            "microbatches": max(peak_activations(schedule)),
-        }
-        print(f"{num_ranks} ranks  {name:<8} {max(found[name]['held_bytes']) / MIB:8.1f} MiB", flush=True)
-    return found
+def compare(name: str, num_ranks: int) -> dict[str, Any]:
+    """Measure one schedule on so many ranks."""
+    ranks = measure(name, num_ranks)
+    return {
+        "held_bytes": [held for held, _ in ranks],
+        "sent_bytes": [sent for _, sent in ranks],
+        "microbatches": max(peak_activations(build_schedule(name, num_ranks, 2 * num_ranks))),
+    }
 
 
 def show(results: dict[str, Any]) -> None:
@@ -125,14 +121,16 @@ def show(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     arguments = parser.parse_args()
     results = (
         json.loads(arguments.out.read_text()) if arguments.out.exists() else {"environment": environment(), "ranks": {}}
     )
-    for num_ranks in arguments.ranks:
-        if str(num_ranks) not in results["ranks"]:
-            results["ranks"][str(num_ranks)] = compare(num_ranks)
+    for num_ranks, name in itertools.product(arguments.ranks, arguments.schedules):
+        found = results["ranks"].setdefault(str(num_ranks), {})
+        if name not in found:
+            found[name] = compare(name, num_ranks)
             write_results(arguments.out, results)
     show(results["ranks"])
 

@@ -2,8 +2,8 @@
 
 python -m benchmarks.families.run [--num-rounds 3] [--most-seconds 80] [--out FILE]
 
-Predictions are made, and written down, before anything is measured. All run in turn, round after round. The results
-file is the state: a run that is cut short goes on where it stopped.
+Predictions are made, and written down, before anything is measured. All run in turn, round after round; what ran while
+other programs computed runs again. The results file is the state: a run that is cut short goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment, format_table, speed_over, spread
 from benchmarks.families.peer_torch import PEERS, run_torch
+from benchmarks.families.quiet import quietly
 from benchmarks.simulator.calibrate import Calibration, calibrate_crowd, costs_of
 from benchmarks.simulator.configurations import MESSAGE_BYTES
 from benchmarks.simulator.devices import StageTimes
@@ -96,10 +98,12 @@ def _bare_ms(configuration: Configuration) -> float:
     ).step_ms
 
 
-def _begin() -> dict[str, Any]:
+def _begin(end: float) -> dict[str, Any] | None:
     surroundings = environment()
     pairs = str(NUM_RANKS // 2)
-    found = [calibrate_crowd(NUM_RANKS // 2, MESSAGE_BYTES) for _ in range(NUM_CALIBRATIONS)]
+    found = [quietly(lambda: calibrate_crowd(NUM_RANKS // 2, MESSAGE_BYTES), end) for _ in range(NUM_CALIBRATIONS)]
+    if None in found:
+        return None
     calibration = {"emulated": {pairs: _medians(found)}, "slow_link_adds_ms": 0.0}
     return {
         "environment": surroundings,
@@ -135,14 +139,18 @@ def measure_rounds(results: dict[str, Any], num_rounds: int, end: float, path: P
                 rounds = results[kind][name]["rounds_ms"]
                 if len(rounds) > number:
                     continue
-                if time.monotonic() > end:
+                batch_ms = quietly(partial(_measure, kind, configuration), end)
+                if batch_ms is None:
                     return False
-                batch_ms = run_torch(configuration) if kind == "torch" else run_pipeline(configuration)[0].batch_ms
                 rounds.append(round(statistics.median(batch_ms), 3))
                 results["measured_at"] = _now()
                 _write(path, results)
                 print(f"round {number + 1}  {kind:<9} {name:<26}{rounds[-1]:9.2f} ms", flush=True)
     return True
+
+
+def _measure(kind: str, configuration: Configuration) -> list[float]:
+    return run_torch(configuration) if kind == "torch" else run_pipeline(configuration)[0].batch_ms
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
@@ -194,9 +202,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "families.json")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.most_seconds
-    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else _begin()
-    _write(arguments.out, results)
-    if measure_rounds(results, arguments.num_rounds, end, arguments.out):
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else _begin(end)
+    if results is not None:
+        _write(arguments.out, results)
+    if results is not None and measure_rounds(results, arguments.num_rounds, end, arguments.out):
         show(results)
     else:
         print("not all is measured: run it again")

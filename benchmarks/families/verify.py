@@ -58,7 +58,7 @@ def verify(schedule: str, ranks: int, stages: int) -> dict[str, Any]:
         path.write_text(CONFIG.format(folder=folder, **content))
         command = [sys.executable, "-m", "vpipe", "verify", str(path), "--format", "json"]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode > 1:
+    if not done.stdout:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr}")
     report: dict[str, Any] = json.loads(done.stdout)
     return {

@@ -29,6 +29,8 @@ _VARY_PATIENCE = 80
 _SWAP_PATIENCE = 300
 _ROUNDS = 16  # of tabu search
 _WORTH_IT = 1.1  # orders that are this much worse than the best are no seeds
+_SHAKEN = 0.3  # share of the steps, at most, for going on from random changes
+_WORTH_SHAKING = 1.3  # placements that are this much worse than the best are left alone then
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class _Search:
             field.try_policies(reserve=request.num_steps // 4)
         self._vary()
         self._improve()
+        self._shake()
         schedule = self._write(min(self._fields.values(), key=lambda field: field.best))
         makespan = simulate(schedule, self._costs[schedule.placement]).makespan
         if makespan > family_makespan:
@@ -148,6 +151,17 @@ class _Search:
             if swaps <= 0:
                 break
             field.improve_next(swaps, _SWAP_PATIENCE)
+
+    def _shake(self) -> None:
+        end = self._budget.left - int(self._request.num_steps * _SHAKEN)
+        turn = 0
+        while self._budget.left > max(0, end):
+            best = min(field.best for field in self._fields.values())
+            fields = [field for field in self._open() if field.best <= best * _WORTH_SHAKING]
+            if not fields:
+                break
+            fields[turn % len(fields)].shake()
+            turn += 1
 
     def _write(self, field: SearchField) -> Schedule:
         orders = field.best_orders

@@ -11,12 +11,16 @@ from vpipe.schedule.search_improve import improve
 from vpipe.schedule.search_list import Policy, build_list_order
 from vpipe.schedule.search_problem import Orders, SearchProblem
 from vpipe.schedule.search_seeds import table_of_policies, vary
+from vpipe.schedule.search_shake import shake
 from vpipe.schedule.search_timing import Timing
 
 __all__ = ["Budget", "SearchField"]
 
 _LIST_STEPS = 4  # what a list schedule costs per operation; timing orders once, or swapping two operations, costs 1
 _FIXED_STEPS = 50  # what anything costs, however few operations there are
+_LEAST_POLICIES = 6
+_NUM_CHANGES = 3
+_SHAKEN_PATIENCE = 60
 
 
 class Budget:
@@ -118,5 +122,12 @@ class SearchField:
         self._budget.take(swaps * self.swap_steps)
         self._orders.setdefault(improved, orders)
 
-
-_LEAST_POLICIES = 6
+    def shake(self) -> None:
+        """Improve a random change of the best orders; what is as good takes their place."""
+        makespan = min(self._orders)
+        changed = shake(self.problem, self._orders[makespan], _NUM_CHANGES, self._random)
+        num_swaps = max(1, self._budget.left // self.swap_steps)
+        orders, improved, swaps = improve(self.problem, changed, num_swaps, self._random, self._goal, _SHAKEN_PATIENCE)
+        self._budget.take((swaps + 2 * _NUM_CHANGES) * self.swap_steps)
+        if improved <= makespan:
+            self._orders[improved] = orders
