@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -16,21 +17,25 @@ from vpipe.report.sweep import Axis, Row, short_key
 
 __all__ = ["METRICS", "Metric", "failure_lines", "find_best", "one_line", "render_table", "table_csv"]
 
+_WIDEST_VALUE = 24
+"""Characters of a swept value that stay on one line of a terminal."""
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a row: its key, and how a person reads it."""
+    """A number of a row: its key, how a person reads it, and whether a terminal has the room for it."""
 
     key: str
     heading: str
     show: Callable[[float], str]
+    in_terminal: bool = True
 
 
 METRICS = (
     Metric("samples_per_second", "samples/s", "{:.4g}".format),
     Metric("iteration_ms", "ms/iteration", "{:.4g}".format),
     Metric("bubble_fraction", "bubble", "{:.1%}".format),
-    Metric("communication_share", "communication", "{:.1%}".format),
+    Metric("communication_share", "communication", "{:.1%}".format, in_terminal=False),
     Metric("peak_memory_bytes", "memory", lambda size: format_bytes(int(size))),
     Metric("predicted_memory_bytes", "memory", lambda size: format_bytes(int(size))),
     Metric("final_loss", "loss", "{:.4f}".format),
@@ -53,10 +58,12 @@ def table_csv(axes: Sequence[Axis], rows: Sequence[Row]) -> str:
 
 def render_table(axes: Sequence[Axis], rows: Sequence[Row]) -> Table:
     """Return a table for a rich console; the fastest row is bold, a failed one says why."""
-    metrics, best = _present(rows), find_best(rows)
+    metrics, best = [metric for metric in _present(rows) if metric.in_terminal], find_best(rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for axis in axes:
-        table.add_column(Text(short_key(axis)), justify="right" if axis.numbers else "left", overflow="fold")
+        longest = max(map(len, (short_key(axis), *axis.values)))
+        justify: Literal["right", "left"] = "right" if axis.numbers else "left"
+        table.add_column(Text(short_key(axis)), justify=justify, overflow="fold", min_width=min(longest, _WIDEST_VALUE))
     for metric in metrics:
         table.add_column(metric.heading, justify="right", no_wrap=True)
     for row in rows:
