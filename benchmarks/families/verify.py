@@ -39,21 +39,22 @@ def cases() -> list[tuple[str, int, int]]:
         for name in SCHEDULES:
             for stages in (1, 2):
                 try:
-                    build_schedule(name, ranks, _size(ranks), stages_per_rank=stages)
+                    build_schedule(name, ranks, _size(name, ranks), stages_per_rank=stages)
                 except ScheduleError:
                     continue
                 found.append((name, ranks, stages))
     return found
 
 
-def _size(ranks: int) -> int:
-    return 2 * ranks + 1  # no multiple of the ranks
+def _size(schedule: str, ranks: int) -> int:
+    # No multiple of the ranks, but where an update is made of as many microbatches as there are ranks.
+    return 2 * ranks + (schedule != "pipedream-2bw")
 
 
 def verify(schedule: str, ranks: int, stages: int) -> dict[str, Any]:
     """Run `vpipe verify` and return what it reports."""
     with tempfile.TemporaryDirectory() as folder:
-        path, size = Path(folder) / "run.yml", _size(ranks)
+        path, size = Path(folder) / "run.yml", _size(schedule, ranks)
         content = {"schedule": schedule, "ranks": ranks, "stages": stages, "size": size, "batch": 2 * size}
         path.write_text(CONFIG.format(folder=folder, **content))
         command = [sys.executable, "-m", "vpipe", "verify", str(path), "--format", "json"]
