@@ -32,6 +32,15 @@ def refuse(arguments):
     time.sleep(60)
 
 
+def measure(arguments):
+    import torch
+    from torch.autograd.profiler import profile
+
+    with profile(profile_memory=True):
+        torch.ones(8)
+    print("measured")
+
+
 def fill_the_disk(arguments):
     if RANK == 1:
         with open("/dev/full", "w") as file:

@@ -86,6 +86,11 @@ def test_the_rank_that_diverged_is_the_cause_and_not_those_that_lost_it(tmp_path
         launch(tmp_path, "diverge", num_ranks=3)
 
 
+def test_measuring_memory_leaves_nothing_else_in_the_log(tmp_path):
+    launch(tmp_path, "measure", num_ranks=1)
+    assert log(tmp_path, 0) == "measured\n"
+
+
 def test_a_full_disk_is_told_in_one_line(tmp_path):
     with pytest.raises(LaunchError) as error:
         launch(tmp_path, "fill_the_disk")

@@ -86,6 +86,7 @@ def load_function(target: str) -> Callable[[Sequence[str]], None]:
 
 
 def _prepare_process() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which measures memory, tells of every start
     faulthandler.enable()  # a crash in native code leaves the Python stack in the log
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # The launcher shows what Ctrl-C means; the rank may be inside a C++ wait that Python cannot interrupt.
