@@ -206,6 +206,32 @@ def test_legal(changes: dict[str, Any]) -> None:
             "model.num_heads = 3 does not divide model.hidden_size = 64; use 2 or 4",
         ),
         (
+            {"model.size": "larg"},
+            "model.size = 'larg' is not one of 'tiny', 'base', 'large', the sizes of model.type = 'bert'; did you mean "
+            "'large'?",
+        ),
+        (
+            {"model.size": "gpt2-xl"},
+            "model.size = 'gpt2-xl' is not one of 'tiny', 'base', 'large', the sizes of model.type = 'bert'; for that "
+            "set model.type = 'gpt'",
+        ),
+        (
+            {"model.type": "gpt", "model.init_from": "weights", "plan.partition": "uniform"},
+            "model.init_from starts a BERT from weights, and model.type = 'gpt'; leave it out",
+        ),
+        (
+            {"model.num_kv_heads": 1},
+            "model.num_kv_heads = 1 needs model.type = 'llama', and model.type = 'bert'; leave it out",
+        ),
+        (
+            {"model.type": "llama", "model.num_kv_heads": 4, "plan.partition": "uniform"},
+            "model.num_kv_heads = 4 does not divide model.num_heads = 2; use a divisor",
+        ),
+        (
+            {"model.type": "llama", "model.dropout": 0.1, "plan.partition": "uniform"},
+            "model.dropout = 0.1 is not for a llama, which has dropout in attention only; leave it out",
+        ),
+        (
             {"data.sequence_length": 600},
             "data.sequence_length = 600 is longer than model.max_position_embeddings = 512; raise the latter",
         ),

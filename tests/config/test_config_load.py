@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vpipe.config import RunConfig, build_config, dump_config, load_config, read_config
 from vpipe.config.flat import FLAT_KEYS
 from vpipe.config.problems import native_keys, sections
+from vpipe.config.sections import ModelConfig
 from vpipe.config.text import parse_yaml
 from vpipe.config.tree import set_key
 from vpipe.errors import ConfigError
@@ -75,6 +76,25 @@ def test_sizes_follow_the_preset_and_the_width() -> None:
     assert (large.hidden_size, large.num_layers, large.num_heads, large.intermediate_size) == (1024, 24, 16, 4096)
     narrow = build_config({**RUNNABLE, "model": {"size": "large", "hidden_size": 128}}).model
     assert (narrow.hidden_size, narrow.num_layers, narrow.num_heads, narrow.intermediate_size) == (128, 24, 2, 512)
+
+
+def test_a_size_fills_what_its_family_has() -> None:
+    def model(**changes: Any) -> ModelConfig:
+        return build_config({**RUNNABLE, "model": changes}).model
+
+    gpt = model(type="gpt", size="gpt3-175b")
+    assert (gpt.num_layers, gpt.hidden_size, gpt.num_heads, gpt.vocab_size) == (96, 12288, 96, 50257)
+    assert (gpt.max_position_embeddings, gpt.dropout) == (2048, 0.1)
+    llama = model(type="llama", size="llama-70b")
+    assert (llama.num_kv_heads, llama.intermediate_size, llama.dropout, llama.attention_dropout) == (8, 28672, 0, 0)
+    assert model(type="llama", size="llama-70b", hidden_size=128).num_kv_heads is None
+    assert model(type="llama", num_layers=2, vocab_size=99).vocab_size == 99
+
+
+@pytest.mark.parametrize(("kind", "blocks", "vocabulary"), [("bert", 5, 30522), ("gpt", 6, 50257), ("llama", 6, 32000)])
+def test_blocks_and_synthetic_vocabulary_of_each_family(kind: str, blocks: int, vocabulary: int) -> None:
+    run = build_config({**RUNNABLE, "model": {"type": kind, "num_layers": 2}})
+    assert (run.num_blocks, run.model.vocab_size) == (blocks, vocabulary)
 
 
 def test_relative_paths_start_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

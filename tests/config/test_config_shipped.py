@@ -16,7 +16,7 @@ THREE = ("vpipe", "pipedream", "gpipe")
 
 def test_all_are_here() -> None:
     names = {f"{size}_4{name}" for size in ("bert", "narrow") for name in THREE}
-    assert names | {"quickstart"} <= {path.stem for path in SHIPPED}
+    assert names | {"quickstart", "gpt_quickstart"} <= {path.stem for path in SHIPPED}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -38,6 +38,11 @@ def test_quickstart_is_24_narrow_layers_on_two_ranks() -> None:
     run = read_config(CONFIGS / "quickstart.yml").config
     assert (run.num_blocks, run.num_ranks, run.pipeline.schedule) == (49, 2, "1f1b")
     assert run.model.hidden_size <= 128
+
+
+def test_gpt_quickstart_is_12_narrow_layers_on_two_ranks() -> None:
+    run = read_config(CONFIGS / "gpt_quickstart.yml").config
+    assert (run.model.type, run.num_blocks, run.num_ranks, run.pipeline.schedule) == ("gpt", 26, 2, "1f1b")
 
 
 @pytest.mark.parametrize(("name", "schedule"), [("vpipe", "pipedream"), ("pipedream", "pipedream"), ("gpipe", "gpipe")])

@@ -8,6 +8,7 @@ from transformers import GPT2Config
 
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain
+from vpipe.model.export import save_shard, write_config, write_index
 from vpipe.model.gpt import build_gpt_chain
 from vpipe.model.loss import sum_parts
 from vpipe.model.pretrained import initialise_from
@@ -141,6 +142,22 @@ def test_every_cut_is_inferred_without_memory(family):
     specs = chain.infer(range(1, len(chain)), meta)
     kinds = {(spec.name, spec.shape, spec.dtype, spec.requires_grad) for found in specs.values() for spec in found}
     assert kinds == {("hidden", (4, 12, 32), torch.float32, True)}
+
+
+@each_family
+@TIES
+def test_transformers_loads_what_the_stages_wrote(family, tie_weights, tmp_path):
+    chain, config = family.chain(tie_weights), family.config()
+    modules = [module.eval() for module in build(chain, seed=9)]
+    for stage, blocks in enumerate((range(2), range(2, len(chain)))):
+        save_shard(tmp_path, chain, {block: modules[block].state_dict() for block in blocks}, stage, 2)
+    write_index(tmp_path, chain, 2)
+    write_config(tmp_path, config, tie_weights=tie_weights)
+    model, loading = family.reference.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    fields = batch()
+    logits = model.eval()(input_ids=fields["input_ids"]).logits
+    assert torch.equal(run(chain, modules, fields)["logits"], logits)
 
 
 def test_cross_attention_is_refused():

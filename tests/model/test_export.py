@@ -9,7 +9,7 @@ from transformers import BertForPreTraining
 
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain
-from vpipe.model.export import save_shard, shard_path, write_bert_config, write_index
+from vpipe.model.export import save_shard, shard_path, write_config, write_index
 from vpipe.model.loss import CallableLoss
 from vpipe.model.pretrained import initialise_from
 
@@ -21,7 +21,7 @@ def save(directory, chain, modules, cuts):
         states = {index: modules[index].state_dict() for index in range(*stages[stage])}
         save_shard(directory, chain, states, stage, len(stages))
     write_index(directory, chain, len(stages))
-    write_bert_config(directory, toy_config(), tie_weights=bool(chain.tied))
+    write_config(directory, toy_config(), tie_weights=bool(chain.tied))
 
 
 @pytest.mark.parametrize("cuts", [(), (1, 4)], ids=["1 stage", "3 stages"])

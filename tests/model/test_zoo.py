@@ -108,6 +108,34 @@ def test_init_from_must_be_a_bert(tmp_path):
         build_chain(settings)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("gpt", "gpt2"), ("gpt", "gpt3-175b"), ("llama", "llama-70b")])
+def test_a_decoder_has_the_sizes_of_the_config(kind, size):
+    settings = ModelConfig(type=kind, size=size)
+    chain = build_chain(settings)
+    assert len(chain) == 2 * settings.num_layers + 2
+    assert chain.blocks[0].name == "embedding"
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_a_decoder_takes_the_vocabulary_of_the_data(kind):
+    chain = build_chain(ModelConfig(type=kind, **TOY), data_vocab_size=41)
+    assert chain.materialise(5, 0).lm_head.weight.shape == (41, 32)
+    with pytest.raises(ModelError, match=r"data uses 60 tokens and the model knows 50"):
+        build_chain(ModelConfig(type=kind, **TOY, vocab_size=50), data_vocab_size=60)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 5}, "hidden_size 32 is not a multiple of num_heads 5"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    ],
+)
+def test_a_decoder_whose_heads_do_not_divide_is_refused(sizes, message):
+    with pytest.raises(ModelError, match=message):
+        build_chain(ModelConfig(type="llama", **TOY | sizes))
+
+
 def test_a_custom_entry_gives_its_chain(custom):
     chain = custom("mine.py:build", width=3, depth=4)
     assert isinstance(chain, Chain)
@@ -137,5 +165,5 @@ def test_a_custom_entry_that_gives_no_chain_is_refused(custom, entry, options, m
 def test_a_custom_model_needs_an_entry():
     with pytest.raises(ModelError, match=r"model.type 'custom' needs model.entry"):
         build_chain(ModelConfig.model_construct(type="custom", entry=None, init_from=None))
-    with pytest.raises(ModelError, match=r"model.type 'gpt' is not one of bert, custom"):
-        build_chain(ModelConfig.model_construct(type="gpt"))
+    with pytest.raises(ModelError, match=r"model.type 'rnn' is not one of bert, gpt, llama, custom"):
+        build_chain(ModelConfig.model_construct(type="rnn"))

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 from vpipe.config.fields import show
+from vpipe.config.model_checks import check_family
 from vpipe.config.problems import Problem, did_you_mean
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig
@@ -216,12 +217,13 @@ def _check_model(run: RunConfig) -> Iterator[Problem]:
     yield from _check_entry("model", model.type, model.entry, bool(model.options))
     if model.type == "custom":
         defaults = ModelConfig()
-        for key in _BERT_ONLY:
+        for key in _BUILT_IN_ONLY:
             if getattr(model, key) != getattr(defaults, key):
                 value = show(getattr(model, key))
                 text = f"model.{key} = {value} means nothing to model.type = 'custom'; put it under model.options"
                 yield Problem((f"model.{key}", "model.type"), text)
         return
+    yield from check_family(model)
     if model.hidden_size % model.num_heads:
         heads = _or(_nearest_divisors(model.hidden_size, model.num_heads))
         yield Problem(
@@ -294,11 +296,12 @@ def _or(numbers: list[int]) -> str:
 _SEARCH = 10_000
 _MAX_BUILT = 20_000
 _ENTRY_FORM = "'file.py:function' or 'package.module:function'"
-_BERT_ONLY = (
+_BUILT_IN_ONLY = (
     "size",
     "hidden_size",
     "num_layers",
     "num_heads",
+    "num_kv_heads",
     "intermediate_size",
     "vocab_size",
     "max_position_embeddings",

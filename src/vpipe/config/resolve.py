@@ -9,9 +9,9 @@ from typing import Any
 from vpipe.config.checks import is_synchronous
 from vpipe.config.fields import show
 from vpipe.config.files import read_partition_file
+from vpipe.config.model_sizes import BERT_SIZES
 from vpipe.config.problems import Problem, did_you_mean
 from vpipe.config.run import RunConfig
-from vpipe.config.sections import BERT_SIZES, DataConfig, ModelConfig
 from vpipe.config.text import parse_json, read_text
 from vpipe.config.tree import Tree, get_key, set_key
 from vpipe.errors import ConfigError
@@ -22,7 +22,7 @@ __all__ = ["absolute", "is_file_name", "make_paths_absolute", "read_initial_mode
 _PATHS = ("log_directory", "data.data_dir", "model.init_from")
 _PARTITIONS = ("uniform", "parameters")
 _ENTRIES = ("model.entry", "data.entry")
-_BERT_VOCABULARY = 30522
+_VOCABULARIES = {"bert": 30522, "gpt": 50257, "llama": 32000}
 _SYNTHETIC_LENGTH = 128
 # Our names, and those in the config.json of a transformers BERT.
 _TRANSFORMERS_NAMES = {
@@ -70,7 +70,7 @@ def make_paths_absolute(tree: Tree, folder: Path) -> None:
 def read_initial_model(tree: Tree) -> list[Problem]:
     """Take the model's numbers that are not given from the folder it starts from; return what is wrong."""
     folder = get_key(tree, "model.init_from")
-    if not isinstance(folder, str) or get_key(tree, "model.type") == "custom":
+    if not isinstance(folder, str) or get_key(tree, "model.type") not in (None, "bert"):
         return []
     try:
         path = Path(folder) / "config.json"
@@ -149,13 +149,21 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
             )
     sections = {
         "pipeline": run.pipeline.model_copy(update=pipeline),
-        "model": run.model.model_copy(update=_synthetic_default(run, run.model, "vocab_size", _BERT_VOCABULARY)),
-        "data": run.data.model_copy(update=_synthetic_default(run, run.data, "sequence_length", _SYNTHETIC_LENGTH)),
+        "model": run.model.model_copy(update=_synthetic_vocabulary(run)),
+        "data": run.data.model_copy(update=_synthetic_length(run)),
     }
     return run.model_copy(update=sections), warnings
 
 
-def _synthetic_default(run: RunConfig, section: ModelConfig | DataConfig, key: str, value: int) -> dict[str, int]:
-    """Return what prepared data would have told, had there been any."""
-    synthetic = run.data.type == "bert" and run.data.synthetic_data and section.type == "bert"
-    return {key: value} if synthetic and getattr(section, key) is None else {}
+def _is_synthetic(run: RunConfig) -> bool:
+    """Tell whether what prepared data would have told has to be filled in."""
+    return run.data.type == "bert" and run.data.synthetic_data
+
+
+def _synthetic_vocabulary(run: RunConfig) -> dict[str, int]:
+    size = _VOCABULARIES.get(run.model.type)
+    return {"vocab_size": size} if _is_synthetic(run) and size and run.model.vocab_size is None else {}
+
+
+def _synthetic_length(run: RunConfig) -> dict[str, int]:
+    return {"sequence_length": _SYNTHETIC_LENGTH} if _is_synthetic(run) and run.data.sequence_length is None else {}

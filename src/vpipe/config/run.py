@@ -61,7 +61,8 @@ class RunConfig(Section):
     @property
     def num_blocks(self) -> int | None:
         """Count the model's blocks, or return None where only building the model tells (`custom`)."""
-        return 2 * self.model.num_layers + 1 if self.model.type == "bert" else None
+        more = {"bert": 1, "gpt": 2, "llama": 2}.get(self.model.type)
+        return None if more is None else 2 * self.model.num_layers + more
 
     @property
     def microbatch_size(self) -> int:

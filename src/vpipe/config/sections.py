@@ -20,10 +20,10 @@ from vpipe.config.fields import (
     Ratio,
     Share,
 )
+from vpipe.config.model_sizes import MODEL_SIZES
 from vpipe.schedule.registry import known_entry
 
 __all__ = [
-    "BERT_SIZES",
     "DataConfig",
     "LaunchConfig",
     "ModelConfig",
@@ -34,11 +34,7 @@ __all__ = [
     "TrainConfig",
 ]
 
-BERT_SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 128, "num_layers": 2, "num_heads": 2, "intermediate_size": 512},
-    "base": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "intermediate_size": 3072},
-    "large": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096},
-}
+_SIZES = "for " + "; for ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in MODEL_SIZES.items())
 
 
 class Section(BaseModel):
@@ -57,31 +53,36 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """What is trained."""
 
-    type: Literal["bert", "custom"] = "bert"
-    """`bert`: pre-training with masked words and next sentences; `custom`: your own chain of blocks, see `entry`."""
-    size: Literal["tiny", "base", "large"] | None = None
-    """Published BERT size that fills the four numbers below where they are not given."""
+    type: Literal["bert", "gpt", "llama", "custom"] = "bert"
+    """`bert`: pre-training with masked words and next sentences; `gpt`, `llama`: predicting the next token, as GPT-2
+    and Llama; `custom`: your own chain of blocks, see `entry`."""
+    size: Annotated[str | None, Allowed(_SIZES)] = None
+    """Published size that fills the numbers below where they are not given."""
     hidden_size: Count = 768
     """Width of a token's vector."""
     num_layers: Count = 12
-    """Transformer layers as the paper counts them; BERT has `2 * num_layers + 1` blocks to cut between."""
+    """Transformer layers as the paper counts them; BERT has `2 * num_layers + 1` blocks to cut between, the others one
+    more: their output matrix is a block of its own."""
     num_heads: Count = 12
     """Attention heads per layer; must divide `hidden_size`. Default: one per 64 of `hidden_size`."""
+    num_kv_heads: Count | None = None
+    """For llama: heads of keys and values, which several heads share; must divide `num_heads`. null is `num_heads`."""
     intermediate_size: Count = 3072
     """Width inside the feed-forward block. Default: 4 times `hidden_size`."""
     vocab_size: Count | None = None
-    """Tokens in the vocabulary; null takes it from the prepared data, and 30522 (BERT's) with synthetic data."""
+    """Tokens in the vocabulary; null takes it from the prepared data, and with synthetic data the published one:
+    30522 for bert, 50257 for gpt, 32000 for llama."""
     max_position_embeddings: Count = 512
     """Longest sequence that the model has positions for, in tokens."""
     dropout: Share = 0.1
-    """Dropout of embeddings, attention output and feed-forward output."""
+    """Dropout of embeddings, attention output and feed-forward output; llama has none, so 0 is its default."""
     attention_dropout: Share = 0.1
-    """Dropout of attention weights."""
+    """Dropout of attention weights; llama's default is 0."""
     tie_weights: bool = False
     """Use the word embedding as output matrix too: first and last stage share it, in synchronous schedules only."""
     init_from: Path | None = None
-    """Folder of a transformers BERT to start from, which also gives the numbers above that are not given; null starts
-    from random weights."""
+    """For bert: folder of a transformers BERT to start from, which also gives the numbers above that are not given;
+    null starts from random weights."""
     entry: Annotated[str | None, Allowed("'file.py:function' or 'package.module:function'")] = None
     """For `custom`: the function that returns a `vpipe.Chain`, as 'file.py:function' or 'package.module:function'."""
     options: dict[str, JsonValue] = {}
@@ -93,12 +94,15 @@ class ModelConfig(Section):
         """Fill sizes that were not given from `size`, or in BERT's proportions from `hidden_size`."""
         if not isinstance(values, Mapping):
             return values
-        size, hidden = values.get("size"), values.get("hidden_size")
-        filled = dict(BERT_SIZES.get(size, {})) if isinstance(size, str) else {}
+        kind, size, hidden = values.get("type", "bert"), values.get("size"), values.get("hidden_size")
+        filled: dict[str, float] = {"dropout": 0.0, "attention_dropout": 0.0} if kind == "llama" else {}
+        if isinstance(size, str) and isinstance(kind, str):
+            filled |= MODEL_SIZES.get(kind, {}).get(size, {})
         if isinstance(hidden, int) and not isinstance(hidden, bool) and hidden > 0:
             filled["intermediate_size"] = 4 * hidden
             if hidden % 64 == 0 or hidden < 64:
                 filled["num_heads"] = max(1, hidden // 64)
+                filled.pop("num_kv_heads", None)
         return {**filled, **values}
 
 
@@ -106,7 +110,8 @@ class DataConfig(Section):
     """What it is trained on."""
 
     type: Literal["bert", "custom"] = "bert"
-    """`bert`: what `vpipe data prepare bert` wrote, or synthetic; `custom`: your own source, see `entry`."""
+    """`bert`: what `vpipe data prepare bert` wrote, or synthetic; gpt and llama read it as text, without the masks.
+    `custom`: your own source, see `entry`."""
     data_dir: Path | None = None
     """Folder that `vpipe data prepare` wrote."""
     synthetic_data: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import BertConfig
 
-from vpipe.config.sections import BERT_SIZES
+from vpipe.config.model_sizes import BERT_SIZES
 from vpipe.errors import ModelError
 
 __all__ = ["build_bert_config", "check_bert_config"]

@@ -18,10 +18,11 @@ from vpipe.model.infer import build_on_meta
 from vpipe.model.pretrained import INDEX_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import PreTrainedConfig
 
-__all__ = ["save_shard", "shard_path", "write_bert_config", "write_index"]
+__all__ = ["save_shard", "shard_path", "write_config", "write_index"]
 
+_ARCHITECTURES = {"bert": "BertForPreTraining", "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 # transformers expects both names of an untied output bias; it reads only the first.
 _UNREAD_COPIES = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
 
@@ -73,11 +74,11 @@ def write_index(directory: Path | str, chain: Chain, num_stages: int) -> Path:
     return path
 
 
-def write_bert_config(directory: Path | str, config: BertConfig, *, tie_weights: bool) -> Path:
-    """Write the `config.json` with which `BertForPreTraining.from_pretrained(directory)` loads the shards."""
+def write_config(directory: Path | str, config: PreTrainedConfig, *, tie_weights: bool) -> Path:
+    """Write the `config.json` with which transformers' class for such a model loads the shards by `from_pretrained`."""
     config = copy.deepcopy(config)
     config.tie_word_embeddings = tie_weights
-    config.architectures = ["BertForPreTraining"]
+    config.architectures = [_ARCHITECTURES[config.model_type]]
     config.save_pretrained(directory)
     return Path(directory) / "config.json"
 

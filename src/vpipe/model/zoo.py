@@ -14,34 +14,56 @@ from vpipe.errors import ModelError
 from vpipe.model.chain import Chain
 
 if TYPE_CHECKING:
-    from transformers import BertConfig
+    from transformers import BertConfig, PreTrainedConfig
 
-__all__ = ["bert_config_of", "build_chain"]
+__all__ = ["bert_config_of", "build_chain", "transformers_config_of"]
 
 
 def build_chain(model: ModelConfig, *, data_vocab_size: int | None = None, directory: Path | str = ".") -> Chain:
     """Return the chain that `model` describes; blocks hold no memory before they are materialised.
 
-    `data_vocab_size` is the vocabulary of the data, which a BERT takes as its own unless the config gives one. A
-    relative `entry` file is looked for in `directory`.
+    `data_vocab_size` is the vocabulary of the data, which a built-in model takes as its own unless the config gives
+    one. A relative `entry` file is looked for in `directory`.
 
     Raises:
-        ModelError: sizes that make no BERT, weights in `init_from` that do not fit, or an entry that cannot be
+        ModelError: sizes that make no such model, weights in `init_from` that do not fit, or an entry that cannot be
             imported, fails or returns something else than a chain.
     """
     if model.type == "bert":
         from vpipe.model.bert import build_bert_chain
 
         chain = build_bert_chain(bert_config_of(model, data_vocab_size), tie_weights=model.tie_weights)
+    elif model.type == "gpt":
+        from vpipe.model.decoder_config import gpt_config_of
+        from vpipe.model.gpt import build_gpt_chain
+
+        return build_gpt_chain(gpt_config_of(model, data_vocab_size), tie_weights=model.tie_weights)
+    elif model.type == "llama":
+        from vpipe.model.decoder_config import llama_config_of
+        from vpipe.model.llama import build_llama_chain
+
+        return build_llama_chain(llama_config_of(model, data_vocab_size), tie_weights=model.tie_weights)
     elif model.type == "custom":
         chain = _build_custom(model, directory)
     else:
-        raise ModelError(f"model.type '{model.type}' is not one of bert, custom")
+        raise ModelError(f"model.type '{model.type}' is not one of bert, gpt, llama, custom")
     if model.init_from is None:
         return chain
     from vpipe.model.pretrained import initialise_from
 
     return initialise_from(chain, model.init_from)
+
+
+def transformers_config_of(model: ModelConfig, data_vocab_size: int | None = None) -> PreTrainedConfig | None:
+    """Return transformers' configuration of the model; None for a custom one.
+
+    Raises:
+        ModelError: sizes that make no such model.
+    """
+    from vpipe.model.decoder_config import gpt_config_of, llama_config_of
+
+    makers = {"bert": bert_config_of, "gpt": gpt_config_of, "llama": llama_config_of}
+    return makers[model.type](model, data_vocab_size) if model.type in makers else None
 
 
 def bert_config_of(model: ModelConfig, data_vocab_size: int | None = None) -> BertConfig:
@@ -53,6 +75,7 @@ def bert_config_of(model: ModelConfig, data_vocab_size: int | None = None) -> Be
         ModelError: sizes that make no BERT or are not those of `init_from`, or a vocabulary smaller than the data's.
     """
     from vpipe.model.bert_config import build_bert_config
+    from vpipe.model.decoder_config import check_vocabulary
 
     ratios = {"dropout": model.dropout, "attention_dropout": model.attention_dropout}
     if model.init_from is not None:
@@ -69,11 +92,7 @@ def bert_config_of(model: ModelConfig, data_vocab_size: int | None = None) -> Be
             max_position_embeddings=model.max_position_embeddings,
             **ratios,
         )
-    if data_vocab_size is not None and config.vocab_size < data_vocab_size:
-        raise ModelError(
-            f"the data uses {data_vocab_size} tokens and the model knows {config.vocab_size}; set model.vocab_size to "
-            f"at least {data_vocab_size}, or prepare the data with the model's vocabulary"
-        )
+    check_vocabulary(config.vocab_size, data_vocab_size)
     return config
 
 

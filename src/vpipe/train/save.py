@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from vpipe.model.export import save_shard, write_bert_config, write_index
-from vpipe.model.zoo import bert_config_of
+from vpipe.model.export import save_shard, write_config, write_index
+from vpipe.model.zoo import transformers_config_of
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.process_group import ProcessGroup
 from vpipe.train.setup import Setup
@@ -16,7 +16,7 @@ __all__ = ["save_model"]
 
 
 def save_model(pipeline: Pipeline, setup: Setup, directory: Path, group: ProcessGroup) -> None:
-    """Write the newest weights to `directory`, where transformers' `from_pretrained` finds a BERT; collective.
+    """Write the newest weights to `directory`, from where transformers loads a BERT, GPT or Llama; collective.
 
     Raises:
         ModelError: `directory` already holds a model.
@@ -30,5 +30,6 @@ def save_model(pipeline: Pipeline, setup: Setup, directory: Path, group: Process
     if group.rank == 0:
         write_index(directory, pipeline.chain, num_stages)
         model = setup.config.model
-        if model.type == "bert":
-            write_bert_config(directory, bert_config_of(model, setup.vocab_size), tie_weights=model.tie_weights)
+        config = transformers_config_of(model, setup.vocab_size)
+        if config is not None:
+            write_config(directory, config, tie_weights=model.tie_weights)

@@ -13,6 +13,7 @@ from vpipe.config import RunConfig
 from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations
 from vpipe.data.bert import BertDataset, open_bert
 from vpipe.data.bert_meta import Split
+from vpipe.data.causal import CausalSource
 from vpipe.data.custom import open_source
 from vpipe.data.source import BatchSource
 from vpipe.data.synthetic import SyntheticBertSource
@@ -29,6 +30,7 @@ __all__ = ["Setup", "build_setup", "build_training_pipeline"]
 
 _BERT_VOCAB_SIZE = 30522
 _SEQUENCE_LENGTH = 128
+_DECODERS = ("gpt", "llama")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def build_setup(config: RunConfig) -> Setup:
     held_out = _open(config, "eval") if _wants_evaluation(config, source) else None
     vocab_size = source.meta.vocab_size if isinstance(source, BertDataset) else _synthetic_vocab_size(config)
     chain = build_chain(config.model, data_vocab_size=vocab_size)
+    source, held_out = _as_read(config, source), held_out and _as_read(config, held_out)
     if config.num_stages > len(chain):
         raise PlanError(
             f"{config.num_stages} stages are more than the model's {len(chain)} blocks; use at most {len(chain)} "
@@ -120,8 +123,13 @@ def _check_fields(chain: Chain, source: BatchSource) -> None:
         )
 
 
+def _as_read(config: RunConfig, source: BatchSource) -> BatchSource:
+    """Return the samples in the form that the model reads; a user's own source has it already."""
+    return CausalSource(source) if config.model.type in _DECODERS and config.data.type == "bert" else source
+
+
 def _synthetic_vocab_size(config: RunConfig) -> int | None:
-    if config.model.type != "bert":
+    if config.model.type == "custom":
         return None
     return config.model.vocab_size or _BERT_VOCAB_SIZE
 
