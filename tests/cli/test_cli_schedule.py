@@ -279,3 +279,14 @@ def test_the_schedule_room_is_standard_library_only() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+def test_moves_to_host_memory_are_shown_where_asked() -> None:
+    output = _run("gpipe --ranks 2 --microbatches 4 --move 1").output
+    assert output.count("  host ") == 2
+    assert "> out to host memory  < back" in output
+    actions = _json("gpipe --ranks 2 --microbatches 4 --move 1")["actions"]
+    assert "0OFFLOAD0" in actions[0]  # type: ignore[index]
+    assert "OFFLOAD" not in _run("gpipe --format csv").output
+    assert _run("searched --ranks 2 --microbatches 4 --move 1").exit_code == 0
+    assert _run("gpipe --move 1 --format svg").exit_code == 0

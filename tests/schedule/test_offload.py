@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import MOVES, Action, Kind
+from vpipe.schedule.chrome_trace import to_chrome_trace
 from vpipe.schedule.costs import Costs
+from vpipe.schedule.critical_path import critical_path
+from vpipe.schedule.idle import idle_times
 from vpipe.schedule.lower import lower
 from vpipe.schedule.offload import DEVICE_COPIES, insert_offloads
 from vpipe.schedule.recompute_ahead import insert_recomputes
 from vpipe.schedule.registry import build_schedule
+from vpipe.schedule.render import legend, text_grid
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate import Simulation, simulate
 from vpipe.schedule.validate import check_schedule, validate_schedule
@@ -98,7 +103,7 @@ def test_moves_that_fit_beside_the_computation_cost_nothing() -> None:
     slow = simulate(schedule, Costs.from_rank_shares(schedule.placement, move=2.0))
     assert slow.makespan > 6 * 3
     assert len(slow.moves[0]) == 12
-    assert all(first.end <= second.start for first, second in zip(slow.moves[0], slow.moves[0][1:], strict=False))
+    assert all(first.end <= second.start for first, second in pairwise(slow.moves[0]))
 
 
 def test_a_backward_waits_for_what_is_fetched() -> None:
@@ -131,3 +136,48 @@ def test_a_recomputation_ahead_belongs_to_its_backward() -> None:
 )
 def test_moves_in_the_wrong_place_are_told(draw: Callable[..., Schedule], row: str, reason: str) -> None:
     assert any(reason in found for found in check_schedule(draw(row)))
+
+
+def slow(name: str = "gpipe", num_ranks: int = 2, num_microbatches: int = 4, move: float = 2.5) -> Simulation:
+    schedule = swapping(name, num_ranks, num_microbatches)
+    return simulate(schedule, Costs.from_rank_shares(schedule.placement, move=move, latency=0.25))
+
+
+def test_the_host_link_is_drawn_under_its_rank() -> None:
+    schedule = swapping("gpipe", 1, 3)
+    grid = text_grid(simulate(schedule, Costs.from_rank_shares(schedule.placement, move=1.0)))
+    assert grid.text() == (
+        "time   0              5\n"
+        "rank 0 F0 F1 F2    B0--- B1--- B2---*\n"
+        "  host    >0 >1 <0 >2 <1 <2"
+    )
+    assert "> out to host memory  < back" in legend(schedule)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "pipedream"])
+def test_waits_for_the_host_link_are_communication(name: str) -> None:
+    simulation = slow(name, 4, 8)
+    idle = idle_times(simulation)
+    total = sum(sum(rank.values()) for rank in idle)
+    assert total == pytest.approx(simulation.bubble_fraction * 4 * simulation.makespan)
+    quick = simulate(simulation.schedule, Costs.from_rank_shares(simulation.schedule.placement, latency=0.25))
+    assert sum(rank["communication"] for rank in idle) > sum(rank["communication"] for rank in idle_times(quick))
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "pipedream"])
+def test_the_critical_path_goes_through_the_host_link(name: str) -> None:
+    simulation = slow(name, 4, 8)
+    path = critical_path(simulation)
+    assert path[0].start == 0
+    assert path[-1].end == simulation.makespan
+    assert all(first.end == pytest.approx(second.start) for first, second in pairwise(path))
+    assert any(event.action.kind in MOVES for event in path)
+
+
+def test_the_trace_has_a_row_for_the_host_link() -> None:
+    simulation = slow()
+    rows = to_chrome_trace([simulation])["traceEvents"]
+    names = [row["args"]["name"] for row in rows if row["name"] == "thread_name"]
+    assert names == ["rank 0", "host memory of rank 0", "rank 1", "host memory of rank 1"]
+    moved = [row["args"]["action"] for row in rows if row.get("cat", "").endswith("host memory") and row["tid"] == 2]
+    assert moved == [str(event.action) for event in simulation.moves[0]]

@@ -19,6 +19,7 @@ from vpipe.schedule.chrome_trace import to_chrome_trace
 from vpipe.schedule.compare import comparison_lines, text_grids
 from vpipe.schedule.costs import Costs
 from vpipe.schedule.csv_form import from_csv, to_csv
+from vpipe.schedule.offload import insert_offloads
 from vpipe.schedule.overview import overview, overview_lines
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry
 from vpipe.schedule.render import Segment, legend, summary_lines, text_grid, to_dict
@@ -39,6 +40,8 @@ _COLOURS = {
     Kind.I: "green",
     Kind.W: "magenta",
     Kind.STEP: "yellow",
+    Kind.OFFLOAD: "red",
+    Kind.FETCH: "red",
 }
 
 
@@ -83,6 +86,11 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
     "--weight-grad", type=_Times(), default=1.0, show_default=True, help="Of its backward: the weights' half."
 )
 @click.option("--step", type=_Times(), default=0.0, show_default=True, help="Time of a rank's optimizer update.")
+@click.option(
+    "--move",
+    type=_Times(),
+    help="Let all stages swap: time to move a rank's activations of one microbatch to host memory, or back.",
+)
 @click.option("--dispatch", default=0.0, show_default=True, help="Time that every action takes on top.")
 @click.option("--latency", default=0.0, show_default=True, help="Time a message is under way.")
 @click.option(
@@ -164,6 +172,8 @@ def command(
         built = [_build(each, ranks, microbatches, options, times, shared=name is None) for each in names]
         schedules, reports = [schedule for schedule, _ in built], [report for _, report in built]
         sentences = [find_entry(each).summary for each in names]
+    if times["move"] is not None:
+        schedules = [insert_offloads(schedule, range(schedule.num_stages)) for schedule in schedules]
     simulations = [simulate(schedule, _costs(schedule, **times)) for schedule in schedules]
     _print(simulations, sentences, reports, form, several=compare is not None)
 
@@ -177,6 +187,7 @@ def _build(
         options = {option: value for option, value in options.items() if option in entry.parameters}
     if entry.builder is not build_searched:
         return build_schedule(name, ranks, microbatches, **options), None
+    times = {name: value for name, value in times.items() if name != "move"}
     options = {**times, "bandwidth": math.inf if times["bandwidth"] is None else times["bandwidth"], **options}
     schedule = build_schedule(name, ranks, microbatches, **options)
     return schedule, None if shared else report_search(make_request(ranks, microbatches, **options))

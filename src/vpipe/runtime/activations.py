@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from vpipe.runtime.recompute import Recomputation
 from vpipe.runtime.swap import Kept, Parcel, Swapped, take
 
-__all__ = ["Activations"]
+__all__ = ["Activations", "place_of", "sizes_of"]
 
 
 class Activations:
@@ -29,7 +29,8 @@ class Activations:
         self._recomputations: list[Recomputation] = []
         self._notes = is_watched or self._swapped is not None
         self._noted: dict[int, int] = {}
-        self._resident = {place_of(tensor) for tensor in shared} if self._notes else set()
+        self.shared = {place_of(tensor) for tensor in shared} if self._notes else set()
+        """Where memory lies that lives anyway: fields of the batch, and weights and buffers."""
         self._around_loss: Callable[..., Any] = _plainly
 
     @property
@@ -42,7 +43,7 @@ class Activations:
     ) -> Callable[..., Any]:
         """Return what to call instead of `call`, which runs the module of a block."""
         if self._notes:
-            self._resident.update(place_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
+            self.shared.update(place_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
         if recomputes:
             recomputation = Recomputation(name, module, call)
             self._recomputations.append(recomputation)
@@ -62,7 +63,7 @@ class Activations:
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Say what else is held until the backward."""
         if self._notes:
-            self._noted.update(_sizes(tensors, self._resident))
+            self._noted.update(sizes_of(tensors, self.shared))
 
     def forget_needless(self) -> None:
         """Drop the inputs of blocks that have no backward."""
@@ -77,7 +78,7 @@ class Activations:
         """Return what can be moved to host memory now."""
         if self._swapped is None:
             return []
-        staying = self._resident | self._noted.keys() | _sizes(self._recomputed(), ()).keys()
+        staying = self.shared | self._noted.keys() | sizes_of(self._recomputed(), ()).keys()
         return self._swapped.pack_up(staying)
 
     def parcels(self) -> list[Parcel]:
@@ -86,8 +87,8 @@ class Activations:
 
     def held(self) -> dict[int, int]:
         """Return place and bytes of every storage that is held on the device, but for parcels."""
-        found = self._noted | _sizes(self._recomputed(), self._resident)
-        return found if self._swapped is None else found | _sizes(self._swapped.tensors(), self._resident)
+        found = self._noted | sizes_of(self._recomputed(), self.shared)
+        return found if self._swapped is None else found | sizes_of(self._swapped.tensors(), self.shared)
 
     def _recomputed(self) -> Iterable[Tensor]:
         for item in self._recomputations:
@@ -98,7 +99,7 @@ class Activations:
             return call(*inputs)
 
     def _note(self, tensor: Tensor) -> Kept:
-        self._noted.update(_sizes((tensor,), self._resident))
+        self._noted.update(sizes_of((tensor,), self.shared))
         return Kept(tensor)
 
 
@@ -111,12 +112,13 @@ def _plainly(call: Callable[..., Any], *inputs: Any) -> Any:
     return call(*inputs)
 
 
-def _sizes(tensors: Iterable[Tensor], resident: Container[int]) -> dict[int, int]:
+def sizes_of(tensors: Iterable[Tensor], shared: Container[int]) -> dict[int, int]:
+    """Return place and bytes of the storages under `tensors`, but for those at the places `shared`."""
     found = {}
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             continue
         storage = tensor.untyped_storage()
-        if (place := storage.data_ptr()) and place not in resident:
+        if (place := storage.data_ptr()) and place not in shared:
             found[place] = storage.nbytes()
     return found

@@ -18,7 +18,7 @@ from vpipe.errors import ModelError
 from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import derive_seed, seed_everything
-from vpipe.runtime.activations import Activations
+from vpipe.runtime.activations import Activations, sizes_of
 from vpipe.runtime.entry import Entrance, enter_as_leaves, enter_through_nodes
 from vpipe.runtime.split import Deferred, DeferWeightGradients, held_tensors, run_deferred
 from vpipe.runtime.swap import Parcel
@@ -91,6 +91,7 @@ class Stage:
         self._owed: frozenset[str] = frozenset()
         self._saved: dict[int, _Saved] = {}
         self._deferred: dict[int, Deferred] = {}
+        self._shared: dict[int, Container[int]] = {}
 
     def expect(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
         """Say what shape inference found to cross the cuts before and after the stage: which values need a gradient."""
@@ -203,8 +204,7 @@ class Stage:
         """Return place and bytes of every storage held for a watched microbatch, but for parcels and what is shared."""
         if serial in self._saved:
             return self._saved[serial].activations.held()
-        tensors = held_tensors(self._deferred.get(serial, []))
-        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sizes_of(held_tensors(self._deferred.get(serial, [])), self._shared.get(serial, ()))
 
     def backward(self, serial: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the backward of microbatch `serial`, or its half for inputs; return the gradients of the stage's inputs.
@@ -221,7 +221,7 @@ class Stage:
         if roots:
             torch.autograd.backward(roots, seeds)
         if saved.deferred is not None:
-            self._deferred[serial] = saved.deferred
+            self._deferred[serial], self._shared[serial] = saved.deferred, saved.activations.shared
         return saved.entrance.gradients()
 
     def deferred(self, serial: int) -> Deferred:
@@ -230,6 +230,7 @@ class Stage:
 
     def backward_weights(self, serial: int) -> None:
         """Run the half for weights of a backward that was split."""
+        del self._shared[serial]
         run_deferred(self._deferred.pop(serial))
 
 

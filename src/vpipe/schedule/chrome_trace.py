@@ -24,6 +24,8 @@ _NAMES = {
     Kind.I: "input gradient",
     Kind.W: "weight gradient",
     Kind.STEP: "update",
+    Kind.OFFLOAD: "out to host memory",
+    Kind.FETCH: "back from host memory",
 }
 # Names of chrome://tracing's own palette, the ones that the timeline of a measured run has.
 _COLOURS = {
@@ -33,6 +35,8 @@ _COLOURS = {
     Kind.I: "good",
     Kind.W: "rail_animation",
     Kind.STEP: "bad",
+    Kind.OFFLOAD: "thread_state_iowait",
+    Kind.FETCH: "thread_state_runnable",
 }
 
 
@@ -44,6 +48,10 @@ def to_chrome_trace(simulations: Sequence[Simulation]) -> dict[str, Any]:
         for rank, events in enumerate(simulation.events):
             rows.append(_metadata("thread_name", process, rank, f"rank {rank}"))
             rows.extend(_slice(process, rank, event) for event in events)
+            if simulation.moves[rank]:
+                row = simulation.schedule.num_ranks + rank
+                rows.append(_metadata("thread_name", process, row, f"host memory of rank {rank}"))
+                rows.extend(_slice(process, row, event) for event in simulation.moves[rank])
         rows.extend(_messages(process, simulation))
         rows.extend(_counters(process, simulation))
     return {"traceEvents": rows, "displayTimeUnit": "ms"}

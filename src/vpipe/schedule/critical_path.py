@@ -16,7 +16,7 @@ def critical_path(simulation: Simulation) -> tuple[Event, ...]:
 
     Each event starts exactly when the one before it ends, and the last ends last of all. Transfers that take time are
     `SEND_F` and `SEND_B` events; one that waits for its link is preceded by the transfer that keeps the link busy, up
-    to the moment when it leaves the link free.
+    to the moment when it leaves the link free. What a rank waits for on its host link are `OFFLOAD` and `FETCH` events.
     """
     return tuple(reversed(_Tracer(simulation).trace()))
 
@@ -41,10 +41,22 @@ class _Tracer:
                 continue
             if event.start == 0:
                 return path
+            if moves := self._moves_until(rank, event.start):
+                path += moves
+                index = bisect_right(self._events[rank], moves[-1].start, key=lambda other: other.end) - 1
+                continue
             receiver = rank
             rank, index = self._producer(event)
             if rank != receiver:
                 index = self._trace_transfer(path, rank, index, receiver, event.start)
+
+    def _moves_until(self, rank: int, time: float) -> list[Event]:
+        """Return the moves on the host link that end at `time` without a gap, last to first."""
+        found: list[Event] = []
+        for move in reversed(self._simulation.moves[rank]):
+            if move.end == (found[-1].start if found else time) and move.end > move.start:
+                found.append(move)
+        return found
 
     def _producer(self, event: Event) -> tuple[int, int]:
         """Find the computation on another stage whose result `event` waited for."""

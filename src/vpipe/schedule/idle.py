@@ -3,7 +3,8 @@
 A rank idles because it waits for an input. Asking what that input was waiting for, and so on, ends at a message under
 way, or at a rank that was at work on something else:
 
-- **communication**: the message was under way, or queued behind others on its link.
+- **communication**: the message was under way, or queued behind others on its link; or activations were on the link to
+  host memory.
 - **step**: the rank at work was updating its weights.
 - **warmup**: it was at other work, and the idle rank had not begun its first backward yet: the pipeline fills.
 - **cooldown**: likewise, after the idle rank's last forward: the pipeline drains. After a rank's last action it waits,
@@ -107,10 +108,15 @@ class _Explainer:
         width, ranks = schedule.num_microbatches, [schedule.rank_of(stage) for stage in range(schedule.num_stages)]
         forward_ends, backward_ends = _ends(self._simulation)
         for rank, events in enumerate(self._events):
+            moved = {move.end for move in self._simulation.moves[rank]}
             first_backward, last_forward = turning_points(events)
             clock = 0.0
             for index, (action, start, end) in enumerate(events):
                 if start > clock:
+                    if start in moved:
+                        yield _Wait(rank, clock, start, rank, clock, "")
+                        clock = end
+                        continue
                     phase = "warmup" if index <= first_backward else "cooldown" if index > last_forward else "imbalance"
                     forward = action.kind is Kind.F
                     source = action.stage + (-1 if forward else 1)

@@ -28,7 +28,10 @@ _LEGEND = {
     Kind.I: "I input gradient",
     Kind.W: "W weight gradient",
     Kind.STEP: "* or U update",
+    Kind.OFFLOAD: "> out to host memory",
+    Kind.FETCH: "< back",
 }
+_MARKS = {Kind.STEP: "U", Kind.OFFLOAD: ">", Kind.FETCH: "<"}
 _WEIGHTS = {
     WeightRule.NEWEST: "A forward uses the newest weights of its stage, its backward the same ones (weight stashing).",
     WeightRule.VERTICAL: "A microbatch uses the version number it had at stage 0 on every stage (vertical sync).",
@@ -69,6 +72,7 @@ def text_grid(simulation: Simulation, scale: float | None = None) -> Grid:
     A cell like ``B0---`` is as wide as its action is long; with several stages per rank it starts with the stage,
     ``2B0``. An update that takes no time is a ``*`` where it happens. Widths are exact when all times are multiples of
     a common unit that is not too fine, rounded otherwise. `scale` is in columns per unit of time; None: what fits.
+    Under a rank that moves activations stands its link to host memory.
     """
     with_stage = simulation.schedule.placement.stages_per_rank > 1
     scale = columns_per_time(simulation) if scale is None else scale
@@ -81,6 +85,11 @@ def text_grid(simulation: Simulation, scale: float | None = None) -> Grid:
         names.append(f"rank {rank}")
         rows.append(row)
         kinds.append(row_kinds)
+        if simulation.moves[rank]:
+            row, row_kinds = _draw(simulation.moves[rank], start, scale, width, with_stage)
+            names.append("  host")
+            rows.append(row)
+            kinds.append(row_kinds)
     return Grid(tuple(names), tuple(rows), tuple(kinds))
 
 
@@ -179,7 +188,7 @@ def _segments(row: str, kinds: Sequence[Kind | None]) -> list[Segment]:
 
 
 def _label(action: Action, with_stage: bool) -> str:
-    kind = "U" if action.kind is Kind.STEP else action.kind.value
+    kind = _MARKS.get(action.kind, action.kind.value)
     return f"{action.stage if with_stage else ''}{kind}{action.microbatch}"
 
 

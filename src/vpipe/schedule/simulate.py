@@ -39,7 +39,7 @@ class Simulation:
     costs: Costs
     events: tuple[tuple[Event, ...], ...]
     """Per rank, in order; computations only."""
-    moves: tuple[tuple[Event, ...], ...] = ()
+    moves: tuple[tuple[Event, ...], ...]
     """Per rank, in order: when its host link carried what OFFLOAD and FETCH move."""
 
     @cached_property

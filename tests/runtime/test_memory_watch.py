@@ -1,0 +1,182 @@
+"""What a pipeline enters into its ledger is what there is, counted here by hand and by watching every tensor made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vpipe.errors import ConfigError, MemoryLimitError
+from vpipe.runtime import swap
+from vpipe.runtime.hooks import Hooks
+from vpipe.runtime.pipeline import Pipeline
+from vpipe.runtime.process_group import process_group
+
+WIDTH, ROWS, BLOCKS = 16, 8, 4
+FLOAT = 4
+
+
+class Block(nn.Module):
+    """Saves its input, and the result of the tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.inner(value).tanh().mul(2.0)
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    with process_group("gloo", 60):
+        yield
+
+
+def pipeline(schedule: str = "gpipe", count: int = 4, **options: Any) -> Pipeline:
+    torch.manual_seed(3)
+    optimizer = options.pop("optimizer", lambda named: torch.optim.SGD(named, lr=0.1))
+    return Pipeline(
+        [Block() for _ in range(BLOCKS)],
+        nn.functional.mse_loss,
+        optimizer=optimizer,
+        schedule=schedule,
+        num_microbatches=count,
+        **options,
+    )
+
+
+def batch(count: int = 4) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(count * ROWS, WIDTH), torch.randn(count * ROWS, WIDTH)
+
+
+def train(made: Pipeline, num_batches: int = 2) -> list[float]:
+    return [result.loss for result in made.train([batch(made.programs.num_microbatches)] * num_batches)]
+
+
+WEIGHTS = BLOCKS * (WIDTH * WIDTH + WIDTH) * FLOAT
+VALUE = ROWS * WIDTH * FLOAT
+"""Bytes of one value between blocks, for one microbatch."""
+LOSS = 2 * VALUE
+"""The difference that mean squares save, and nothing else but their inputs: the output and the target."""
+
+
+def test_every_kind_is_counted() -> None:
+    made = pipeline(optimizer=lambda named: torch.optim.SGD(named, lr=0.1, momentum=0.9))
+    train(made)
+    peaks = made.ledger.peak_by_kind
+    assert {kind: peaks[kind] for kind in ("parameters", "gradients", "optimizer")} == dict.fromkeys(
+        ("parameters", "gradients", "optimizer"), WEIGHTS
+    )
+    assert peaks["versions"] == peaks["buffers"] == 0
+    # Of a block the tanh and its double, which the next one reads; of the first one's input, the batch owns it.
+    assert peaks["activations"] == 4 * 2 * BLOCKS * VALUE
+    assert made.ledger.now.by_kind == {**dict.fromkeys(peaks, 0), "parameters": WEIGHTS, "optimizer": WEIGHTS}
+
+
+def test_older_weights_are_versions() -> None:
+    made = pipeline("pipedream", depths=[2])
+    train(made, 4)
+    assert made.ledger.peak_by_kind["versions"] == 2 * WEIGHTS
+
+
+def test_blocks_that_recompute_hold_their_input_alone() -> None:
+    made = pipeline(recompute_ratio=1.0)
+    train(made)
+    assert made.ledger.peak_by_kind["activations"] == 4 * (BLOCKS - 1) * VALUE
+    half = pipeline(policies=["keep", "recompute", "recompute", "keep"])
+    train(half)
+    # Blocks 0 and 3 keep two each, and the inputs of 2 and 3 are the outputs of those that recompute.
+    assert half.ledger.peak_by_kind["activations"] == 4 * 6 * VALUE
+
+
+def test_a_recomputation_ahead_holds_all_of_its_microbatch_again() -> None:
+    made = pipeline(recompute_ratio=1.0, recompute_ahead=[0])
+    train(made)
+    assert made.ledger.peak_by_kind["activations"] == (3 * (BLOCKS - 1) + 2 * BLOCKS) * VALUE
+
+
+def test_what_is_moved_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "SMALL_BYTES", 0)
+    count = 8
+    kept = pipeline(count=count)
+    losses = train(kept)
+    made = pipeline(count=count, policies=["swap"] * BLOCKS)
+    assert train(made) == losses
+    assert kept.ledger.peak_by_kind["activations"] == count * 2 * BLOCKS * VALUE
+    assert made.ledger.peak_by_kind["activations"] <= 2 * 2 * BLOCKS * VALUE
+    assert made.ledger.now.by_kind["activations"] == 0
+    assert made.host_link is not None
+    assert made.host_link.bytes_offloaded == made.host_link.bytes_fetched == 2 * count * 2 * BLOCKS * VALUE
+
+
+@pytest.mark.parametrize(("mode", "watched"), [("first", 2), ("all", 5)])
+def test_only_the_first_batches_are_watched_unless_asked(mode: Any, watched: int) -> None:
+    made = pipeline(watch_memory=mode)
+    settled = []
+    settle = made.ledger.settle
+    made.ledger.settle = lambda action, workspace=0: (settled.append(action), settle(action, workspace))[1]  # type: ignore[method-assign,assignment]
+    train(made, 5)
+    assert settled.count("0B2") == watched
+
+
+def test_a_limit_is_an_error_that_says_where_and_what_to_do() -> None:
+    roomy = pipeline()
+    train(roomy)
+    peak = roomy.ledger.peak.total
+    exact = pipeline(memory_limit_bytes=peak)
+    train(exact, 3)
+    with pytest.raises(MemoryLimitError, match=r"rank 0 held [\d,]+ bytes in 0\w+\d, 1 more than its memory limit"):
+        train(pipeline(memory_limit_bytes=peak - 1))
+    with pytest.raises(ConfigError, match="memory_limit_bytes has 2 entries for 1 ranks; give one, or one each"):
+        pipeline(memory_limit_bytes=[1, 2])
+    with pytest.raises(ConfigError, match="memory_limit_bytes is 0; give bytes above 0"):
+        pipeline(memory_limit_bytes=0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Watches every tensor that an operation makes, and knows nothing of stages and schedules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        known = {item.untyped_storage()._cdata for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for item in tree_leaves(result):
+            if isinstance(item, Tensor) and (storage := item.untyped_storage())._cdata not in known:
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def count(self, without: Iterable[Tensor | None]) -> int:
+        left_out = {item.untyped_storage()._cdata for item in without if item is not None}
+        return sum(size for key, (item, size) in self._storages.items() if not item.expired() and key not in left_out)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "pipedream"])
+@pytest.mark.parametrize("policies", [["keep"] * 4, ["recompute"] * 4, ["keep", "recompute", "keep", "recompute"]])
+def test_after_every_action_the_ledger_holds_what_is_alive(schedule: str, policies: list[str]) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def look(action: Any, start: int, end: int) -> None:
+        if str(action.kind) in ("F", "B", "I", "W"):
+            gradients = made.held[0].weights.gradients()
+            seen.append((str(action), live.count([*gradients]), made.ledger.now.by_kind["activations"]))
+
+    made, data = pipeline(schedule, policies=policies, hooks=Hooks(record=look)), [batch()] * 2
+    with LiveBytes() as live:
+        list(made.train(data))
+    # Losses and the seeds of their backwards: one number each, of every microbatch.
+    small = 64 * made.programs.num_microbatches
+    assert seen
+    assert [each for each in seen if not each[2] <= each[1] <= each[2] + small] == []
