@@ -140,27 +140,20 @@ def simulator_costs(
     policies: Sequence[Policy],
     placement: Placement,
 ) -> Costs:
-    """Return the simulator's costs, in ms and bytes, of a partition with a policy per block.
-
-    Before a backward comes the wait for a host link that is busier than the rank.
-    """
+    """Return the simulator's costs, in ms and bytes, of a partition with a policy per block."""
     speeds = speeds_of(profile, placement.num_ranks)
     ends = list(accumulate(partition))
-    times: dict[str, list[float]] = {name: [] for name in ("forward", "input_grad", "weight_grad", "step", "recompute")}
+    names = ("forward", "input_grad", "weight_grad", "step", "recompute", "move")
+    times: dict[str, list[float]] = {name: [] for name in names}
     for stage, (start, stop) in enumerate(pairwise([0, *ends])):
         speed = speeds[placement.rank_of(stage)]
         inside = [(blocks[index], policies[index]) for index in range(start, stop)]
-        forward = math.fsum(block.forward_ms for block, _ in inside) / speed
-        input_grad = math.fsum(block.input_grad_ms for block, _ in inside) / speed
-        weight_grad = math.fsum(block.weight_grad_ms for block, _ in inside) / speed
-        again = math.fsum(block.recompute_ms for block, policy in inside if policy is Policy.RECOMPUTE) / speed
+        for name in ("forward", "input_grad", "weight_grad", "step"):
+            times[name].append(math.fsum(getattr(block, f"{name}_ms") for block, _ in inside) / speed)
+        again = math.fsum(block.recompute_ms for block, policy in inside if policy is Policy.RECOMPUTE)
+        times["recompute"].append(again / speed)
         swapped = sum(block.activation_bytes for block, policy in inside if policy is Policy.SWAP)
-        waiting = host_ms(profile.host, swapped) - forward - input_grad - weight_grad - again
-        times["forward"].append(forward)
-        times["input_grad"].append(input_grad + max(0.0, waiting))
-        times["weight_grad"].append(weight_grad)
-        times["step"].append(math.fsum(block.step_ms for block, _ in inside) / speed)
-        times["recompute"].append(again)
+        times["move"].append(host_ms(profile.host, swapped) / 2)
     return Costs(
         **{name: tuple(values) for name, values in times.items()},
         latency=profile.link.latency_ms,

@@ -10,11 +10,12 @@ from itertools import accumulate, pairwise
 from vpipe.plan.costs import host_ms
 from vpipe.plan.memory import Policy, RankMemory
 from vpipe.plan.profile import BlockProfile
-from vpipe.plan.search import Outcome
+from vpipe.plan.search import Outcome, Request
 from vpipe.plan.situation import Plan
+from vpipe.plan.table import format_table
 from vpipe.plan.units import describe_memory, format_bytes
 
-__all__ = ["compare_lines", "explain_lines", "plan_lines"]
+__all__ = ["brief_lines", "compare_lines", "explain_lines", "plan_lines"]
 
 
 def explain_lines(outcome: Outcome) -> list[str]:
@@ -22,7 +23,7 @@ def explain_lines(outcome: Outcome) -> list[str]:
     best = outcome.best
     exact = "" if outcome.is_exact else " (policies of long stages were searched, not proven)"
     return [
-        *plan_lines(outcome, best),
+        *plan_lines(outcome.request, best),
         f"No plan of the settings looked at needs less than {outcome.lower_bound_ms:.4g} ms per step: this one is "
         f"within {outcome.gap:.1%}{exact}.",
         "",
@@ -32,19 +33,30 @@ def explain_lines(outcome: Outcome) -> list[str]:
     ]
 
 
-def plan_lines(outcome: Outcome, plan: Plan) -> list[str]:
+def plan_lines(request: Request, plan: Plan) -> list[str]:
     """Describe one plan: its time, its stages, its memory, its busiest stage."""
     rate = 1000 / plan.sample_ms if plan.sample_ms else math.inf
     return [
         f"Plan: {plan.setting.describe()}, partition {list(plan.partition)}",
         f"Predicted: {plan.step_ms:.4g} ms per step, {plan.sample_ms:.4g} ms per sample, {rate:.4g} samples/s",
         "",
-        *_stage_table(outcome, plan),
+        *_stage_table(request, plan),
         "",
-        *_memory_table(plan, outcome.request.rank_limits),
+        *_memory_table(plan, request.rank_limits),
         "",
-        _bottleneck_line(outcome, plan),
+        _bottleneck_line(request, plan),
     ]
+
+
+def brief_lines(outcome: Outcome) -> list[str]:
+    """Describe the best plan, and say in a line each what the naive cuts would give."""
+    best = outcome.best
+    others = [
+        f"Instead, {name} {list(plan.partition)}: {plan.step_ms:.4g} ms per step, {_versus(plan, best)}"
+        for name, plan in outcome.naive.items()
+        if plan.partition != best.partition
+    ]
+    return [*plan_lines(outcome.request, best), *others]
 
 
 def compare_lines(outcome: Outcome, plan: Plan, name: str) -> list[str]:
@@ -83,8 +95,8 @@ def _versus(plan: Plan, other: Plan) -> str:
     )
 
 
-def _stage_table(outcome: Outcome, plan: Plan) -> list[str]:
-    blocks = outcome.request.profile.at(plan.setting.microbatch_size).blocks
+def _stage_table(request: Request, plan: Plan) -> list[str]:
+    blocks = request.profile.at(plan.setting.microbatch_size).blocks
     placement = plan.setting.build().placement
     rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "activations"]]
     costs = plan.costs
@@ -100,19 +112,19 @@ def _stage_table(outcome: Outcome, plan: Plan) -> list[str]:
                 f"{costs.forward[stage]:.4g} ms",
                 f"{backward:.4g} ms",
                 f"{work / plan.step_ms:.0%}" if plan.step_ms else "",
-                _policy_words(outcome, plan, stage, start, stop),
+                _policy_words(request, plan, stage, start, stop),
             ]
         )
-    return _table(rows, left={3, 7})
+    return format_table(rows, left={3, 7})
 
 
 def _names(blocks: Sequence[BlockProfile]) -> str:
     return blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} to {blocks[-1].name}"
 
 
-def _policy_words(outcome: Outcome, plan: Plan, stage: int, start: int, stop: int) -> str:
+def _policy_words(request: Request, plan: Plan, stage: int, start: int, stop: int) -> str:
     """Say what is kept, recomputed and swapped, and what that costs for each microbatch."""
-    profile, own = outcome.request.profile, plan.policies[start:stop]
+    profile, own = request.profile, plan.policies[start:stop]
     words = []
     if kept := own.count(Policy.KEEP):
         words.append("all kept" if kept == len(own) else f"{kept} kept")
@@ -133,11 +145,11 @@ def _memory_table(plan: Plan, limits: Sequence[float]) -> list[str]:
         share = f"{memory.total / limit:.0%}" if math.isfinite(limit) else ""
         sizes = [format_bytes(getattr(memory, kind)) for kind in kinds]
         rows.append([str(rank), *sizes, format_bytes(memory.total), share])
-    return _table(rows, left=set())
+    return format_table(rows, left=set())
 
 
-def _bottleneck_line(outcome: Outcome, plan: Plan) -> str:
-    busy, speeds = plan.stage_ms, outcome.request.profile.rank_speeds
+def _bottleneck_line(request: Request, plan: Plan) -> str:
+    busy, speeds = plan.stage_ms, request.profile.rank_speeds
     stage = max(range(len(busy)), key=busy.__getitem__)
     rank = plan.setting.build().rank_of(stage)
     slow = f", whose speed is {speeds[rank]:g}" if speeds and speeds[rank] != 1 else ""
@@ -158,7 +170,7 @@ def _alternative_lines(outcome: Outcome) -> list[str]:
             notes.append("the same cut")
         slower = f"{plan.sample_ms / outcome.best.sample_ms - 1:.1%}" if outcome.best.sample_ms else ""
         rows.append([name, _short(plan.partition), f"{plan.step_ms:.4g}", f"{plan.sample_ms:.4g}", slower, *notes[:1]])
-    return _table([row + [""] * (6 - len(row)) for row in rows], left={0, 1, 5})
+    return format_table([row + [""] * (6 - len(row)) for row in rows], left={0, 1, 5})
 
 
 def _short(partition: Sequence[int]) -> str:
@@ -175,14 +187,3 @@ def _limit_line(outcome: Outcome) -> str:
         f"({plan.setting.describe()}, {list(plan.partition)}). Less cannot: rank {rank} needs "
         f"{describe_memory(plan.memory[rank])} even when every block holds as little as it can."
     )
-
-
-def _table(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

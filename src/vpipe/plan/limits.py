@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ __all__ = ["least_bytes", "smallest_limits"]
 _THRESHOLDS_TIMES_BLOCKS = 2400
 
 
-def smallest_limits(situation: Situation) -> tuple[tuple[int, ...], list[int]]:
+def smallest_limits(
+    situation: Situation, partition: Sequence[int] | None = None
+) -> tuple[tuple[int, ...], Sequence[int]]:
     """Return the smallest limits per rank that can be kept, in the proportion of those given (equal if none are).
 
     Time does not count here. Of several stages on a rank each gets its share, so a little less may do; otherwise it is
-    exact, but for chains of many unlike blocks with split backwards.
+    exact, but for chains of many unlike blocks with split backwards. With a `partition`, those that this cut can keep.
 
     Returns:
         Limits, and the blocks per stage that keep them.
@@ -35,7 +38,11 @@ def smallest_limits(situation: Situation) -> tuple[tuple[int, ...], list[int]]:
         np.where(times.chain.is_stage, least_bytes(times.chain, load, times.frontiers.policies) / share, np.inf)
         for load, share in zip(times.loads, shares, strict=True)
     ]
-    factor, partition = cut_minimax(relative)
+    if partition is None:
+        factor, partition = cut_minimax(relative)
+    else:
+        cuts = pairwise([0, *accumulate(partition)])
+        factor = max(float(needs[start, stop]) for needs, (start, stop) in zip(relative, cuts, strict=True))
     return tuple(int(np.ceil(factor * limit - 1e-6)) for limit in given), partition
 
 

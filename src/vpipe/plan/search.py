@@ -25,7 +25,7 @@ from vpipe.plan.setting import Setting, microbatch_choices, settings
 from vpipe.plan.situation import Plan, Situation
 from vpipe.plan.units import describe_memory, format_bytes
 
-__all__ = ["Outcome", "Request", "find_plan", "judge_partition"]
+__all__ = ["Outcome", "Request", "find_plan", "judge_partition", "plan_partition"]
 
 NUM_SIMULATED = 20
 _NEGLIGIBLE = 0.001
@@ -114,7 +114,7 @@ def find_plan(request: Request) -> Outcome:
         if plan.fits(situation.limits)
     ]
     if not drafts:
-        raise PlanError(_refusal(request, situations))
+        raise PlanError(_refusal(request, *_smallest(situations)))
     ranked = _simulate_best(drafts)
     improved = [_improve(*pair) for pair in ranked[:2]]
     improved += [(situation, situation.recompute_ahead(plan)) for situation, plan in [*improved, *ranked[:2]]]
@@ -151,6 +151,30 @@ def judge_partition(request: Request, partition: Sequence[int], policies: Sequen
         )
         plans.append((not plan.fits(situation.limits), plan.sample_ms, len(plans), plan))
     return min(plans)[-1]
+
+
+def plan_partition(request: Request, partition: Sequence[int], policies: Sequence[Policy] | None = None) -> Plan:
+    """Return the plan for a partition given by hand, with policies given by hand or else the best that fit.
+
+    Raises:
+        PlanError: it does not fit within the limits; the text names the smallest that it fits in. Or as
+            `judge_partition`.
+    """
+    plan = judge_partition(request, partition, policies)
+    if plan.fits(request.rank_limits):
+        return plan
+    situations = _situations(request)
+    if policies is None:
+        raise PlanError(_refusal(request, *_smallest(situations, partition), f" with partition {list(partition)}"))
+    given = f" with partition {list(partition)} and what it recomputes"
+    raise PlanError(_refusal(request, _needed(request, plan), plan, given))
+
+
+def _needed(request: Request, plan: Plan) -> tuple[int, ...]:
+    """Return the smallest limits that a plan keeps, in the proportion of those given."""
+    limits = request.rank_limits
+    factor = max(memory.total / limit for memory, limit in zip(plan.memory, limits, strict=True))
+    return tuple(math.ceil(factor * limit - 1e-6) for limit in limits)
 
 
 def _situations(request: Request) -> list[Situation]:
@@ -266,18 +290,17 @@ def _merit(pair: tuple[Situation, Plan]) -> tuple[float, int]:
     return pair[1].sample_ms, max(memory.total for memory in pair[1].memory)
 
 
-def _smallest(situations: Sequence[Situation]) -> tuple[tuple[int, ...], Plan]:
-    """Return the smallest limits of any situation, and a plan that keeps them."""
-    found = [(*smallest_limits(situation), index) for index, situation in enumerate(situations)]
-    limits, partition, index = min(found)
-    return limits, _fixed(situations[index].under(limits), partition)
+def _smallest(situations: Sequence[Situation], partition: Sequence[int] | None = None) -> tuple[tuple[int, ...], Plan]:
+    """Return the smallest limits of any situation, or that a `partition` can keep, and a plan that keeps them."""
+    found = [(*smallest_limits(situation, partition), index) for index, situation in enumerate(situations)]
+    limits, cut, index = min(found)
+    return limits, _fixed(situations[index].under(limits), cut)
 
 
-def _refusal(request: Request, situations: Sequence[Situation]) -> str:
-    limits, plan = _smallest(situations)
+def _refusal(request: Request, limits: Sequence[int], plan: Plan, given: str = "") -> str:
     rank = max(range(len(limits)), key=lambda each: plan.memory[each].total / limits[each])
     return (
-        f"memory_limit {_all_bytes(request.limits or ())} cannot be kept: the smallest that can is "
+        f"memory_limit {_all_bytes(request.limits or ())} cannot be kept{given}: the smallest that can is "
         f"{_all_bytes(limits)} per rank ({plan.setting.describe()}), where rank {rank} needs "
         f"{describe_memory(plan.memory[rank])}; raise the limit, use more ranks, smaller microbatches, or a schedule "
         "that holds less"

@@ -13,7 +13,7 @@ from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.warmup import default_depths
 
-__all__ = ["Setting", "microbatch_choices", "settings"]
+__all__ = ["Setting", "microbatch_choices", "settings", "sizes_to_profile"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,18 @@ def microbatch_choices(profile: Profile, batch_size: int) -> tuple[int, ...]:
             "the profile is of; profile a size that divides the batch"
         )
     return found
+
+
+def sizes_to_profile(num_ranks: int, batch_size: int) -> tuple[int, ...]:
+    """Return up to three microbatch sizes, between which lie those worth choosing from.
+
+    With fewer than two microbatches per rank, ranks wait for most of the time: such sizes are left out where others
+    divide the batch.
+    """
+    sizes = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+    usual = [size for size in sizes if batch_size // size >= 2 * num_ranks] or sizes
+    middle = min(usual, key=lambda size: abs(size * size - usual[0] * usual[-1]))
+    return tuple(sorted({usual[0], middle, usual[-1]}))
 
 
 def settings(

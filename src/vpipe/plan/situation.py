@@ -15,11 +15,12 @@ from vpipe.plan.profile import Profile
 from vpipe.plan.setting import Setting
 from vpipe.plan.stage_times import StageTimes
 from vpipe.schedule.costs import Costs
+from vpipe.schedule.offload import insert_offloads
 from vpipe.schedule.recompute_ahead import insert_recomputes, recompute_ahead
 from vpipe.schedule.schedule import Schedule, uses_split_backward
 from vpipe.schedule.simulate import simulate
 
-__all__ = ["Plan", "Situation"]
+__all__ = ["Plan", "Situation", "arrange"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class Plan:
     def fits(self, limits: Sequence[float]) -> bool:
         """Tell whether every rank stays within its limit."""
         return all(memory.total <= limit for memory, limit in zip(self.memory, limits, strict=True))
+
+
+def arrange(schedule: Schedule, plan: Plan) -> Schedule:
+    """Return the schedule with what the plan's policies need: recomputations ahead, and moves to host memory."""
+    cuts = pairwise([0, *accumulate(plan.partition)])
+    swapping = [stage for stage, (start, stop) in enumerate(cuts) if Policy.SWAP in plan.policies[start:stop]]
+    return insert_offloads(insert_recomputes(schedule, plan.ahead), swapping)
 
 
 class Situation:
@@ -140,10 +148,10 @@ class Situation:
 
     def judge(self, draft: Plan) -> Plan:
         """Return the plan with its time, by the simulator: of a batch, or of one in an asynchronous steady state."""
-        end = simulate(insert_recomputes(self.schedule, draft.ahead), draft.costs).makespan
+        end = simulate(arrange(self.schedule, draft), draft.costs).makespan
         if not self.setting.synchronous:
             longer, more = self._longer
-            end = (simulate(insert_recomputes(longer, draft.ahead), draft.costs).makespan - end) / more
+            end = (simulate(arrange(longer, draft), draft.costs).makespan - end) / more
         return replace(draft, step_ms=end)
 
     def recompute_ahead(self, plan: Plan) -> Plan:
