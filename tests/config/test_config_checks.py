@@ -77,7 +77,8 @@ def test_legal(changes: dict[str, Any]) -> None:
         ),
         (
             {"pipeline.schedule": "1f1bb"},
-            f"pipeline.schedule = '1f1bb' is not one of {', '.join(map(repr, SCHEDULES))}; did you mean '1f1b'?",
+            f"pipeline.schedule = '1f1bb' is not one of {', '.join(map(repr, [*SCHEDULES, 'auto']))}; did you mean "
+            "'1f1b'?",
         ),
         (
             {"pipeline.recompute_ratio": [0.3, 0]},

@@ -250,8 +250,8 @@ launch: {machines: [a], timeout_seconds: .inf}
             "  data.masking = 'dynamik' is not one of 'static', 'dynamic'; did you mean 'dynamic'?",
             "  pipeline.recompute_ratio = [0.1, 2] is not a number from 0 to 1, or a list (each entry: a number from "
             "0 to 1)",
-            "  plan.partition = [12, 0] is not 'uniform', 'parameters', a list with a whole number of at least 1 per "
-            "stage, or a JSON file",
+            "  plan.partition = [12, 0] is not 'auto', 'uniform', 'parameters', 'compute', a list with a whole number "
+            "per stage, or a JSON file",
             "  optimizer.name = 'adm' is not one of 'adam', 'adamw', 'sgd', 'lamb'; did you mean 'adam'?",
             "  optimizer.learning_rate = 'fast' is not a number above 0",
             "  optimizer.betas = [1] is not a list of 2 (each entry: a number from 0 to below 1)",
@@ -259,7 +259,8 @@ launch: {machines: [a], timeout_seconds: .inf}
             "  train.epochs = true is not a whole number of at least 1, or null",
             "  launch.machines = ['a'] is not a list (each entry: 'host:device', e.g. 'localhost:0')",
             "  launch.timeout_seconds = inf is not a number above 0",
-            f"  pipeline.schedule = 'gpip' is not one of {', '.join(map(repr, SCHEDULES))}; did you mean 'gpipe'?",
+            f"  pipeline.schedule = 'gpip' is not one of {', '.join(map(repr, [*SCHEDULES, 'auto']))}; did you mean "
+            "'gpipe'?",
             "  train.batch_size = 8 cannot be cut into pipeline.num_microbatches = 3 equal microbatches; use a batch "
             "size of 6 or 9, or 2 or 4 microbatches",
         ]
@@ -267,7 +268,9 @@ launch: {machines: [a], timeout_seconds: .inf}
 
 
 def test_unknown_key_without_a_like_one_lists_those_of_its_section(tmp_path: Path) -> None:
-    assert error_of(tmp_path, SMALL + "plan: {3: 4}\n") == "plan.3 = 4 is not a known key; known here: partition"
+    assert error_of(tmp_path, SMALL + "plan: {3: 4}\n") == (
+        "plan.3 = 4 is not a known key; known here: partition, memory_limit, policies, recompute_ahead, swap_directory"
+    )
     assert error_of(tmp_path, SMALL + "zzz: 1\n").startswith(
         "zzz = 1 is not a known key; known here: seed, log_directory, "
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from vpipe.config.fields import show
 from vpipe.config.model_checks import check_family
+from vpipe.config.plan_checks import check_planning
 from vpipe.config.problems import Problem, did_you_mean
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig
@@ -34,9 +35,9 @@ def _check_schedule(run: RunConfig) -> Iterator[Problem]:
     pipeline = run.pipeline
     if is_csv_file(pipeline.schedule):
         yield from _check_schedule_file(pipeline.schedule)
-    elif pipeline.schedule not in SCHEDULES:
-        near = did_you_mean(pipeline.schedule, SCHEDULES)
-        names = ", ".join(show(name) for name in SCHEDULES)
+    elif pipeline.schedule not in (*SCHEDULES, "auto"):
+        near = did_you_mean(pipeline.schedule, [*SCHEDULES, "auto"])
+        names = ", ".join(show(name) for name in (*SCHEDULES, "auto"))
         text = f"pipeline.schedule = {show(pipeline.schedule)} is not one of {names}{near}"
         yield Problem(("pipeline.schedule",), text)
     entry = known_entry(pipeline.schedule)
@@ -73,17 +74,17 @@ def _check_flow(run: RunConfig) -> Iterator[Problem]:
 
     A huge one is left to the run itself, which needs it anyway: here the answer has to come at once.
     """
-    pipeline = run.pipeline
+    pipeline, count = run.pipeline, run.pipeline.num_microbatches
     known = (_check_schedule, _check_partition, _check_asynchronous, _check_depths)
-    if run.num_stages * pipeline.num_microbatches > _MAX_BUILT or any(
-        problem for check in known for problem in check(run)
-    ):
+    if count == "auto" or pipeline.schedule == "auto" or run.num_stages * count > _MAX_BUILT:
+        return
+    if any(problem for check in known for problem in check(run)):
         return
     try:
         build_schedule(
             pipeline.schedule,
             run.num_ranks,
-            pipeline.num_microbatches,
+            count,
             stages_per_rank=pipeline.stages_per_rank,
             **run.schedule_options,
         )
@@ -95,7 +96,7 @@ def _check_flow(run: RunConfig) -> Iterator[Problem]:
 
 def _check_microbatches(run: RunConfig) -> Iterator[Problem]:
     batch, count = run.train.batch_size, run.pipeline.num_microbatches
-    if batch % count == 0:
+    if count == "auto" or batch % count == 0:
         return
     sizes = [size for size in (batch // count * count, (batch // count + 1) * count) if size]
     yield Problem(
@@ -143,11 +144,12 @@ def _check_recompute(run: RunConfig) -> Iterator[Problem]:
 
 def _check_asynchronous(run: RunConfig) -> Iterator[Problem]:
     pipeline = run.pipeline
-    if pipeline.macrobatch and pipeline.num_microbatches < run.num_stages:
+    count = pipeline.num_microbatches
+    if pipeline.macrobatch and count != "auto" and count < run.num_stages:
         yield Problem(
             ("pipeline.macrobatch", "pipeline.num_microbatches", "pipeline.num_ranks"),
             f"pipeline.macrobatch = true needs at least as many microbatches as stages: pipeline.num_microbatches = "
-            f"{pipeline.num_microbatches}, stages = {run.num_stages}",
+            f"{count}, stages = {run.num_stages}",
         )
     if pipeline.macrobatch and pipeline.vertical_sync:
         yield Problem(
@@ -318,6 +320,7 @@ _CHECKS = (
     _check_recompute,
     _check_asynchronous,
     _check_depths,
+    check_planning,
     _check_flow,
     _check_optimizer,
     _check_length,

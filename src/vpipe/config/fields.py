@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
+from vpipe.errors import PlanError
+from vpipe.plan.units import parse_bytes
+
 __all__ = [
     "Allowed",
     "Count",
@@ -23,6 +26,7 @@ __all__ = [
     "Positive",
     "Ratio",
     "Share",
+    "Size",
     "describe_field",
     "describe_type",
     "show",
@@ -51,6 +55,14 @@ def _depths_to_list(value: object) -> object:
     return [depths[stage] for stage in range(len(depths))] if set(depths) == set(range(len(depths))) else value
 
 
+def _size_to_bytes(value: object) -> object:
+    """Turn ``4GiB`` into bytes; leave everything else to pydantic."""
+    try:
+        return parse_bytes(value) if isinstance(value, str) else value
+    except PlanError as error:
+        raise ValueError(str(error)) from error
+
+
 _NoBool = BeforeValidator(_refuse_bool)
 
 Count = Annotated[int, _NoBool, Field(ge=1), Allowed("a whole number of at least 1")]
@@ -60,6 +72,7 @@ NonNegative = Annotated[float, _NoBool, Field(ge=0), Allowed("a number of at lea
 Ratio = Annotated[float, _NoBool, Field(ge=0, le=1), Allowed("a number from 0 to 1")]
 Share = Annotated[float, _NoBool, Field(ge=0, lt=1), Allowed("a number from 0 to below 1")]
 Port = Annotated[int, _NoBool, Field(ge=1, le=65535), Allowed("a port number from 1 to 65535")]
+Size = Annotated[int, _NoBool, BeforeValidator(_size_to_bytes), Field(ge=1), Allowed("a size such as 4GiB, or bytes")]
 Machine = Annotated[str, Field(pattern=r"^[^\s:]+:\d+$"), Allowed("'host:device', e.g. 'localhost:0'")]
 Depths = Annotated[
     list[Natural],

@@ -18,17 +18,21 @@ __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps
 _PLAN_KEYS = (
     *("schedule", "synchronous", "num_microbatches", "microbatch_size", "depths"),
     *("stages", "cuts", "fingerprint"),
-    *("policies", "stages_per_rank", "stage_to_depth_map", "predicted", "profile"),
-    "recompute_ahead",
+    *("policies", "recompute_ahead", "stages_per_rank", "stage_to_depth_map", "predicted", "profile"),
 )
 
 
 @dataclass(frozen=True)
 class PartitionFile:
-    """Blocks per stage, and recompute ratio per stage where the file has any."""
+    """Blocks per stage, and recompute ratio per stage where the file has any.
+
+    What blocks do with activations is None where it does not say, and else what it says, unchecked.
+    """
 
     partition: list[int]
     recompute_ratio: list[float] | None
+    policies: Any = None
+    recompute_ahead: Any = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class StageMaps:
 def read_partition_file(path: Path) -> PartitionFile:
     """Read ``{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}``; the ratios may be left out.
 
-    A run's own ``plan.json`` is such a file too; what else it says is not read.
+    A run's own ``plan.json`` is such a file too, and what ``vpipe plan`` writes: they may have policies per block, and
+    stages that recompute ahead. What else they say is not read.
 
     Raises:
         ConfigError: the file is missing or is not of this form; the message has a line per mistake.
@@ -56,15 +61,16 @@ def read_partition_file(path: Path) -> PartitionFile:
         raise ConfigError(
             f"{path}: partition = {show(partition)} is not a list with a whole number of at least 1 per stage"
         )
+    more = content.get("policies"), content.get("recompute_ahead")
     if ratios is None:
-        return PartitionFile(partition, None)
+        return PartitionFile(partition, None, *more)
     if not (isinstance(ratios, list) and all(_is_ratio(ratio) for ratio in ratios)):
         raise ConfigError(f"{path}: recompute_ratio = {show(ratios)} is not a list with a number from 0 to 1 per stage")
     if len(ratios) != len(partition):
         raise ConfigError(
             f"{path}: recompute_ratio has {len(ratios)} entries and partition has {len(partition)}; give one per stage"
         )
-    return PartitionFile(partition, [float(ratio) for ratio in ratios])
+    return PartitionFile(partition, [float(ratio) for ratio in ratios], *more)
 
 
 def read_stage_maps(path: Path) -> StageMaps:

@@ -45,6 +45,7 @@ DIRECT: dict[str, str] = {
     "num_ranks": "pipeline.num_ranks",
     "num_microbatches": "pipeline.num_microbatches",
     "recompute_ratio": "pipeline.recompute_ratio",
+    "memory_limit": "plan.memory_limit",
     "iterations": "train.iterations",
     "warmup_iterations": "optimizer.warmup_iterations",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from vpipe.config.checks import is_synchronous
 from vpipe.config.fields import show
-from vpipe.config.files import read_partition_file
+from vpipe.config.files import PartitionFile, read_partition_file
 from vpipe.config.model_sizes import BERT_SIZES
 from vpipe.config.problems import Problem, did_you_mean
 from vpipe.config.run import RunConfig
@@ -19,8 +19,8 @@ from vpipe.schedule.csv_file import is_csv_file
 
 __all__ = ["absolute", "is_file_name", "make_paths_absolute", "read_initial_model", "read_partition", "resolve_run"]
 
-_PATHS = ("log_directory", "data.data_dir", "model.init_from")
-_PARTITIONS = ("uniform", "parameters")
+_PATHS = ("log_directory", "data.data_dir", "model.init_from", "plan.swap_directory")
+_PARTITIONS = ("auto", "uniform", "parameters", "compute")
 _ENTRIES = ("model.entry", "data.entry")
 _VOCABULARIES = {"bert": 30522, "gpt": 50257, "llama": 32000}
 _SYNTHETIC_LENGTH = 128
@@ -91,7 +91,8 @@ def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
     Returns:
         What is wrong, and what to warn of.
     """
-    problems, from_file = [], None
+    problems: list[Problem] = []
+    from_file: PartitionFile | None = None
     name = get_key(tree, "plan.partition")
     if is_file_name(name):
         try:
@@ -103,14 +104,25 @@ def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
             set_key(tree, "plan.partition", "uniform")
         else:
             set_key(tree, "plan.partition", content.partition)
-            from_file = content.recompute_ratio
+            from_file = content
     pipeline = tree.setdefault("pipeline", {})
     if not isinstance(pipeline, dict):
         return problems, []
     mode = pipeline.get("recompute")
     if from_file is not None and (mode is None or isinstance(mode, bool)):
-        pipeline.setdefault("recompute_ratio", from_file)
+        _take_policies(tree, pipeline, from_file)
     return problems, _resolve_recompute(pipeline, mode) if isinstance(mode, bool) else []
+
+
+def _take_policies(tree: Tree, pipeline: Tree, content: PartitionFile) -> None:
+    """Do with activations what a partition file says, unless the run itself says something about that."""
+    if "recompute_ratio" in pipeline or get_key(tree, "plan.policies") is not None:
+        return
+    if content.policies is not None and pipeline.get("recompute") is None:
+        set_key(tree, "plan.policies", content.policies)
+        set_key(tree, "plan.recompute_ahead", content.recompute_ahead or [])
+    elif content.recompute_ratio is not None:
+        pipeline["recompute_ratio"] = content.recompute_ratio
 
 
 def _resolve_recompute(pipeline: Tree, wanted: bool) -> list[str]:

@@ -17,6 +17,7 @@ from vpipe.config.sections import (
     Section,
     TrainConfig,
 )
+from vpipe.errors import ConfigError
 
 __all__ = ["RunConfig"]
 
@@ -65,9 +66,26 @@ class RunConfig(Section):
         return None if more is None else 2 * self.model.num_layers + more
 
     @property
+    def needs_plan(self) -> bool:
+        """Tell whether something is left to the planner, so that the model has to be measured first."""
+        is_open = "auto" in (self.plan.partition, self.pipeline.schedule, self.pipeline.num_microbatches)
+        return is_open or self.plan.partition == "compute" or self.plan.memory_limit is not None
+
+    @property
+    def num_microbatches(self) -> int:
+        """Slices of a batch.
+
+        Raises:
+            ConfigError: the planner has not chosen it yet.
+        """
+        if self.pipeline.num_microbatches == "auto":
+            raise ConfigError("pipeline.num_microbatches is auto, and the run has not been planned")
+        return self.pipeline.num_microbatches
+
+    @property
     def microbatch_size(self) -> int:
         """Samples in one microbatch."""
-        return self.train.batch_size // self.pipeline.num_microbatches
+        return self.train.batch_size // self.num_microbatches
 
     @property
     def eval_batch_size(self) -> int:
@@ -89,7 +107,7 @@ class RunConfig(Section):
         if self.pipeline.stage_to_depth_map is not None:
             options["depths"] = self.pipeline.stage_to_depth_map
         if self.pipeline.macrobatch:
-            options["microbatches_per_update"] = self.pipeline.num_microbatches
+            options["microbatches_per_update"] = self.num_microbatches
         if self.pipeline.vertical_sync:
             options["vertical_sync"] = True
         if self.pipeline.memory_limit_microbatches is not None:

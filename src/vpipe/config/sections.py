@@ -19,6 +19,7 @@ from vpipe.config.fields import (
     Positive,
     Ratio,
     Share,
+    Size,
 )
 from vpipe.config.model_sizes import MODEL_SIZES
 from vpipe.schedule.registry import known_entry
@@ -133,13 +134,15 @@ class PipelineConfig(Section):
 
     schedule: str = "1f1b"
     """Name of the schedule, e.g. naive, gpipe, 1f1b, pipedream; `vpipe schedule --list` has them all. Or a CSV file
-    with one order for these ranks and microbatches, as `vpipe schedule --format csv` prints it."""
+    with one order for these ranks and microbatches, as `vpipe schedule --format csv` prints it. `auto`: the planner
+    chooses one of those that give the answer of one process."""
     num_ranks: Count | None = None
     """Ranks in the pipeline, one process each; null counts `launch.machines`, else the partition, else 1."""
     stages_per_rank: Count = 1
     """Stages that each rank holds; left out, as the schedule has it: 2 for those made for several, else 1."""
-    num_microbatches: Count = 1
-    """Slices of a batch; must divide `train.batch_size`. Asynchronous schedules make an update after each."""
+    num_microbatches: Annotated[Count | Literal["auto"], Allowed("a whole number of at least 1, or 'auto'")] = 1
+    """Slices of a batch; must divide `train.batch_size`. Asynchronous schedules make an update after each. `auto`: the
+    planner chooses."""
     recompute_ratio: Ratio | list[Ratio] = 0.0
     """Trailing share of a stage's blocks that keep no activations and compute them again; one for all, or a list."""
     recompute: Annotated[
@@ -179,10 +182,22 @@ class PlanConfig(Section):
 
     partition: Annotated[
         list[Count] | str,
-        Allowed("'uniform', 'parameters', a list with a whole number of at least 1 per stage, or a JSON file"),
+        Allowed("'auto', 'uniform', 'parameters', 'compute', a list with a whole number per stage, or a JSON file"),
     ] = "uniform"
-    """Blocks per stage: a list, `uniform` (equal counts), `parameters` (fewest parameters on the largest stage), or a
-    JSON file {"partition": [...], "recompute_ratio": [...]}; its ratios count unless the run gives some itself."""
+    """Blocks per stage: a list, `uniform` (equal counts), `parameters` (fewest on the largest stage), `compute` (least
+    measured time on the busiest stage), `auto` (measured, planned and simulated), or a JSON file {"partition": [...],
+    "recompute_ratio": [...]} such as `vpipe plan` writes; its ratios and policies count unless the run gives some."""
+    memory_limit: Annotated[
+        Size | list[Size] | None, Allowed("a size such as 4GiB or a number of bytes, a list with one per rank, or null")
+    ] = None
+    """Bytes that a rank may hold. The planner keeps it by choosing what recomputes and what is swapped, and refuses a
+    run that cannot; null is no limit."""
+    policies: list[Literal["keep", "recompute", "swap"]] | None = None
+    """What each block does with its activations, in model order; null is what `pipeline.recompute_ratio` says."""
+    recompute_ahead: list[Natural] = []
+    """Stages that recompute before the gradient arrives."""
+    swap_directory: Path | None = None
+    """Where swapped activations go on a CPU, a fast disk; null is where temporary files go."""
 
 
 class OptimizerConfig(Section):

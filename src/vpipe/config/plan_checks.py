@@ -1,0 +1,76 @@
+"""Whether what a run leaves to the planner, and what it says itself about plans, fits the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vpipe.config.fields import show
+from vpipe.config.problems import Problem
+from vpipe.config.run import RunConfig
+from vpipe.schedule.csv_file import is_csv_file
+
+__all__ = ["check_planning"]
+
+_OF_ONE_SCHEDULE = ("macrobatch", "vertical_sync", "memory_limit_microbatches", "rank_times")
+
+
+def check_planning(run: RunConfig) -> Iterator[Problem]:
+    """Check the keys of `plan`, and what they need of others."""
+    yield from _check_policies(run)
+    yield from _check_ahead(run)
+    yield from _check_limit(run)
+    yield from _check_schedule(run)
+
+
+def _check_policies(run: RunConfig) -> Iterator[Problem]:
+    plan, pipeline = run.plan, run.pipeline
+    policies, partition = plan.policies, plan.partition
+    chosen = pipeline.recompute is not None or any(run.recompute_ratios)
+    keys = ("plan.policies", "plan.partition", "pipeline.recompute", "pipeline.recompute_ratio")
+    if partition == "auto" and (policies is not None or chosen):
+        what = "plan.policies" if policies is not None else "pipeline.recompute or recompute_ratio"
+        yield Problem(keys, f"plan.partition = 'auto' lets the planner choose what recomputes; leave {what} out")
+        return
+    if policies is None:
+        return
+    if chosen:
+        text = "plan.policies and pipeline.recompute or recompute_ratio say the same thing twice; keep one"
+        yield Problem(keys, text)
+    num_blocks = sum(partition) if isinstance(partition, list) else run.num_blocks
+    if num_blocks is not None and len(policies) != num_blocks:
+        text = f"plan.policies has {len(policies)} entries for {num_blocks} blocks; give one per block"
+        yield Problem((*keys, "model.num_layers"), text)
+
+
+def _check_ahead(run: RunConfig) -> Iterator[Problem]:
+    for stage in run.plan.recompute_ahead:
+        if stage >= run.num_stages:
+            text = f"plan.recompute_ahead has stage {stage}; there are stages 0 to {run.num_stages - 1}"
+            yield Problem(("plan.recompute_ahead", "pipeline.num_ranks", "pipeline.stages_per_rank"), text)
+            return
+
+
+def _check_limit(run: RunConfig) -> Iterator[Problem]:
+    limit = run.plan.memory_limit
+    if isinstance(limit, list) and len(limit) not in (1, run.num_ranks):
+        text = (
+            f"plan.memory_limit has {len(limit)} entries for {run.num_ranks} ranks; give one for all, or one per rank"
+        )
+        yield Problem(("plan.memory_limit", "pipeline.num_ranks", "launch.machines"), text)
+
+
+def _check_schedule(run: RunConfig) -> Iterator[Problem]:
+    pipeline = run.pipeline
+    if run.needs_plan and (is_csv_file(pipeline.schedule) or pipeline.schedule == "searched"):
+        yield Problem(
+            ("pipeline.schedule", "plan.partition", "plan.memory_limit", "pipeline.num_microbatches"),
+            f"pipeline.schedule = {show(pipeline.schedule)} is an order for given times, and plan.partition, "
+            "plan.memory_limit or pipeline.num_microbatches leaves these to the planner; name another schedule, or "
+            "give the partition and the microbatches, and no limit",
+        )
+    if pipeline.schedule != "auto":
+        return
+    for key in _OF_ONE_SCHEDULE:
+        if getattr(pipeline, key):
+            text = f"pipeline.{key} = {show(getattr(pipeline, key))} needs a schedule that has it, not 'auto'"
+            yield Problem((f"pipeline.{key}", "pipeline.schedule"), text)

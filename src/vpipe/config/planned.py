@@ -1,0 +1,181 @@
+"""A run and its plan: what the run asks the planner, what is decided, and the run that follows from that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vpipe.config.run import RunConfig
+from vpipe.errors import PlanError
+from vpipe.plan.memory import Policy
+from vpipe.plan.partition import partition_by_weight, partition_uniform
+from vpipe.plan.plan_file import trailing_policies
+from vpipe.plan.profile import Profile
+from vpipe.plan.search import Outcome, Request, find_plan, plan_partition
+from vpipe.plan.setting import sizes_to_profile
+from vpipe.plan.situation import Plan
+from vpipe.schedule.registry import SCHEDULES, find_entry
+
+__all__ = [
+    "Decision",
+    "build_request",
+    "check_profile_fits",
+    "decide",
+    "given_policies",
+    "name_schedules",
+    "own_counts",
+    "resolve_cut",
+    "sizes_needed",
+    "with_plan",
+]
+
+_NOT_CHOSEN = ("naive", "searched")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan of a run, and the request that it answers."""
+
+    request: Request
+    plan: Plan
+    found: Outcome | None = None
+    """All that the planner found, where it was free to cut."""
+
+
+def own_counts(run: RunConfig) -> list[int] | None:
+    """Return the number of microbatches that the run gives; None where it leaves it to the planner."""
+    return None if run.pipeline.num_microbatches == "auto" else [run.num_microbatches]
+
+
+def sizes_needed(run: RunConfig, counts: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the microbatch sizes that a profile must tell about to choose from `counts`; None: from any numbers.
+
+    Raises:
+        PlanError: a number does not divide the batch.
+    """
+    batch = run.train.batch_size
+    if counts is None:
+        return sizes_to_profile(run.num_ranks, batch)
+    for count in counts:
+        if batch % count:
+            raise PlanError(f"train.batch_size = {batch} cannot be cut into {count} equal microbatches; use a divisor")
+    return tuple(sorted({batch // count for count in counts}))
+
+
+def name_schedules(name: str) -> tuple[str, ...]:
+    """Return the schedules that a name stands for: `auto` is every closed form with the answer of one process.
+
+    Raises:
+        ScheduleError: there is no such schedule.
+    """
+    if name == "auto":
+        return tuple(key for key, entry in SCHEDULES.items() if entry.synchronous and key not in _NOT_CHOSEN)
+    find_entry(name)
+    return (name,)
+
+
+def build_request(run: RunConfig, profile: Profile) -> Request:
+    """Return what a run asks the planner.
+
+    Raises:
+        ScheduleError: there is no such schedule.
+    """
+    pipeline, limit = run.pipeline, run.plan.memory_limit
+    is_own = pipeline.schedule == "auto" and pipeline.stages_per_rank == 1
+    never = pipeline.recompute == "never"
+    return Request(
+        profile,
+        run.num_ranks,
+        run.train.batch_size,
+        name_schedules(pipeline.schedule),
+        own_counts(run),
+        [limit] if isinstance(limit, int) else limit,
+        None if is_own else pipeline.stages_per_rank,
+        {**_options(run), "macrobatch": pipeline.macrobatch},
+        policies=[policy for policy in Policy if not (never and policy is Policy.RECOMPUTE)],
+    )
+
+
+def _options(run: RunConfig) -> dict[str, object]:
+    options = {"depths": run.pipeline.stage_to_depth_map, "vertical_sync": run.pipeline.vertical_sync or None}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def resolve_cut(partition: Sequence[int] | str, profile: Profile, num_stages: int) -> list[int]:
+    """Turn a partition other than `auto` into blocks per stage.
+
+    Raises:
+        PlanError: fewer blocks than stages, or an unknown name.
+    """
+    if not isinstance(partition, str):
+        return list(partition)
+    blocks = profile.sizes[0].blocks
+    if partition == "uniform":
+        return partition_uniform(len(blocks), num_stages)
+    if partition == "parameters":
+        return partition_by_weight([block.parameter_bytes for block in blocks], num_stages)
+    if partition == "compute":
+        return partition_by_weight([block.forward_ms + block.backward_ms for block in blocks], num_stages)
+    raise PlanError(
+        f"partition '{partition}' is unknown; use auto, uniform, parameters, compute, or blocks per stage such as "
+        "12,13,13,11"
+    )
+
+
+def decide(run: RunConfig, profile: Profile) -> Decision:
+    """Plan a run: choose what it leaves open, keep what it gives.
+
+    Raises:
+        PlanError: nothing fits within its memory limit (the text names the smallest that something fits in), or the
+            profile is not of this run.
+        ScheduleError: no schedule can be built for it.
+    """
+    check_profile_fits(run, profile, "the profile")
+    request = build_request(run, profile)
+    if run.plan.partition == "auto":
+        found = find_plan(request)
+        return Decision(request, found.best, found)
+    # What is given by hand is not changed beyond what was left open.
+    fixed = replace(request, is_eager=False)
+    cut = resolve_cut(run.plan.partition, profile, run.num_stages)
+    return Decision(request, plan_partition(fixed, cut, given_policies(run, cut)))
+
+
+def check_profile_fits(run: RunConfig, profile: Profile, source: str) -> None:
+    """Raise PlanError for a profile of another model; `source` names it."""
+    if run.num_blocks is not None and run.num_blocks != profile.num_blocks:
+        raise PlanError(
+            f"{source}: is of a model of {profile.num_blocks} blocks, and the run's has {run.num_blocks}; measure "
+            "again with `vpipe profile`"
+        )
+
+
+def given_policies(run: RunConfig, cut: Sequence[int]) -> Sequence[Policy] | None:
+    """Return what the run itself says about activations; None leaves them to the planner."""
+    if run.plan.policies is not None and len(run.plan.policies) == sum(cut):
+        return [Policy(name) for name in run.plan.policies]
+    ratios = run.recompute_ratios
+    return trailing_policies(cut, ratios) if any(ratios) and len(ratios) == len(cut) else None
+
+
+def with_plan(run: RunConfig, plan: Plan) -> RunConfig:
+    """Return the run with nothing left open: as the plan has it."""
+    setting = plan.setting
+    given = any(run.recompute_ratios)
+    pipeline: dict[str, object] = {
+        "schedule": setting.schedule,
+        "num_microbatches": setting.num_microbatches,
+        "stages_per_rank": len(plan.partition) // setting.num_ranks,
+        "stage_to_depth_map": None if setting.depths is None else list(setting.depths),
+        "recompute": run.pipeline.recompute if given else None,
+    }
+    planned: dict[str, object] = {
+        "partition": list(plan.partition),
+        "policies": None if given else [policy.value for policy in plan.policies],
+        "recompute_ahead": list(plan.ahead),
+    }
+    sections = {
+        "pipeline": run.pipeline.model_copy(update=pipeline),
+        "plan": run.plan.model_copy(update=planned),
+    }
+    return run.model_copy(update=sections)
