@@ -52,11 +52,14 @@ class ProgressDisplay:
     """Show a bar on a terminal, elsewhere a line every `print_frequency` iterations; pass `poll` to `launch_local`.
 
     `metrics` is the file that the ranks write, with keys such as iteration, iterations, epoch, loss, eval_loss,
-    learning_rate, samples_per_second and elapsed_s, any of which may be missing.
+    learning_rate, samples_per_second and elapsed_s, any of which may be missing. `planning.jsonl` beside it has what a
+    run tells that plans itself.
     """
 
     def __init__(self, metrics: Path, console: Console, *, print_frequency: int = 1) -> None:
         self._tail = MetricsTail(metrics)
+        self._planning = MetricsTail(metrics.with_name("planning.jsonl"))
+        self._step = ""
         self._console = console
         self._print_frequency = max(1, print_frequency)
         self._printed = -1
@@ -79,11 +82,25 @@ class ProgressDisplay:
 
     def poll(self) -> None:
         """Show what is new."""
+        for record in self._planning.read():
+            self._show_planning(record)
         for record in self._tail.read():
             if self._progress is None:
                 self._print(record)
             else:
                 self._update(self._progress, record)
+
+    def _show_planning(self, record: Mapping[str, object]) -> None:
+        """Show how far a run that plans itself is with that, and the plan in words."""
+        if "text" in record:
+            self._console.print(str(record["text"]), markup=False, highlight=False, soft_wrap=True)
+            return
+        step, done, total = str(record.get("step", "")), _number(record, "done"), _number(record, "total")
+        if self._progress is not None:
+            self._progress.update(self._task, description=step, completed=done, total=total)
+        elif step != self._step:
+            self._console.print(step, markup=False, highlight=False, soft_wrap=True)
+        self._step = step
 
     def _update(self, progress: Progress, record: Mapping[str, object]) -> None:
         shown = {key: value for key, value in record.items() if key not in ("iteration", "iterations", "elapsed_s")}

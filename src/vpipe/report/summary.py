@@ -107,6 +107,7 @@ def _totals(summary: Mapping[str, Any]) -> list[Text]:
         "held-out loss": _number(summary.get("eval_loss"), "{:.4f}"),
         "throughput": _number(summary.get("samples_per_second"), "{:.1f} samples/s"),
         "time per iteration": _number(summary.get("iteration_ms"), "{:.1f} ms"),
+        "predicted": _prediction(summary.get("prediction")),
         "bubble": _number(summary.get("bubble_fraction"), "{:.1%} of all ranks' time passes without computing"),
         "communication": _number(
             summary.get("communication_share"), "{:.1%} of all ranks' time goes into waiting for others"
@@ -116,6 +117,19 @@ def _totals(summary: Mapping[str, Any]) -> list[Text]:
     }
     width = max(map(len, values)) + len(_GAP)
     return [Text.assemble((name.ljust(width), "bold"), value) for name, value in values.items() if value != _MISSING]
+
+
+def _prediction(given: Any) -> str:
+    """Say how far a plan and the run were apart, in time and on the rank where memory was furthest off."""
+    if not given:
+        return _MISSING
+    step = given["step_ms"]
+    words = f"{step['predicted']:.1f} ms per iteration ({_number(step['error'], '{:+.1%}')})"
+    ranks = [rank for rank in given.get("memory_bytes", []) if rank["error"] is not None]
+    if not ranks:
+        return words
+    worst = max(ranks, key=lambda rank: abs(rank["error"]))
+    return f"{words}, {_size(worst['predicted'])} held where it is furthest off ({worst['error']:+.1%})"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
+from vpipe.config import RunConfig
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.schedule.action import Kind
 from vpipe.schedule.schedule import Schedule
@@ -23,16 +25,26 @@ def describe_plan(pipeline: Pipeline, setup: Setup) -> dict[str, Any]:
     config, schedule = setup.config, pipeline.programs.sample
     return {
         "partition": list(pipeline.partition),
-        "recompute_ratio": config.recompute_ratios,
+        **_activations(setup.config, pipeline.partition),
         "schedule": config.pipeline.schedule,
         "synchronous": pipeline.programs.synchronous,
-        "num_microbatches": config.pipeline.num_microbatches,
+        "num_microbatches": config.num_microbatches,
         "microbatch_size": config.microbatch_size,
         "depths": [_depth(schedule, stage) for stage in range(schedule.num_stages)],
         "stages": _stages(pipeline, setup),
         "cuts": _cuts(pipeline, setup),
         "fingerprint": schedule.fingerprint(),
     }
+
+
+def _activations(config: RunConfig, partition: Sequence[int]) -> dict[str, Any]:
+    """Say what is recomputed: by ratio, which is exact without policies per block, and these where there are any."""
+    policies = config.plan.policies
+    if policies is None:
+        return {"recompute_ratio": config.recompute_ratios}
+    cuts = pairwise([0, *accumulate(partition)])
+    ratios = [round(policies[start:stop].count("recompute") / (stop - start), 4) for start, stop in cuts]
+    return {"recompute_ratio": ratios, "policies": policies, "recompute_ahead": config.plan.recompute_ahead}
 
 
 def _depth(schedule: Schedule, stage: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +20,7 @@ from vpipe.runtime.process_group import ProcessGroup
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.memory import peak_activations
 from vpipe.train.metrics import finite, peak_memory_bytes
+from vpipe.train.prediction import compare_prediction
 from vpipe.train.setup import Setup
 from vpipe.train.stretches import Stretch, choose_measured
 
@@ -41,9 +42,17 @@ class Outcome:
 
 
 def summarize_run(
-    pipeline: Pipeline, setup: Setup, group: ProcessGroup, outcome: Outcome, run_directory: Path
+    pipeline: Pipeline,
+    setup: Setup,
+    group: ProcessGroup,
+    outcome: Outcome,
+    run_directory: Path,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Join what all ranks know and return it as the summary; rank 0 writes the files. Collective."""
+    """Join what all ranks know and return it as the summary; rank 0 writes the files. Collective.
+
+    `plan` is what was predicted of the run, as in a plan file.
+    """
     filling = count_filling(pipeline)
     stretch, measured = choose_measured(outcome.stretches, filling)
     first, stop = max(stretch.start, measured.start - filling), min(stretch.stop, measured.stop + 1)
@@ -77,6 +86,7 @@ def summarize_run(
         "iteration_ms": iteration_ms,
         "measured_iterations": [measured.start + 1, measured.stop],
         **{key: [rank[key] for rank in everyone] for key in everyone[0]},
+        **compare_prediction(plan, iteration_ms, [rank["peak_ledger_bytes"] for rank in everyone]),
         **summarize_trace(drawn, inside),
     }
     ends = list(accumulate(pipeline.partition))

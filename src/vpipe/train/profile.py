@@ -1,53 +1,108 @@
-"""Measure what a run's model costs on this machine: the planner's input."""
+"""Measure what a run's model costs on the ranks that will train it: the planner's input.
+
+All ranks measure the same block at the same time, so that they contend for the machine as they do in the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
 
 import torch
-from torch import Tensor
 
-from vpipe.config import RunConfig
+from vpipe.config import RunConfig, load_config
 from vpipe.data.progress import Progress, no_progress
 from vpipe.errors import PlanError
-from vpipe.model.rng import seeded
-from vpipe.plan.profile import BlockProfile, Profile, SizeProfile
-from vpipe.train.profiling.alike import block_signature, describe_machine, profile_fingerprint
-from vpipe.train.profiling.footprint import measure_footprint
-from vpipe.train.profiling.times import summarise_times, take_rounds, take_steps
-from vpipe.train.profiling.trial import Sample, make_trial
+from vpipe.plan.profile import Profile, write_profile
+from vpipe.runtime.allocator import keep_freed_memory
+from vpipe.runtime.process_group import ProcessGroup, process_group
+from vpipe.train.device import device_of
+from vpipe.train.metrics import MetricsWriter
+from vpipe.train.profiling.alike import describe_machine, profile_fingerprint
+from vpipe.train.profiling.blocks import measure_size, rank_speeds, size_profile, stage_overhead_ms
+from vpipe.train.profiling.cache import read_cached, write_cached
+from vpipe.train.profiling.gather import gather
+from vpipe.train.profiling.links import measure_host_link, measure_runtime
 from vpipe.train.setup import Setup, build_setup
-from vpipe.train.trainer import default_device
 
-__all__ = ["profile_config"]
+__all__ = ["find_profile", "obtain_profile", "profile_config", "profile_ranks"]
 
-_BUDGET_MS = 1500.0
-"""How long one block is measured, if a few rounds do not take longer than that."""
+_RUNTIME_STEP = "measuring links and copies"
 
 
 def profile_config(
     config: RunConfig, *, microbatch_sizes: Sequence[int] | None = None, progress: Progress = no_progress
 ) -> Profile:
-    """Measure the run's model for microbatches of some sizes; None: of the run's own.
+    """Measure the run's model on the ranks of the run, of which this is one; collective, without the cache.
 
-    One block is in memory at a time. Blocks that are alike are measured once.
+    Args:
+        config: the run.
+        microbatch_sizes: samples in a microbatch; None: the run's own.
+        progress: is told how it gets on.
 
     Raises:
         PlanError: a size is not one of a microbatch of the run's batch.
         ConfigError, DataError, ModelError: the run cannot be set up.
     """
-    setup = build_setup(config)
-    device = torch.device(default_device() if config.launch.device == "auto" else config.launch.device)
+    launch = config.launch
+    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
+        return _measure(build_setup(config), _sizes(config, microbatch_sizes), group, progress)
+
+
+def find_profile(config: RunConfig, microbatch_sizes: Sequence[int] | None, num_threads: int) -> Profile | None:
+    """Return the profile that was measured before for ranks of so many threads; None where there is none.
+
+    Raises:
+        PlanError, ConfigError, DataError, ModelError: as in `profile_config`.
+    """
     sizes = _sizes(config, microbatch_sizes)
-    with seeded(config.seed):
-        measured = tuple(_Size(setup, size, device, progress).measure() for size in sizes)
-    num_threads = torch.get_num_threads()
-    return Profile(
-        profile_fingerprint(setup, sizes, device, num_threads),
-        describe_machine(config, device, num_threads),
-        measured,
-    )
+    return read_cached(profile_fingerprint(build_setup(config), sizes, torch.device(device_of(config)), num_threads))
+
+
+def obtain_profile(
+    setup: Setup, microbatch_sizes: Sequence[int] | None, group: ProcessGroup, progress: Progress
+) -> Profile:
+    """Return the cached profile, or measure it and keep it; collective.
+
+    Raises:
+        PlanError: a size is not one of a microbatch of the run's batch.
+    """
+    sizes = _sizes(setup.config, microbatch_sizes)
+    fingerprint = profile_fingerprint(setup, sizes, group.device, torch.get_num_threads())
+    cached = read_cached(fingerprint) if group.rank == 0 else None
+    # Other machines have caches of their own.
+    (found, *_) = gather(None if cached is None else cached.to_json(), group)
+    if found is not None:
+        return Profile.from_json(found)
+    profile = _measure(setup, sizes, group, progress)
+    if group.rank == 0:
+        write_cached(profile)
+    return profile
+
+
+def profile_ranks(arguments: Sequence[str]) -> None:
+    """Be one of the ranks that measure; the profile is kept in the cache.
+
+    `arguments` are the file to write it to, the one for progress, sizes in JSON, the run's file, and overrides.
+    """
+    output, progress, sizes, path, *overrides = arguments
+    config = load_config(path, overrides)
+    launch = config.launch
+    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
+        setup = build_setup(config)
+        with MetricsWriter(Path(progress)) as writer:
+            tell = partial(_tell, writer) if group.rank == 0 else no_progress
+            profile = _measure(setup, _sizes(config, json.loads(sizes)), group, tell)
+        if group.rank == 0:
+            write_cached(profile)
+            write_profile(profile, Path(output))
+
+
+def _tell(writer: MetricsWriter, step: str, done: int, total: int) -> None:
+    writer.write({"step": step, "done": done, "total": total})
 
 
 def _sizes(config: RunConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
@@ -57,51 +112,24 @@ def _sizes(config: RunConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
     return sizes
 
 
-class _Size:
-    """The blocks of a chain for microbatches of one size, measured in order."""
-
-    def __init__(self, setup: Setup, size: int, device: torch.device, progress: Progress) -> None:
-        self._setup, self._size, self._device, self._progress = setup, size, device, progress
-        (batch,) = setup.batches(setup.chain.fields, 0, 1)
-        moved = {name: tensor.to(device) for name, tensor in batch.fields.items()}
-        totals = setup.chain.loss.count(moved, batch.num_samples)
-        self._sample = Sample({name: tensor[:size] for name, tensor in moved.items()}, size, totals)
-        self._specs = setup.chain.infer(range(len(setup.chain)), self._sample.fields)
-
-    def measure(self) -> SizeProfile:
-        """Measure every kind of block once."""
-        chain = self._setup.chain
-        signatures = [block_signature(chain, index, self._specs) for index in range(len(chain))]
-        num_kinds = len(set(signatures))
-        known: dict[str, tuple[BlockProfile, list[Tensor | None]]] = {}
-        values: dict[str, Tensor] = {}
-        blocks = []
-        for block, index, signature in zip(chain.blocks, range(len(chain)), signatures, strict=True):
-            if signature not in known:
-                self._progress(f"measuring {len(chain)} blocks, microbatches of {self._size}", len(known), num_kinds)
-                known[signature] = self._measure(index, values)
-            found, written = known[signature]
-            blocks.append(replace(found, name=block.name))
-            pairs = zip(block.outputs, written, strict=True)
-            values |= {name: value for name, value in pairs if value is not None}
-            values = {spec.name: values[spec.name] for spec in self._specs.get(index + 1, ())}
-        self._progress(f"measuring {len(chain)} blocks, microbatches of {self._size}", num_kinds, num_kinds)
-        return SizeProfile(self._size, tuple(blocks))
-
-    def _measure(self, index: int, values: Mapping[str, Tensor]) -> tuple[BlockProfile, list[Tensor | None]]:
-        """Return what block `index` costs, and of what it writes that which crosses the cut after it."""
-        setup = self._setup
-        trial = make_trial(
-            setup.chain, index, self._specs, values, self._sample, setup.optimizer,
-            seed=setup.config.seed, device=self._device,
-        )  # fmt: skip
-        block = setup.chain.blocks[index]
-        footprint = measure_footprint(trial)
-        timings = take_rounds(trial, self._device, lambda ms: ms, _BUDGET_MS)
-        timings |= take_steps(trial, self._device)
-        times = summarise_times([timings])
-        written = trial.forward(trial.stage().stage, split=False)
-        found = BlockProfile(
-            name=block.name, optimizer_bytes=trial.optimizer_bytes, **asdict(footprint), **asdict(times)
-        )
-        return found, [None if trial.is_last else written.get(name) for name in block.outputs]
+def _measure(setup: Setup, sizes: Sequence[int], group: ProcessGroup, progress: Progress) -> Profile:
+    keep_freed_memory()
+    measured = [measure_size(setup, size, group, progress) for size in sizes]
+    speeds = rank_speeds(measured[-1])
+    profiles = tuple(size_profile(each, speeds) for each in measured)
+    crossing = [block.output_bytes for block in profiles[-1].blocks[:-1]]
+    progress(_RUNTIME_STEP, 0, 2)
+    runtime = measure_runtime(setup.config.launch, int(median(crossing or [0])), group)
+    progress(_RUNTIME_STEP, 1, 2)
+    host = measure_host_link(group)
+    progress(_RUNTIME_STEP, 2, 2)
+    num_threads = torch.get_num_threads()
+    return Profile(
+        profile_fingerprint(setup, sizes, group.device, num_threads),
+        describe_machine(setup.config, group.device, num_threads),
+        profiles,
+        link=runtime.link,
+        host=host,
+        dispatch_ms=runtime.dispatch_ms + stage_overhead_ms(measured[-1]),
+        rank_speeds=speeds,
+    )

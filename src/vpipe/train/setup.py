@@ -165,15 +165,19 @@ def _open(config: RunConfig, split: Split) -> BatchSource | None:
 
 def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) -> Pipeline:
     """Build this rank's part of the pipeline that the configuration describes; collective."""
-    pipeline = setup.config.pipeline
+    pipeline, plan = setup.config.pipeline, setup.config.plan
     return Pipeline(
         setup.chain,
         optimizer=setup.optimizer,
         schedule=pipeline.schedule,
-        num_microbatches=pipeline.num_microbatches,
+        num_microbatches=setup.config.num_microbatches,
         partition=setup.partition,
         stages_per_rank=pipeline.stages_per_rank,
         recompute_ratio=setup.config.recompute_ratios,
+        policies=plan.policies,
+        recompute_ahead=plan.recompute_ahead,
+        swap_directory=plan.swap_directory,
+        memory_limit_bytes=plan.memory_limit,
         recompute="except_last" if pipeline.recompute == "except_last" else "always",
         depths=pipeline.stage_to_depth_map,
         macrobatch=pipeline.macrobatch,

@@ -9,48 +9,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vpipe.config import RunConfig, dump_config
 from vpipe.errors import ConfigError, PeerLostError
 from vpipe.runtime.pipeline import Hooks, StepResult
 from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.runtime.status import StatusFile, status_path
-from vpipe.runtime.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action
 from vpipe.train.describe import describe_plan
+from vpipe.train.device import device_of
 from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_bytes
 from vpipe.train.outcome import Outcome, count_filling, summarize_run
+from vpipe.train.planning import plan_run
+from vpipe.train.prediction import keep_prediction
 from vpipe.train.save import save_model
 from vpipe.train.setup import build_setup, build_training_pipeline
+from vpipe.train.slow_links import slow_down
 from vpipe.train.stretches import cut_into_stretches
 
-__all__ = ["Trainer", "default_device", "train_rank"]
+__all__ = ["Trainer", "train_rank"]
 
 logger = logging.getLogger(__name__)
-
-_BYTES_PER_MS = 1e6 / 1e3
-"""In one megabyte per second."""
 
 
 class Trainer:
     """Trains as the configuration says; one per rank."""
 
-    def __init__(self, config: RunConfig, run_directory: Path, group: ProcessGroup) -> None:
+    def __init__(
+        self, config: RunConfig, run_directory: Path, group: ProcessGroup, plan: dict[str, Any] | None = None
+    ) -> None:
+        """Set up the run; `plan` is what the planner decided, as in a plan file, where it was asked."""
         self.config = config
+        self._plan = plan
         self.run_directory = run_directory
         self.group = group
         self.setup = build_setup(config)
-        self._recorder = TraceRecorder(group.rank, config.pipeline.num_microbatches, lambda: self.pipeline.iteration)
+        self._recorder = TraceRecorder(group.rank, config.num_microbatches, lambda: self.pipeline.iteration)
         self._status = StatusFile(status_path(run_directory, group.rank))
         hooks = Hooks(record=self._record, announce=self._status.write, waited=self._recorder.waited)
         self.pipeline = build_training_pipeline(self.setup, group.device, hooks)
-        launch = config.launch
-        if launch.link_latency_ms or launch.link_bandwidth_mb_per_s:
-            bandwidth = launch.link_bandwidth_mb_per_s
-            link = SlowLink(launch.link_latency_ms, None if bandwidth is None else bandwidth * _BYTES_PER_MS)
-            emulate_slow_links(self.pipeline.transport, link)
+        slow_down(self.pipeline, config.launch)
         self._metrics = MetricsWriter(run_directory / "metrics.jsonl") if group.rank == 0 else None
         self._meter = ThroughputMeter(num_draining=count_filling(self.pipeline))
         self._start = time.perf_counter()
@@ -86,7 +84,7 @@ class Trainer:
         if train.save_model:
             save_model(self.pipeline, self.setup, self.run_directory / "model", self.group)
         outcome = Outcome(loss, held_out, self._meter.iteration_ms, self._recorder.events(), stretches)
-        summary = summarize_run(self.pipeline, self.setup, self.group, outcome, self.run_directory)
+        summary = summarize_run(self.pipeline, self.setup, self.group, outcome, self.run_directory, self._plan)
         if self._metrics is not None:
             self._metrics.close()
         self._status.remove()
@@ -102,7 +100,7 @@ class Trainer:
             )  # fmt: skip
         if self.group.rank == 0:
             logger.info("Everything about this run is in %s", self.run_directory)
-            plan = describe_plan(self.pipeline, self.setup)
+            plan = {**describe_plan(self.pipeline, self.setup), **keep_prediction(self._plan)}
             (self.run_directory / "config.yml").write_text(dump_config(self.config))
             (self.run_directory / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
 
@@ -155,11 +153,6 @@ class Trainer:
         return loss
 
 
-def default_device() -> str:
-    """Return `cuda` where torch finds a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def train_rank(config: RunConfig, find_directory: Callable[[Path, ProcessGroup], Path]) -> tuple[Path, dict[str, Any]]:
     """Be one rank of a training run: join the others, train, leave; return the run's directory and summary.
 
@@ -169,12 +162,12 @@ def train_rank(config: RunConfig, find_directory: Callable[[Path, ProcessGroup],
         ConfigError: another number of ranks was started than the configuration says.
     """
     launch = config.launch
-    device = default_device() if launch.device == "auto" else launch.device
-    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device) as group:
+    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
         if group.num_ranks != config.num_ranks:
             raise ConfigError(
                 f"pipeline.num_ranks is {config.num_ranks} but {group.num_ranks} ranks were started; start as many, or "
                 f"change it with --set pipeline.num_ranks={group.num_ranks}"
             )
         run_directory = find_directory(config.log_directory, group)
-        return run_directory, Trainer(config, run_directory, group).run()
+        planned = plan_run(config, group, run_directory)
+        return run_directory, Trainer(planned.config, run_directory, group, planned.plan).run()

@@ -22,10 +22,11 @@ from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.schedule.weights import weight_usage
 from vpipe.train.comparison import Comparison, compare
+from vpipe.train.device import device_of
 from vpipe.train.metrics import MetricsWriter
+from vpipe.train.planning import plan_run
 from vpipe.train.reference import Reference, ReferenceResult
 from vpipe.train.setup import Setup, build_setup, build_training_pipeline
-from vpipe.train.trainer import default_device
 
 __all__ = [
     "VerifyReport",
@@ -95,19 +96,19 @@ def pipeline_rank(arguments: Sequence[str]) -> None:
     directory, path, iterations, *overrides = arguments
     config = load_config(path, overrides)
     with process_group(
-        config.launch.distributed_backend, config.launch.timeout_seconds, device=_device(config)
+        config.launch.distributed_backend, config.launch.timeout_seconds, device=device_of(config)
     ) as group:
+        config = plan_run(config, group, pipeline_directory(Path(directory))).config
+        if group.rank == 0:
+            _planned_path(Path(directory)).write_text(config.model_dump_json())
         run_pipeline(config, int(iterations), Path(directory), group)
 
 
 def reference_rank(arguments: Sequence[str]) -> None:
-    """Be the one process; `arguments` are those of `pipeline_rank`."""
-    directory, path, iterations, *overrides = arguments
-    run_reference(load_config(path, overrides), int(iterations), Path(directory))
-
-
-def _device(config: RunConfig) -> str:
-    return default_device() if config.launch.device == "auto" else config.launch.device
+    """Be the one process, after the pipeline; `arguments` are those of `pipeline_rank`."""
+    directory, _, iterations, *_ = arguments
+    config = RunConfig.model_validate_json(_planned_path(Path(directory)).read_text())
+    run_reference(config, int(iterations), Path(directory))
 
 
 def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group: ProcessGroup) -> None:
@@ -162,6 +163,11 @@ def _computed_path(run_directory: Path, rank: int | str) -> Path:
     return run_directory / f"computed.{rank}.pt"
 
 
+def _planned_path(run_directory: Path) -> Path:
+    """Return where the ranks keep the run that they train, which may have been planned."""
+    return run_directory / "planned.json"
+
+
 def remove_computed(run_directory: Path) -> None:
     """Remove what the ranks computed, as big as all of the run's gradients."""
     for path in run_directory.glob(_computed_path(Path(), "*").name):
@@ -170,7 +176,7 @@ def remove_computed(run_directory: Path) -> None:
 
 def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> VerifyReport:
     """Train in this process, compare with what the ranks kept, write the report to its file and return it."""
-    expected = _reference(build_setup(config), iterations, _device(config), reference_directory(run_directory))
+    expected = _reference(build_setup(config), iterations, device_of(config), reference_directory(run_directory))
     found = _load(run_directory, config.num_ranks)
     comparisons = {
         "loss": compare(_as_tensors(found.losses), _as_tensors(expected.losses)),
@@ -199,7 +205,7 @@ def _programs(config: RunConfig) -> ProgramBuilder:
         config.pipeline.schedule,
         config.num_ranks,
         0,
-        config.pipeline.num_microbatches,
+        config.num_microbatches,
         stages_per_rank=config.pipeline.stages_per_rank,
         macrobatch=macrobatch,
         options=options,
@@ -218,7 +224,7 @@ def _reference(setup: Setup, iterations: int, device: str, directory: Path) -> _
         learning_rate=setup.learning_rate,
         device=device,
     )
-    size = config.pipeline.num_microbatches
+    size = config.num_microbatches
     microbatches = [
         {name: tensor[rows] for name, tensor in batch.fields.items()}
         for batch in setup.batches(setup.chain.fields, 0, iterations)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from vpipe.train.setup import Setup
 __all__ = ["block_signature", "describe_machine", "profile_fingerprint"]
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _FORMAT = 1
 """Raised when other things are measured, or in another way: older profiles are not used again then."""
 
@@ -46,7 +48,7 @@ def profile_fingerprint(setup: Setup, sizes: Sequence[int], device: torch.device
     fields = sorted((name, spec.shape_per_sample, str(spec.dtype)) for name, spec in setup.source.fields.items())
     machine = describe_machine(config, device, num_threads)
     return _digest(
-        _FORMAT, blocks, fields, repr(chain.loss), chain.tied, list(sizes), config.train.batch_size,
+        _FORMAT, blocks, fields, _ADDRESS.sub("", repr(chain.loss)), chain.tied, list(sizes), config.train.batch_size,
         config.optimizer.model_dump_json(), config.data.model_dump_json(), config.seed, sorted(machine.items()),
         sorted(_sources(chain)),
     )  # fmt: skip

@@ -1,10 +1,10 @@
-"""What a block holds in memory: counted from what autograd saves, by storages, each once."""
+"""What a block holds in memory, as the runtime's ledger counts it: by storages, each once."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import profile
 
-from vpipe.model.chain import call_block
-from vpipe.model.loss import sum_parts
-from vpipe.runtime.split import Deferred, DeferWeightGradients
+from vpipe.runtime.activations import place_of
+from vpipe.runtime.executor import HeldStage
+from vpipe.runtime.split import held_tensors
 from vpipe.train.profiling.trial import BlockTrial
 
 __all__ = ["Footprint", "measure_footprint"]
@@ -34,127 +34,83 @@ class Footprint:
     buffer_bytes: int
 
 
-@dataclass
-class _Storages:
-    """Memory that tensors lie in: its size, and how often it was met."""
-
-    sizes: dict[int, int] = field(default_factory=dict)
-    counts: Counter[int] = field(default_factory=Counter)
-
-    def add(self, tensors: Iterable[Tensor]) -> _Storages:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-            self.counts[storage.data_ptr()] += 1
-        return self
-
-    def num_bytes(self, *, without: Iterable[int] = ()) -> int:
-        left_out = set(without)
-        return sum(size for place, size in self.sizes.items() if place not in left_out)
-
-
-class _Run:
-    """One forward of a block, and what its graph saved."""
-
-    def __init__(self, trial: BlockTrial, deferred: Deferred | None) -> None:
-        chain, block = trial.chain, trial.chain.blocks[trial.index]
-        leaves = {spec.name: trial.inputs[spec.name].detach() for spec in trial.arriving}
-        for spec in trial.arriving:
-            leaves[spec.name].requires_grad_(spec.requires_grad)
-        self.saved = _Storages()
-        values = {**trial.fields, **leaves}
-        with saved_tensors_hooks(self._pack, lambda kept: kept):
-            if deferred is None:
-                written = call_block(block, trial.module, values)
-            else:
-                with DeferWeightGradients(deferred):
-                    written = call_block(block, trial.module, values)
-            if trial.is_last:
-                parts = chain.loss({**values, **written}, trial.sample.totals, trial.sample.num_samples)
-                written = {"loss": sum_parts(parts)}
-        self.outputs = {name: value for name, value in written.items() if value.requires_grad}
-        # Weights and batch fields are counted elsewhere, and outputs with the block that reads them.
-        others = [*trial.module.parameters(), *trial.module.buffers(), *trial.fields.values()]
-        self.others = set(_Storages().add([*others, *written.values()]).sizes)
-        self._trial = trial
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self.saved.add([tensor])
-        return tensor.detach()
-
-    def backward(self) -> None:
-        gradients = self._trial.gradients
-        known = {name: value for name, value in self.outputs.items() if name in gradients or name == "loss"}
-        if known:
-            seeds = [gradients.get(name, torch.ones_like(value)) for name, value in known.items()]
-            torch.autograd.backward(list(known.values()), seeds)
-
-
 def measure_footprint(trial: BlockTrial) -> Footprint:
     """Run the block forward and backward, whole and in halves, and count what is held."""
     parameters, buffers = list(trial.module.parameters()), list(trial.module.buffers())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    inputs = _Storages().add(trial.inputs[name] for name in trial.read)
-    run = _Run(trial, None)
-    run.saved.sizes.update(inputs.sizes)
-    activations = run.saved.num_bytes(without=run.others - inputs.sizes.keys())
-    del run
-    for_inputs, for_weights = _halves(trial, inputs)
+    kept = trial.stage()
+    activation_bytes = _held_bytes(trial, kept)
+    only_for_weights, weight_grad_bytes = _halves(trial, kept)
     return Footprint(
-        activation_bytes=activations,
-        input_bytes=inputs.num_bytes(),
+        activation_bytes=activation_bytes,
+        input_bytes=_held_bytes(trial, trial.stage(recomputes=True)),
         output_bytes=sum(spec.num_bytes for spec in trial.leaving),
-        parameter_bytes=_Storages().add(trained).num_bytes(),
-        input_grad_bytes=min(for_inputs, activations),
-        weight_grad_bytes=for_weights,
-        workspace_bytes=_workspace(trial),
-        buffer_bytes=_Storages().add([*frozen, *buffers]).num_bytes(),
+        parameter_bytes=_num_bytes(parameter for parameter in parameters if parameter.requires_grad),
+        input_grad_bytes=max(0, activation_bytes - only_for_weights),
+        weight_grad_bytes=weight_grad_bytes,
+        workspace_bytes=_workspace(trial, kept),
+        buffer_bytes=_num_bytes([*(parameter for parameter in parameters if not parameter.requires_grad), *buffers]),
     )
 
 
-def _halves(trial: BlockTrial, inputs: _Storages) -> tuple[int, int]:
-    """Return what the input half of a split backward reads, and what waits for the weight half after it."""
-    deferred: Deferred = []
-    run = _Run(trial, deferred)
-    run.backward()
-    waiting = [value for rest in deferred for value in vars(rest).values() if isinstance(value, Tensor)]
-    weights = _Storages().add(trial.module.parameters()).sizes
-    between = _Storages().add(waiting)
-    # A storage that was saved as often as weight gradients wait for it, is read by nothing else.
-    only_for_weights = {place for place, count in run.saved.counts.items() if count <= between.counts[place]}
-    others = run.others - inputs.sizes.keys()
-    return run.saved.num_bytes(without=others | only_for_weights), between.num_bytes(without=weights)
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({place_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _workspace(trial: BlockTrial) -> int:
-    """Return by how much a forward and backward, at their peak, exceed what is held between them."""
-    for parameter in trial.module.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    device = next(iter((*trial.inputs.values(), *trial.fields.values()))).device
-    if device.type == "cuda":
-        return _cuda_workspace(trial, device)
+def _held_bytes(trial: BlockTrial, held: HeldStage) -> int:
+    """Count what a forward leaves; outputs, and what only passes through, belong to the block that reads them."""
+    written = trial.forward(held.stage, is_watched=True)
+    sizes = held.stage.held(0)
+    read = {place_of(trial.inputs[name]) for name in trial.read}
+    others = {place_of(value) for value in (*trial.inputs.values(), *([] if trial.is_last else written.values()))}
+    trial.backward(held)
+    return sum(size for place, size in sizes.items() if place in read or place not in others)
+
+
+def _halves(trial: BlockTrial, held: HeldStage) -> tuple[int, int]:
+    """Return the activations that only weight gradients need, and what waits for these after the input half."""
+    saved: list[Tensor] = []  # keeps what was saved from being freed, so that places stay what they are
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())
+        return saved[-1]
+
+    with saved_tensors_hooks(pack, lambda kept: kept):
+        trial.forward(held.stage, split=True)
+    trial.backward(held, split=True)
+    waiting = list(held_tensors(held.stage.deferred(0)))
+    uses, waits = (Counter(map(place_of, tensors)) for tensors in (saved, waiting))
+    # What was saved as often as weight gradients wait for it, is read by nothing else.
+    only = [tensor for tensor in waiting if 0 < uses[place_of(tensor)] <= waits[place_of(tensor)]]
+    trial.backward_weights(held)
+    return _num_bytes(only), _num_bytes(waiting)
+
+
+def _workspace(trial: BlockTrial, held: HeldStage) -> int:
+    """Return by how much a forward and a backward, at their peak, exceed what is held before and after."""
+    if trial.device.type == "cuda":
+        return _cuda_workspace(trial, held)
+    # Gradients are there by now, as they are for most of a run's backwards.
     with profile(profile_memory=True) as forward:
-        run = _Run(trial, None)
+        trial.forward(held.stage)
     with profile(profile_memory=True) as backward:
-        run.backward()
-    first, second = _allocations(forward), _allocations(backward)
-    return max(0, max(accumulate(first), default=0) - sum(first), max(accumulate(second), default=0))
+        trial.backward(held)
+    return max(_excess(forward), _excess(backward))
 
 
-def _allocations(watched: profile) -> list[int]:
-    """Return the bytes of every allocation in order; those that were freed are negative."""
+def _excess(watched: profile) -> int:
     assert watched.kineto_results is not None
     events = [event for event in watched.kineto_results.events() if event.name() == "[memory]"]
-    # torch's stubs leave the method out.
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # type: ignore[attr-defined]
+    events.sort(key=lambda event: event.start_ns())
+    # torch's stubs leave the method out; what is freed counts as negative.
+    running = [0, *accumulate(event.nbytes() for event in events)]  # type: ignore[attr-defined]
+    peak, left = max(running), running[-1]
+    return int(peak - max(0, left))
 
 
-def _cuda_workspace(trial: BlockTrial, device: torch.device) -> int:
-    torch.cuda.reset_peak_memory_stats(device)
-    run = _Run(trial, None)
-    held = torch.cuda.memory_allocated(device)
-    run.backward()
-    torch.cuda.synchronize(device)
-    return max(0, torch.cuda.max_memory_allocated(device) - held)
+def _cuda_workspace(trial: BlockTrial, held: HeldStage) -> int:
+    trial.forward(held.stage)
+    before = torch.cuda.memory_allocated(trial.device)
+    torch.cuda.reset_peak_memory_stats(trial.device)
+    trial.backward(held)
+    torch.cuda.synchronize(trial.device)
+    return max(0, torch.cuda.max_memory_allocated(trial.device) - before)

@@ -50,31 +50,30 @@ class _Clock:
 def take_rounds(trial: BlockTrial, device: torch.device, agree: Callable[[float], float], budget_ms: float) -> Timings:
     """Time forwards and backwards of all kinds, in turn, for about `budget_ms`.
 
-    The first rounds are not counted. `agree` turns this rank's time of one round into that of the slowest rank.
+    The first round is not counted. `agree` turns this rank's time of one round into that of the slowest rank, and lets
+    all ranks begin together.
     """
-    kept, again = trial.stage(), trial.stage(recomputes=True)
-    trial.weights.start([0] * 3 * (MAX_ROUNDS + 2))
-    _round(trial, kept, again, _Clock(device))  # allocates
+    stages = trial.stage(), trial.stage(recomputes=True), trial.stage(is_empty=True)
+    trial.weights.start([0] * 3 * (MAX_ROUNDS + 1))
     warm = _Clock(device)
-    _round(trial, kept, again, warm)
+    _round(trial, *stages, warm)
     round_ms = agree(sum(sum(times) for times in warm.taken.values()))
     clock = _Clock(device)
     for _ in range(max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_ms / max(round_ms, 1e-3))))):
-        _round(trial, kept, again, clock)
+        _round(trial, *stages, clock)
     return clock.taken
 
 
-def _round(trial: BlockTrial, kept: HeldStage, again: HeldStage, clock: _Clock) -> None:
-    def backward(held: HeldStage, *, split: bool) -> None:
-        held.weights.accumulate(0, lambda: held.stage.backward(0, trial.gradients), is_last_use=not split)
-
-    clock("forward", lambda: trial.forward(kept.stage, split=False))
-    clock("backward", lambda: backward(kept, split=False))
+def _round(trial: BlockTrial, kept: HeldStage, again: HeldStage, empty: HeldStage, clock: _Clock) -> None:
+    clock("forward", lambda: trial.forward(kept.stage))
+    clock("backward", lambda: trial.backward(kept))
     clock("split_forward", lambda: trial.forward(kept.stage, split=True))
-    clock("input_grad", lambda: backward(kept, split=True))
-    clock("weight_grad", lambda: kept.weights.accumulate(0, lambda: kept.stage.backward_weights(0)))
-    clock("light_forward", lambda: trial.forward(again.stage, split=False))
-    clock("heavy_backward", lambda: backward(again, split=False))
+    clock("input_grad", lambda: trial.backward(kept, split=True))
+    clock("weight_grad", lambda: trial.backward_weights(kept))
+    clock("light_forward", lambda: trial.forward(again.stage))
+    clock("heavy_backward", lambda: trial.backward(again))
+    clock("empty_forward", lambda: trial.forward(empty.stage))
+    clock("empty_backward", lambda: empty.stage.backward(0, {}))
 
 
 def take_steps(trial: BlockTrial, device: torch.device, num_steps: int = 3) -> Timings:
@@ -91,22 +90,25 @@ def take_steps(trial: BlockTrial, device: torch.device, num_steps: int = 3) -> T
 def summarise_times(timings: Iterable[Mapping[str, list[float]]]) -> BlockTimes:
     """Put the repeats of all ranks together.
 
-    The halves of a split backward are scaled to the sum that an ordinary one takes.
+    What a stage takes without any block is no block's. The halves of a split backward are scaled to the sum that an
+    ordinary one takes.
     """
     pooled: Timings = {}
     for taken in timings:
         for name, times in taken.items():
             pooled.setdefault(name, []).extend(times)
     middle = {name: median(times) for name, times in pooled.items()}
-    backward, halves = middle["backward"], middle["input_grad"] + middle["weight_grad"]
-    weight_grad = backward * middle["weight_grad"] / halves if halves else 0.0
-    both = [first + second for first, second in zip(pooled["forward"], pooled["backward"], strict=True)]
+    backward = max(0.0, middle["backward"] - middle["empty_backward"])
+    halves = middle["input_grad"] + middle["weight_grad"]
+    weight_grad = backward * middle["weight_grad"] / halves
+    both = [forward + backward for forward, backward in zip(pooled["forward"], pooled["backward"], strict=True)]
+    recomputing = zip(both, pooled["light_forward"], pooled["heavy_backward"], strict=True)
     low, _, high = quantiles(both, n=4)
     return BlockTimes(
-        middle["forward"],
-        backward - weight_grad,
-        weight_grad,
-        max(0.0, middle["light_forward"] + middle["heavy_backward"] - middle["forward"] - backward),
-        middle["step"],
-        (high - low) / 2 / max(median(both), 1e-9),
+        forward_ms=max(0.0, middle["forward"] - middle["empty_forward"]),
+        input_grad_ms=backward - weight_grad,
+        weight_grad_ms=weight_grad,
+        recompute_ms=max(0.0, median(light + heavy - kept for kept, light, heavy in recomputing)),
+        step_ms=middle["step"],
+        spread=(high - low) / 2 / median(both),
     )

@@ -38,6 +38,7 @@ class BlockTrial:
     sample: Sample
     arriving: tuple[ValueSpec, ...]
     leaving: tuple[ValueSpec, ...]
+    device: torch.device
 
     @property
     def is_last(self) -> bool:
@@ -62,20 +63,30 @@ class BlockTrial:
         kept = [] if optimizer is None else [item for state in optimizer.state.values() for item in state.values()]
         return sum(item.untyped_storage().nbytes() for item in kept if isinstance(item, Tensor))
 
-    def stage(self, *, recomputes: bool = False) -> HeldStage:
-        """Return a stage of this one block."""
-        stage = Stage(self.chain, self.index, self.index + 1, lambda block, microbatch: recomputes)
-        stage.expect(self.arriving, self.leaving)
+    def stage(self, *, recomputes: bool = False, is_empty: bool = False) -> HeldStage:
+        """Return a stage of this one block, or of none: of what arrives at the block, handed on as it is."""
+        stop = self.index if is_empty else self.index + 1
+        stage = Stage(self.chain, self.index, stop, lambda block, microbatch: recomputes)
+        stage.expect(self.arriving, self.arriving if is_empty else self.leaving)
         return HeldStage(stage, self.weights)
 
-    def forward(self, stage: Stage, *, split: bool) -> dict[str, Tensor]:
+    def forward(self, stage: Stage, *, split: bool = False, is_watched: bool = False) -> dict[str, Tensor]:
         """Run the block, and the loss after the last one, as the executor does; return what it writes."""
         key = MicrobatchKey(0, 0, 0)
         fresh = {name: value.detach() for name, value in self.inputs.items()}
-        values = stage.forward(0, self.weights.newest, fresh, self.fields, key, split)
+        modules = self.weights.newest if stage.stop > stage.start else nn.ModuleList()
+        values = stage.forward(0, modules, fresh, self.fields, key, split, is_watched)
         if stage.is_last:
             stage.loss(0, values, self.sample.totals, self.sample.num_samples)
         return values
+
+    def backward(self, held: HeldStage, *, split: bool = False) -> None:
+        """Run the backward of the latest forward, or its half for inputs, as the executor does."""
+        self.weights.accumulate(0, lambda: held.stage.backward(0, self.gradients), is_last_use=not split)
+
+    def backward_weights(self, held: HeldStage) -> None:
+        """Run the half for weights."""
+        self.weights.accumulate(0, lambda: held.stage.backward_weights(0))
 
 
 def make_trial(
@@ -106,4 +117,5 @@ def make_trial(
         sample,
         specs[index],
         leaving,
+        device,
     )
