@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,7 +133,7 @@ def test_a_partition_by_hand_is_simulated_and_bettered(call: Call) -> None:
         (("--memory-limit", "much"), "'much' is no size"),
         (("--memory-limit", "1GiB,1GiB"), "memory_limit has 2 entries for 3 ranks"),
         (("--partition", "4,4"), "has 8 blocks in all"),
-        (("--partition", "best"), "--partition 'best' is none"),
+        (("--partition", "best"), "partition 'best' is unknown"),
         (("--schedule", "zigzag"), "unknown schedule 'zigzag'"),
         (("--microbatches", "some"), "--microbatches 'some' is neither"),
         (("--set", "model.num_layers=5"), "is of a model of 9 blocks, and the run's has 11"),
@@ -151,14 +150,15 @@ def test_mistakes_are_told_in_one_line(call: Call, arguments: tuple[str, ...], w
 def test_without_a_profile_it_measures(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def profile_config(run: Any, *, microbatch_sizes: Any) -> Profile:
-        asked.append((run.num_ranks, microbatch_sizes))
+    def obtain(path: Path, overrides: Any, run: Any, sizes: Any) -> Profile:
+        asked.append((run.num_ranks, sizes))
         return _profile()
 
-    monkeypatch.setitem(sys.modules, "vpipe.train.profile", SimpleNamespace(profile_config=profile_config))  # type: ignore[arg-type]
+    monkeypatch.setattr("vpipe.cli.plan.obtain_profile", obtain)
     assert call(profile=None)[0] == 0
     assert call("--microbatches", "auto", profile=None)[0] == 0
-    assert asked == [(3, [2]), (3, None)]
+    assert call("--microbatches", "2,8", profile=None)[0] == 0
+    assert asked == [(3, (2,)), (3, (1,)), (3, (1, 4))]
 
 
 def test_planning_needs_no_torch(folder: Path) -> None:

@@ -18,7 +18,9 @@ INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 COMMANDS = {
     "config": "Print the resolved run of a YAML file.",
     "data": "Prepare training sets from text.",
+    "estimate": "Estimate a model on machines that you do not have.",
     "plan": "Plan what to cut, keep, recompute and swap, and say why.",
+    "profile": "Measure what the model and the machine cost, for the planner.",
     "schedule": "Show a pipeline schedule: order, bubble, memory.",
     "simulate": "Predict a finished run from its own costs, and show the error.",
     "sweep": "Run or simulate a grid of settings, and show them side by side.",

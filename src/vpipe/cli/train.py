@@ -98,16 +98,19 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
 
     run_directory = create_run_directory(config.log_directory)
     ranks = plural(config.num_ranks, "rank", "ranks")
-    slices = plural(config.pipeline.num_microbatches, "microbatch", "microbatches")
-    click.echo(
-        f"{config.pipeline.schedule}, {ranks}, {slices} of {config.microbatch_size}; logs in {short(run_directory)}"
-    )
+    click.echo(f"{config.pipeline.schedule}, {ranks}, {_slices(config)}; logs in {short(run_directory)}")
     try:
         train_here(path, overrides, config, run_directory, Console())
     except KeyboardInterrupt:
         click.echo(f"interrupted; all ranks were ended. Logs: {short(run_directory)}/output.log.*", err=True)
         sys.exit(INTERRUPTED)
     _print_summary(run_directory)
+
+
+def _slices(config: RunConfig) -> str:
+    if config.pipeline.num_microbatches == "auto":
+        return "microbatches to be planned"
+    return f"{plural(config.num_microbatches, 'microbatch', 'microbatches')} of {config.microbatch_size}"
 
 
 def _print_summary(run_directory: Path) -> None:
