@@ -51,6 +51,14 @@ def test_what_goes_out_comes_in_again(tmp_path, tie_weights):
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_weights_that_cannot_be_written_are_told(tmp_path):
+    chain = toy_chain(tie_weights=True)
+    shard_path(tmp_path, 0, 1).with_suffix(".partial").mkdir()  # as good as a full disk
+    state = chain.materialise(4, 0).state_dict()
+    with pytest.raises(ModelError, match=r"cannot write the weights to '.*safetensors': .*; free some space"):
+        save_shard(tmp_path, chain, {4: state}, stage=0, num_stages=1)
+
+
 def test_of_tied_weights_only_the_first_is_written(tmp_path):
     chain = toy_chain(tie_weights=True)
     state = chain.materialise(4, 0).state_dict()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,14 +40,20 @@ def save_shard(
     Of tied parameters only the first of the group is written. Returns the file, which appears when it is complete.
 
     Raises:
-        ModelError: the directory holds a model in a single file, which transformers would load instead.
+        ModelError: the directory holds a model in a single file, which transformers would load instead, or the file
+            cannot be written.
     """
     path = shard_path(directory, stage, num_stages)
     if (path.parent / WEIGHTS_FILE).exists():
         raise ModelError(f"'{path.parent}' already holds a {WEIGHTS_FILE}; remove it or save to another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
-    save_file(_shard_tensors(chain, states), partial_path, metadata={"format": "pt"})
+    try:
+        save_file(_shard_tensors(chain, states), partial_path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ModelError(
+            f"cannot write the weights to '{path}': {error}; free some space, or save elsewhere"
+        ) from error
     return partial_path.replace(path)
 
 
