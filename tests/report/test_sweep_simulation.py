@@ -67,9 +67,20 @@ def test_an_asynchronous_pipeline_has_no_bubble_in_its_steady_state(tmp_path: Pa
     assert simulated(tmp_path, "pipeline.schedule=pipedream")["bubble_fraction"] == pytest.approx(0, abs=1e-9)
 
 
+def test_what_is_left_open_is_planned(tmp_path: Path) -> None:
+    uneven, planned = (simulated(tmp_path, f"plan.partition={cut}") for cut in ("[1,7,1]", "auto"))
+    assert planned["iteration_ms"] == pytest.approx(simulated(tmp_path)["iteration_ms"])
+    assert (planned["iteration_ms"] or 0) < (uneven["iteration_ms"] or 0)
+
+
+def test_a_limit_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be kept .*the smallest that can"):
+        simulated(tmp_path, "plan.memory_limit=1KiB")
+
+
 def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path))
-    with pytest.raises(PlanError, match="the profile is of 8 blocks, and the run's model has 9"):
+    with pytest.raises(PlanError, match="the profile: is of a model of 8 blocks, and the run's has 9"):
         simulate_run(config, profile(8))
 
 

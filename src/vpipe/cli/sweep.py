@@ -173,10 +173,12 @@ def _simulation(
 
     def execute(combination: Combination, config: RunConfig) -> Result:
         from vpipe.cli.profiling import obtain_profile
+        from vpipe.config.planned import own_counts, sizes_needed
         from vpipe.report.sweep_simulation import simulate_run
 
         own = [*overrides, *combination.overrides]
-        return simulate_run(config, profile or obtain_profile(path, own, config, [config.microbatch_size]))
+        found = profile or obtain_profile(path, own, config, sizes_needed(config, own_counts(config)))
+        return simulate_run(config, found)
 
     return execute
 
