@@ -1,0 +1,247 @@
+"""`vpipe estimate`: what a model would reach on machines that one does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vpipe.cli.shared import read_config_aloud, short
+from vpipe.errors import PlanError
+from vpipe.plan.analytic import Machine, ModelWork, Precision
+from vpipe.plan.analytic_estimate import estimate
+from vpipe.plan.analytic_explain import estimate_lines, estimate_to_dict
+from vpipe.plan.devices import DEVICES, LINKS, find_device, find_link
+from vpipe.plan.memory import Policy
+from vpipe.plan.units import format_bytes, parse_bytes
+from vpipe.schedule.registry import SCHEDULES, find_entry
+
+if TYPE_CHECKING:
+    from vpipe.train.estimating.count import Assumptions
+
+__all__ = ["command"]
+
+_NOT_CHOSEN = ("naive", "searched")
+_USUAL_SIZES = (1, 2, 4, 8)
+_USUAL_SAMPLES = 8
+"""Per rank, in a batch, where nothing is said: enough to keep a pipeline busy for nine tenths of the time."""
+_USABLE = 0.9
+"""Share of a device's memory that a plan may fill: the rest is for the driver, messages and fragments."""
+
+
+def _list_tables(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from vpipe.train.estimating.models import PUBLISHED
+
+    click.echo("Models (sequence length, batch size):")
+    for model in PUBLISHED.values():
+        click.echo(f"  {model.name:16}{model.sequence_length:>6}{model.batch_size:>7}")
+    click.echo("\nDevices (peak TFLOP/s x share reached; memory; GB/s; share reached; link; host GB/s; source):")
+    for device in DEVICES.values():
+        peaks = ", ".join(
+            f"{name} {peak:g} x {device.matmul_fraction[name]:g}" for name, peak in device.peak_tflops.items()
+        )
+        click.echo(
+            f"  {device.name:16}{peaks}; {format_bytes(device.memory_bytes)}; "
+            f"{device.memory_gb_per_s:g}; {device.memory_fraction:.2f}; {device.link}; {device.host_gb_per_s:g}; "
+            f"{device.source}"
+        )
+    click.echo("\nLinks (latency us, GB/s; source):")
+    for link in LINKS.values():
+        click.echo(f"  {link.name:16}{link.latency_us:>5g}{link.gb_per_s:>7g}  {link.source}")
+    ctx.exit()
+
+
+@click.command(name="estimate")
+@click.option("--model", required=True, metavar="NAME|FILE", help="A published model (see --list), or a run's YAML.")
+@click.option("--ranks", type=click.IntRange(1), help="Ranks of the pipeline.  [default: the run's own, else 8]")
+@click.option(
+    "--device", default="a100-80gb", show_default=True, metavar="NAME|FILE", help="See --list; or a JSON file of yours."
+)
+@click.option(
+    "--devices-per-rank",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Devices that split every block of a rank (tensor parallelism).",
+)
+@click.option(
+    "--link",
+    default="infiniband-hdr",
+    show_default=True,
+    metavar="NAME|LATENCY,BANDWIDTH",
+    help="Between ranks: see --list, or e.g. 5us,25GB/s.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Samples per update.  [default: as published, at most 8 per rank; or the run's]",
+)
+@click.option(
+    "--microbatch-size", metavar="N[,N...]", help="Those to choose from.  [default: 1,2,4,8 as far as useful]"
+)
+@click.option("--sequence-length", type=click.IntRange(2), help="Tokens per sample of a published model.")
+@click.option(
+    "--schedule", default="1f1b", show_default=True, metavar="NAME[,NAME...]|auto", help="See `vpipe schedule --list`."
+)
+@click.option("--stages-per-rank", type=click.IntRange(1), help="[default: the schedule's own]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16", "tf32", "fp32"]),
+    help="What is multiplied; activations have this type (tf32: fp32).  [default: bf16 where the device has it]",
+)
+@click.option("--weight-bytes", type=click.IntRange(1), help="Per parameter.  [default: the type's size]")
+@click.option("--gradient-bytes", type=click.IntRange(1), help="Per parameter.  [default: as weights]")
+@click.option(
+    "--optimizer-bytes", type=click.IntRange(0), help="Per parameter.  [default: Adam's 8, and 4 for a master copy]"
+)
+@click.option(
+    "--attention", type=click.Choice(["flash", "plain"]), default="flash", show_default=True, help="plain holds scores."
+)
+@click.option(
+    "--matmul-fraction", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak that is reached."
+)
+@click.option("--memory-limit", metavar="SIZE", help="Per device, e.g. 70GiB.  [default: 90 % of the device's memory]")
+@click.option("--no-swap", is_flag=True, help="Never move activations to the host.")
+@click.option("--no-recompute", is_flag=True, help="Never recompute activations.")
+@click.option("--all-stages", is_flag=True, help="Show every stage of a long pipeline.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan, for plan.partition of a run.")
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_tables, help="List models and devices."
+)
+def command(
+    model: str, ranks: int | None, batch_size: int | None, form: str, output: Path | None, **options: Any
+) -> None:
+    """Estimate what a model would reach on machines that you need not have.
+
+    Blocks are built without memory; their matrix products and bytes are counted, and the device's data sheet makes
+    times of them: every operation takes what its products take at the share of the peak that is reached, or what its
+    bytes take, or a kernel's start, whichever is longest. Then `vpipe plan`'s planner and simulator find cuts, what to
+    recompute or swap, and microbatches. Data parallel replicas are not part of it: give one pipeline's share of the
+    batch. docs/estimate.md has the method and how far published runs are from it.
+
+    \b
+    Examples:
+      vpipe estimate --model gpt3-175b --ranks 64 --device a100-80gb
+      vpipe estimate --model gpt3-175b --ranks 8 --devices-per-rank 8 --schedule interleaved
+      vpipe estimate --model bert-large --ranks 4 --device v100-16gb --link ethernet-10g
+      vpipe estimate --model configs/gpt_quickstart.yml --device rtx3090-24gb
+
+    \b
+    JSON is what `vpipe plan` prints and -o writes, with one more key, `estimate`:
+      model, num_parameters, tokens_per_sample, num_blocks, device, num_devices, devices_per_rank
+      assumed            shares, bandwidths, bytes per parameter, memory limit
+      step_s, samples_per_s, tokens_per_s, model_tflops_per_device, utilisation
+      time_shares        what all devices' time goes into; adds up to 1
+      recomputed_blocks, swapped_blocks
+      unlimited_step_s   if memory were no limit; null where nothing is recomputed or swapped
+      smallest_limit_bytes  the least memory per device that a plan exists for
+    """
+    machine = _machine(options)  # before torch is imported: mistakes are told at once
+    schedules = _schedules(options["schedule"])
+    limit = options["memory_limit"]
+    counted, num_ranks, batch_size = _counted(model, ranks, batch_size, machine, options)
+    found = estimate(
+        counted,
+        machine,
+        num_ranks,
+        batch_size,
+        schedules=schedules,
+        memory_limit=int(machine.device.memory_bytes * _USABLE) if limit is None else parse_bytes(limit),
+        policies=_policies(options),
+        stages_per_rank=options["stages_per_rank"],
+    )
+    content = estimate_to_dict(found)
+    click.echo(
+        json.dumps(content) if form == "json" else "\n".join(estimate_lines(found, all_stages=options["all_stages"]))
+    )
+    if output is not None:
+        plan = {key: value for key, value in content.items() if key != "estimate"}
+        output.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        if form == "text":
+            click.echo(f"\nwritten to {short(output)}")
+
+
+def _machine(options: dict[str, Any]) -> Machine:
+    device = find_device(options["device"])
+    compute = options["dtype"] or next(iter(device.peak_tflops))
+    if options["matmul_fraction"] is not None:
+        device = dataclasses.replace(
+            device, matmul_fraction=dict.fromkeys(device.peak_tflops, options["matmul_fraction"])
+        )
+    size = 2 if compute in ("bf16", "fp16") else 4
+    weight = options["weight_bytes"] or size
+    adam = 8 if weight == 4 else 12
+    precision = Precision(
+        compute,
+        weight,
+        options["gradient_bytes"] or weight,
+        adam if options["optimizer_bytes"] is None else options["optimizer_bytes"],
+    )
+    return Machine(device, find_link(options["link"]), precision, options["devices_per_rank"], not options["no_swap"])
+
+
+def _schedules(names: str) -> tuple[str, ...]:
+    if names == "auto":
+        return tuple(name for name, entry in SCHEDULES.items() if entry.synchronous and name not in _NOT_CHOSEN)
+    found = tuple(name.strip() for name in names.split(","))
+    for name in found:
+        find_entry(name)
+    return found
+
+
+def _policies(options: dict[str, Any]) -> tuple[Policy, ...]:
+    left_out = {Policy.RECOMPUTE: options["no_recompute"], Policy.SWAP: options["no_swap"]}
+    return tuple(policy for policy in Policy if not left_out.get(policy))
+
+
+def _counted(
+    name: str, ranks: int | None, batch_size: int | None, machine: Machine, options: dict[str, Any]
+) -> tuple[ModelWork, int, int]:
+    """Return the model, counted, the number of ranks and the batch size."""
+    is_run = name.endswith((".yml", ".yaml"))
+    config = read_config_aloud(Path(name), ()) if is_run else None
+
+    from vpipe.train.estimating.models import count_published, count_run, find_published
+
+    if config is not None:
+        if options["sequence_length"]:
+            raise click.UsageError("--sequence-length is for published models; a run's data has its own")
+        num_ranks, batch = ranks or config.num_ranks, batch_size or config.train.batch_size
+        return count_run(config, _sizes(options, batch, num_ranks), _assumptions(machine, options)), num_ranks, batch
+    published = find_published(name)
+    if options["sequence_length"]:
+        published = dataclasses.replace(published, sequence_length=options["sequence_length"])
+    num_ranks = ranks or 8
+    batch = batch_size or min(published.batch_size, _USUAL_SAMPLES * num_ranks)
+    work = count_published(published, _sizes(options, batch, num_ranks), _assumptions(machine, options))
+    return work, num_ranks, batch
+
+
+def _assumptions(machine: Machine, options: dict[str, Any]) -> Assumptions:
+    from vpipe.train.estimating.count import Assumptions
+    from vpipe.train.estimating.models import DTYPES
+
+    return Assumptions(DTYPES[machine.precision.activation_type], options["attention"])
+
+
+def _sizes(options: dict[str, Any], batch_size: int, num_ranks: int) -> list[int]:
+    """Return the microbatch sizes to try: those given, or small ones that give every rank something to do."""
+    given = options["microbatch_size"]
+    if given is None:
+        fitting = [size for size in _USUAL_SIZES if batch_size % size == 0]
+        return [size for size in fitting if size == 1 or batch_size // size >= 2 * num_ranks]
+    if not all(part.strip().isdigit() and int(part) for part in given.split(",")):
+        raise click.UsageError(f"--microbatch-size '{given}' is no list of whole numbers from 1 on, e.g. 1,2,4")
+    sizes = [int(part) for part in given.split(",")]
+    for size in sizes:
+        if batch_size % size:
+            raise PlanError(
+                f"--microbatch-size {size} does not divide the batch of {batch_size} samples; use a divisor"
+            )
+    return sizes

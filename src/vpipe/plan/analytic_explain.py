@@ -1,0 +1,222 @@
+"""An estimate in words and as JSON: what was assumed, what was found, what limits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from vpipe.plan.analytic import Machine
+from vpipe.plan.analytic_estimate import SHARES, Estimate
+from vpipe.plan.memory import Policy
+from vpipe.plan.plan_file import plan_to_dict
+from vpipe.plan.table import format_table
+from vpipe.plan.units import describe_memory, format_bytes
+
+__all__ = ["assumption_lines", "estimate_lines", "estimate_to_dict"]
+
+_ADVICE = {
+    "products": "a faster device, or a smaller type, would help",
+    "memory": "fused kernels, or larger microbatches where kernels are short, would help",
+    "exchange": "fewer devices per rank and more ranks, or a faster link between them, would help",
+    "recompute": "more memory, more ranks or smaller microbatches would help",
+    "swap": "a faster link to the host, recomputing instead (--no-swap), or more memory would help",
+    "step": "a larger batch would help",
+    "warmup": "a larger --batch-size, smaller microbatches, fewer ranks, or --schedule auto would help",
+    "imbalance": "blocks cannot be cut any finer: other numbers of ranks, or several stages per rank, may help",
+    "communication": "a faster link, or larger microbatches, would help",
+}
+
+
+_FIRST, _LAST = 8, 4
+"""Stages that are shown of a long pipeline."""
+
+
+def estimate_lines(found: Estimate, *, all_stages: bool = False) -> list[str]:
+    """Explain an estimate: assumptions, speed, where the time goes, the plan, and the smallest memory that would do.
+
+    Of many stages, only some are shown without `all_stages`.
+    """
+    return [
+        *assumption_lines(found),
+        "",
+        *_speed_lines(found),
+        "",
+        *_share_lines(found),
+        "",
+        *_stage_lines(found, all_stages=all_stages),
+        "",
+        *_limit_lines(found),
+    ]
+
+
+def assumption_lines(found: Estimate) -> list[str]:
+    """Say what is counted, and what is taken for granted."""
+    model, machine, setting = found.model, found.machine, found.plan.setting
+    device, precision = machine.device, machine.precision
+    tokens = f", {model.tokens_per_sample} tokens per sample" if model.tokens_per_sample else ""
+    first = next(iter(model.sizes.values()))
+    kind = precision.compute
+    reached = f"{device.matmul_fraction[kind]:.0%} of {device.peak_tflops[kind]:g} TFLOP/s {kind}"
+    lines = [
+        f"Model: {model.name}, {model.num_parameters:,} parameters, {len(first)} blocks ({model.num_kinds} kinds)"
+        f"{tokens}",
+        f"Devices: {found.num_devices} x {device.name} ({_ranks(found)}): {reached}, {device.memory_fraction:.0%} of "
+        f"{device.memory_gb_per_s:g} GB/s, at least {device.kernel_us:g} us per operation",
+        f"Links between ranks: {machine.link.name}, {machine.link.latency_us:g} us, {machine.link.gb_per_s:g} GB/s; "
+        f"to the host: {f'{device.host_gb_per_s:g} GB/s' if machine.swaps else 'not used'}",
+        f"Bytes per parameter: {precision.total_bytes} (weights {precision.weight_bytes}, gradients "
+        f"{precision.gradient_bytes}, optimizer {precision.optimizer_bytes}); activations in "
+        f"{precision.activation_type}; memory per device: at most {format_bytes(found.outcome.request.rank_limits[0])} "
+        f"of {format_bytes(device.memory_bytes)}",
+        f"Batch: {setting.batch_size} samples",
+    ]
+    if machine.devices_per_rank > 1:
+        lines.append(_splitting(machine))
+    return lines
+
+
+def _ranks(found: Estimate) -> str:
+    count, each = found.plan.setting.num_ranks, found.machine.devices_per_rank
+    return f"{count} ranks" if each == 1 else f"{count} ranks of {each}"
+
+
+def _splitting(machine: Machine) -> str:
+    return (
+        f"The {machine.devices_per_rank} devices of a rank split every block evenly and exchange what it gives over "
+        f"{machine.device.link}; all bytes below are one device's"
+    )
+
+
+def _speed_lines(found: Estimate) -> list[str]:
+    plan, tokens = found.plan, ""
+    if found.tokens_per_s:
+        tokens = f", {found.tokens_per_s:,.0f} tokens/s ({found.tokens_per_s / found.num_devices:,.1f} per device)"
+    peak = max(memory.total for memory in plan.memory)
+    return [
+        f"{plan.step_ms / 1000:.4g} s per step, {found.samples_per_s:.4g} samples/s{tokens}",
+        f"{found.model_tflops_per_device:.4g} TFLOP/s per device for the model, {found.utilisation:.1%} of the peak "
+        f"(MFU); at most {format_bytes(peak)} per device",
+    ]
+
+
+def _share_lines(found: Estimate) -> list[str]:
+    shares = sorted(found.shares.items(), key=lambda pair: -pair[1])
+    lines = ["Where the time of all devices goes:"]
+    lines += [f"  {share:6.1%}  {SHARES[kind]}" for kind, share in shares if share >= 0.0005]
+    return [*lines, *_limiting(found)]
+
+
+def _limiting(found: Estimate) -> Iterator[str]:
+    """Say what most of the time goes into, and what most of the rest."""
+    shares = found.shares
+    waits = {"warmup": shares["warmup"] + shares["cooldown"]} | {
+        kind: share for kind, share in shares.items() if kind not in ("warmup", "cooldown", "products")
+    }
+    names = SHARES | {"warmup": "waiting while the pipeline fills and drains"}
+    ranked = sorted((waits | {"products": shares["products"]}).items(), key=lambda pair: -pair[1])
+    first = ranked[0][0]
+    yield f"Limited by {names[first]}: {_ADVICE[first]}."
+    second = max(waits, key=waits.__getitem__)
+    if second != first and waits[second] >= 0.02:
+        yield f"After that, {names[second]} ({waits[second]:.1%}): {_ADVICE[second]}."
+
+
+def _stage_lines(found: Estimate, *, all_stages: bool) -> list[str]:
+    """List the stages: what each has, how long it takes, what its rank holds."""
+    plan, blocks = found.plan, found.outcome.request.profile.at(found.plan.setting.microbatch_size).blocks
+    placement, costs = plan.setting.build().placement, plan.costs
+    rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "memory", "activations"]]
+    for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
+        rank, forward, both = placement.rank_of(stage), costs.forward[stage], plan.stage_ms[stage]
+        rows.append(
+            [
+                str(stage),
+                str(rank),
+                str(stop - start),
+                blocks[start].name if stop == start + 1 else f"{blocks[start].name} to {blocks[stop - 1].name}",
+                f"{forward:.4g} ms",
+                f"{both - forward:.4g} ms",
+                f"{both * plan.setting.num_microbatches / plan.step_ms:.0%}",
+                format_bytes(plan.memory[rank].total),
+                _policy_words(plan.policies[start:stop]),
+            ]
+        )
+    lines = format_table(rows, left={3, 8})
+    hidden = len(plan.partition) - _FIRST - _LAST
+    if hidden > 1 and not all_stages:
+        lines[1 + _FIRST : -_LAST] = [f"  ... {hidden} more (--all-stages shows them)"]
+    fullest = max(range(len(plan.memory)), key=lambda rank: plan.memory[rank].total)
+    busiest = max(range(len(plan.stage_ms)), key=plan.stage_ms.__getitem__)
+    over = plan.stage_ms[busiest] / (sum(plan.stage_ms) / len(plan.stage_ms)) - 1
+    return [
+        f"Plan: {plan.setting.describe()}",
+        *lines,
+        f"Busiest: stage {busiest}, {over:.1%} more than the mean. Fullest: rank {fullest}, "
+        f"{describe_memory(plan.memory[fullest])}.",
+    ]
+
+
+def _policy_words(policies: Sequence[Policy]) -> str:
+    named = {Policy.KEEP: "kept", Policy.RECOMPUTE: "recomputed", Policy.SWAP: "swapped"}
+    counts = {word: policies.count(policy) for policy, word in named.items() if policy in policies}
+    return f"all {next(iter(counts))}" if len(counts) == 1 else ", ".join(f"{n} {word}" for word, n in counts.items())
+
+
+def _limit_lines(found: Estimate) -> list[str]:
+    outcome, plan = found.outcome, found.plan
+    lines = [f"No plan of these settings needs less than {outcome.lower_bound_ms / 1000:.4g} s per step."]
+    if found.unlimited_ms is not None:
+        gain = plan.step_ms / found.unlimited_ms - 1
+        lines.append(
+            f"Without a limit of memory: {found.unlimited_ms / 1000:.4g} s per step; keeping to "
+            f"{format_bytes(outcome.request.rank_limits[0])} costs {gain:.1%}."
+        )
+    limit, smallest = outcome.smallest_limits[0], outcome.smallest
+    fullest = max(smallest.memory, key=lambda memory: memory.total)
+    lines.append(
+        f"The smallest memory that would do: {format_bytes(limit)} per device, at {smallest.step_ms / 1000:.4g} s per "
+        f"step ({smallest.setting.describe()}): {describe_memory(fullest)}."
+    )
+    return lines
+
+
+def estimate_to_dict(found: Estimate) -> dict[str, Any]:
+    """Return an estimate for JSON: what `plan_to_dict` has, and `estimate` beside it."""
+    model, machine = found.model, found.machine
+    device, link, precision = machine.device, machine.link, machine.precision
+    content = plan_to_dict(found.plan, found.outcome.request.profile, found.outcome.lower_bound_ms)
+    content["estimate"] = {
+        "model": model.name,
+        "num_parameters": model.num_parameters,
+        "tokens_per_sample": model.tokens_per_sample,
+        "num_blocks": len(found.plan.policies),
+        "device": device.name,
+        "num_devices": found.num_devices,
+        "devices_per_rank": machine.devices_per_rank,
+        "assumed": {
+            "compute": precision.compute,
+            "peak_tflops": device.peak_tflops[precision.compute],
+            "matmul_fraction": device.matmul_fraction[precision.compute],
+            "memory_gb_per_s": device.memory_gb_per_s,
+            "memory_fraction": device.memory_fraction,
+            "kernel_us": device.kernel_us,
+            "link": {"name": link.name, "latency_us": link.latency_us, "gb_per_s": link.gb_per_s},
+            "host_gb_per_s": device.host_gb_per_s if machine.swaps else None,
+            "weight_bytes": precision.weight_bytes,
+            "gradient_bytes": precision.gradient_bytes,
+            "optimizer_bytes": precision.optimizer_bytes,
+            "memory_limit_bytes": int(found.outcome.request.rank_limits[0]),
+        },
+        "step_s": found.plan.step_ms / 1000,
+        "samples_per_s": found.samples_per_s,
+        "tokens_per_s": found.tokens_per_s,
+        "model_tflops_per_device": found.model_tflops_per_device,
+        "utilisation": found.utilisation,
+        "time_shares": found.shares,
+        "recomputed_blocks": found.plan.policies.count(Policy.RECOMPUTE),
+        "swapped_blocks": found.plan.policies.count(Policy.SWAP),
+        "unlimited_step_s": None if found.unlimited_ms is None else found.unlimited_ms / 1000,
+        "smallest_limit_bytes": found.outcome.smallest_limits[0],
+    }
+    return content

@@ -1,0 +1,1 @@
+"""Counting what blocks do and hold, on tensors without memory."""
