@@ -71,7 +71,8 @@ class MemoryWatch:
         Raises:
             MemoryLimitError: the rank held more than its limit.
         """
-        workspace = self._meter.run(handler, action)
+        before = self.ledger.now.total
+        self._meter.run(handler, action)
         stage, _ = self._stages[action.stage]
         owner = action.stage, action.microbatch
         if action.kind in _LEAVING:
@@ -87,7 +88,7 @@ class MemoryWatch:
             for index, (_, each) in self._stages.items():
                 self._enter_weights(index, each)
         self.ledger.put("buffers", "messages", self._messages(handed_over()))
-        self.ledger.settle(str(action), workspace)
+        self.ledger.settle(str(action), self._meter.excess(action, self.ledger.now.total - before))
 
     def moved(self, owner: Owner, parcel: Parcel, comes: bool) -> None:
         """Enter that a parcel is packed up or comes back, or leaves; called on whatever thread moves it."""
