@@ -147,9 +147,7 @@ def test_the_host_link_is_drawn_under_its_rank() -> None:
     schedule = swapping("gpipe", 1, 3)
     grid = text_grid(simulate(schedule, Costs.from_rank_shares(schedule.placement, move=1.0)))
     assert grid.text() == (
-        "time   0              5\n"
-        "rank 0 F0 F1 F2    B0--- B1--- B2---*\n"
-        "  host    >0 >1 <0 >2 <1 <2"
+        "time   0              5\nrank 0 F0 F1 F2    B0--- B1--- B2---*\n  host    >0 >1 <0 >2 <1 <2"
     )
     assert "> out to host memory  < back" in legend(schedule)
 

@@ -235,7 +235,7 @@ def _sizes(options: dict[str, Any], batch_size: int, num_ranks: int) -> list[int
     given = options["microbatch_size"]
     if given is None:
         fitting = [size for size in _USUAL_SIZES if batch_size % size == 0]
-        return [size for size in fitting if size == 1 or batch_size // size >= 2 * num_ranks]
+        return [size for size in fitting if size == 1 or batch_size // size >= 4 * num_ranks]
     if not all(part.strip().isdigit() and int(part) for part in given.split(",")):
         raise click.UsageError(f"--microbatch-size '{given}' is no list of whole numbers from 1 on, e.g. 1,2,4")
     sizes = [int(part) for part in given.split(",")]
