@@ -74,7 +74,7 @@ def test_what_is_left_open_is_planned(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_cannot_be_kept_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="cannot be kept .*the smallest that can"):
+    with pytest.raises(PlanError, match=r"cannot be kept .*the smallest that can"):
         simulated(tmp_path, "plan.memory_limit=1KiB")
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from itertools import accumulate
 
 import torch
+from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
-from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
 
 from vpipe.schedule.action import COMPUTE, Action, Kind
 
@@ -65,6 +65,7 @@ def _on_cpu(handler: Callable[[Action], None], action: Action) -> tuple[int, int
         handler(action)
     finally:
         records = _disable_profiler_legacy()
-    changes = [item.cpu_memory_usage() for thread in records for item in thread if item.kind() == "memory_alloc"]
+    # `kind` is text, whatever torch's stub says.
+    changes = [item.cpu_memory_usage() for thread in records for item in thread if str(item.kind()) == "memory_alloc"]
     running = [0, *accumulate(changes)]
     return max(running), running[-1]
