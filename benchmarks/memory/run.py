@@ -1,0 +1,108 @@
+"""Predict the peak of every configuration, then run it and compare with what its ledger says.
+
+python -m benchmarks.memory.run [--only WORDS] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import environment, format_table, write_results
+from benchmarks.memory.configurations import CONFIGURATIONS, Configuration
+from benchmarks.memory.ranks import RankRun, measure_profile, run_config
+
+from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes, stage_loads
+from vpipe.plan.partition import partition_uniform
+from vpipe.plan.profile import Profile
+from vpipe.plan.setting import Setting
+from vpipe.plan.units import format_bytes
+
+Row = dict[str, Any]
+
+
+def predict(configuration: Configuration, profile: Profile) -> tuple[RankMemory, ...]:
+    """Return what every rank is predicted to hold at its peak."""
+    config = configuration.config()
+    pipeline = config.pipeline
+    setting = Setting(
+        pipeline.schedule,
+        config.num_ranks,
+        config.num_microbatches,
+        config.microbatch_size,
+        pipeline.stages_per_rank,
+        tuple(config.schedule_options.items()),
+    )
+    schedule = setting.build() if setting.synchronous else setting.build(6)
+    blocks = profile.at(config.microbatch_size).blocks
+    policies = [Policy(name) for name in config.plan.policies or ()]
+    cuts = pairwise([0, *accumulate(partition_uniform(len(blocks), schedule.num_stages))])
+    stages = [
+        stage_bytes(blocks, start, stop, policies, is_ahead=stage in configuration.ahead)
+        for stage, (start, stop) in enumerate(cuts)
+    ]
+    return rank_memory(schedule, stage_loads(schedule), stages)
+
+
+def compare(configuration: Configuration, predicted: tuple[RankMemory, ...], runs: list[RankRun]) -> Row:
+    """Put prediction and measurement beside each other, per rank."""
+    ranks = [
+        {
+            "predicted": {**asdict(memory), "total": memory.total},
+            "measured": {**run.at_peak, "total": run.peak_bytes},
+            "action": run.action,
+            "error": round(memory.total / run.peak_bytes - 1, 4),
+        }
+        for memory, run in zip(predicted, runs, strict=True)
+    ]
+    return {"name": configuration.name, "ranks": ranks, "error": max((rank["error"] for rank in ranks), key=abs)}
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table: of each configuration the rank that holds most, and the worst error of any rank."""
+    lines = []
+    for row in rows:
+        rank = max(row["ranks"], key=lambda each: each["measured"]["total"])
+        predicted, measured = (format_bytes(rank[name]["total"]) for name in ("predicted", "measured"))
+        lines.append([row["name"], predicted, measured, f"{rank['error']:+.1%}", f"{row['error']:+.1%}"])
+    print(format_table(["configuration", "predicted", "measured", "error", "worst rank"], lines))
+    errors = [abs(rank["error"]) for row in rows for rank in row["ranks"]]
+    print(json.dumps({"mean_error": round(sum(errors) / len(errors), 4), "worst_error": max(errors)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the configurations whose name has these words")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peaks.json")
+    parser.add_argument("--profiles", type=Path, help="a folder that keeps the two profiles")
+    arguments = parser.parse_args()
+    surroundings = environment()
+    chosen = [each for each in CONFIGURATIONS if all(word in each.name for word in arguments.only.split())]
+    profiles = {model: _profile(model, chosen, arguments.profiles) for model in {each.model for each in chosen}}
+    rows = []
+    for configuration in chosen:
+        predicted = predict(configuration, profiles[configuration.model])
+        rows.append(compare(configuration, predicted, run_config(configuration.config())))
+        print(f"{rows[-1]['error']:+7.1%}  {configuration.name}", flush=True)
+        write_results(arguments.out, {"environment": surroundings, "rows": rows})
+    show(rows)
+
+
+def _profile(model: str, chosen: list[Configuration], folder: Path | None) -> Profile:
+    kept = None if folder is None else folder / f"{model}.json"
+    if kept is not None and kept.exists():
+        return Profile.from_json(kept.read_text())
+    first = next(each for each in chosen if each.model == model)
+    profile = measure_profile(first.config())
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(profile.to_json())
+    return profile
+
+
+if __name__ == "__main__":
+    main()
