@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _WITHOUT_MODEL = "train.save_model=false"
+_FILE_WIDTH = 200
+"""Characters of a line where nobody sees it at once: rich would cut at 80."""
 _TAKEN = ("samples_per_second", "iteration_ms", "bubble_fraction", "communication_share", "final_loss", "eval_loss")
 
 
@@ -197,7 +199,10 @@ def _show(store: SweepStore) -> None:
     labels = {id(row): combination.label for combination, row in store.in_order()}
     rows = [row for _, row in store.in_order()]
     click.echo()
-    Console().print(render_table(store.axes, rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(render_table(store.axes, rows))
     click.echo()
     for line in failure_lines(rows):
         click.echo(line)

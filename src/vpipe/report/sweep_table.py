@@ -33,7 +33,7 @@ class Metric:
 
 METRICS = (
     Metric("samples_per_second", "samples/s", "{:.4g}".format),
-    Metric("iteration_ms", "ms/iteration", "{:.4g}".format),
+    Metric("iteration_ms", "ms/iter", "{:.4g}".format),
     Metric("bubble_fraction", "bubble", "{:.1%}".format),
     Metric("communication_share", "communication", "{:.1%}".format, in_terminal=False),
     Metric("peak_memory_bytes", "memory", lambda size: format_bytes(int(size))),
