@@ -44,7 +44,7 @@ def test_it_starts_from_the_folder_of_the_run(folder: Path) -> None:
         ({"schedule": "stale.csv"}, r"pipeline\.schedule '.*stale\.csv' updates without a barrier"),
         ({"num_microbatches": 8}, r"order\.csv' has num_microbatches=4, got num_microbatches=8"),
         ({"stages_per_rank": 1}, r"order\.csv' has stages_per_rank=2, got stages_per_rank=1"),
-        ({"macrobatch": True}, r"pipeline\.macrobatch = true needs pipeline\.schedule = pipedream or pipedream-2bw, not"),
+        ({"macrobatch": True}, r"macrobatch = true needs pipeline\.schedule = pipedream or pipedream-2bw, not"),
     ],
 )
 def test_what_does_not_fit(folder: Path, pipeline: dict[str, Any], words: str) -> None:
