@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from vpipe.errors import ConfigError, ModelError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
-from vpipe.runtime.arguments import as_chain, check_training_arguments, count_batches, ratio_per_stage
+from vpipe.runtime.arguments import as_chain, check_training_arguments, count_batches, limit_of, ratio_per_stage
 
 MODULES = [nn.Linear(2, 2), nn.Tanh()]
 LOSS = nn.functional.mse_loss
@@ -91,3 +91,16 @@ def test_an_asynchronous_schedule_needs_to_know(batches, text):
 def test_fewer_than_no_batches_are_refused():
     with pytest.raises(ConfigError, match="num_batches is -1; it must be at least 0"):
         count_batches([], -1, synchronous=True)
+
+
+def test_one_limit_is_for_all_ranks_and_several_are_one_each() -> None:
+    assert [limit_of(limit, 1, 2) for limit in (None, 7, [7], [5, 6])] == [None, 7, 7, 6]
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [([5, 6, 7], "memory_limit_bytes has 3 entries for 2 ranks"), ([5, 0], r"memory_limit_bytes is \[5, 0\]")],
+)
+def test_limits_that_fit_no_rank_are_refused(limit: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        limit_of(limit, 0, 2)

@@ -119,7 +119,9 @@ def limit_of(limit: int | Sequence[int] | None, rank: int, num_ranks: int) -> in
     Raises:
         ConfigError: another number of limits than ranks, or one that is no size.
     """
-    limits = list(limit) if isinstance(limit, Sequence) else [limit] * num_ranks
+    limits = list(limit) if isinstance(limit, Sequence) else [limit]
+    if len(limits) == 1:
+        limits *= num_ranks
     if len(limits) != num_ranks:
         raise ConfigError(f"memory_limit_bytes has {len(limits)} entries for {num_ranks} ranks; give one, or one each")
     if any(item is not None and item < 1 for item in limits):
