@@ -1,4 +1,4 @@
-"""An emulated device: a block that sleeps for the rest of its forward and its backward time instead of computing.
+"""An emulated device: a block that sleeps for its forward and its backward time instead of computing.
 
 Sleeping ranks do not contend for cores, so bubbles, latency and overlap of many ranks are real on a small machine.
 """
@@ -6,7 +6,6 @@ Sleeping ranks do not contend for cores, so bubbles, latency and overlap of many
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from typing import Any
 
@@ -17,36 +16,24 @@ BOUNDARY_FLOATS = 16 * 1024  # 64 KB in fp32
 NUM_RANKS = 4
 
 
-_PR_SET_TIMERSLACK = 29
-ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)  # Linux lets a sleep last 50 us longer than asked, unless told not to
-
-
 class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, forward_ms: float, backward_ms: float) -> Tensor:
-        start = time.perf_counter()
+        time.sleep(forward_ms / 1e3)
         ctx.save_for_backward(hidden, weight)
         ctx.backward_ms = backward_ms
-        result = hidden * weight
-        _sleep_until(start + forward_ms / 1e3)
-        return result
+        return hidden * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        start = time.perf_counter()
+        time.sleep(ctx.backward_ms / 1e3)
         hidden, weight = ctx.saved_tensors
         grad_hidden = grads[0] * weight if ctx.needs_input_grad[0] else None
-        grad_weight = (grads[0] * hidden).sum().reshape(1)
-        _sleep_until(start + ctx.backward_ms / 1e3)
-        return grad_hidden, grad_weight, None, None
-
-
-def _sleep_until(end: float) -> None:
-    time.sleep(max(0.0, end - time.perf_counter()))
+        return grad_hidden, (grads[0] * hidden).sum().reshape(1), None, None
 
 
 class EmulatedBlock(nn.Module):
-    """Take `forward_ms` forward and `backward_ms` backward, nearly all of it asleep; one weight, to have a gradient."""
+    """Sleep `forward_ms` in the forward and `backward_ms` in the backward; one weight, so that there is a gradient."""
 
     def __init__(self, forward_ms: float, backward_ms: float) -> None:
         super().__init__()
