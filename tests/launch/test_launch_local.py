@@ -105,9 +105,11 @@ def test_a_disk_that_is_full_from_the_start_is_told_too(tmp_path):
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:
-        (tmp_path / "filler").write_bytes(b"x" * 4096)
-        with pytest.raises(LaunchError, match=r"rank \d .*No space left on device|see the end of"):
-            launch(tmp_path, "stumble")
+        (tmp_path / "filler").write_bytes(b"x" * 8192)  # all there is
+        with pytest.raises(
+            LaunchError, match=r"^rank \d stopped: cannot write: No space left on device; free some space"
+        ):
+            launch(tmp_path, "speak")
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
