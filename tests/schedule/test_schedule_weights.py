@@ -29,7 +29,7 @@ def _count_by_hand(schedule: Schedule, stage: int, usage: StageWeights) -> int:
 def test_synchronous_schedules_have_one_version_and_no_staleness(name: str) -> None:
     for p, m in SIZES:
         for usage in weight_usage(build_schedule(name, p, m)):
-            assert usage == StageWeights((0,) * m, (0,) * m, (0,) * m, 1)
+            assert usage == StageWeights((0,) * m, (0,) * m, (0,) * m, 1, 1)
 
 
 def test_pipedream_is_p_minus_1_minus_s_stale_and_keeps_p_minus_s_versions() -> None:

@@ -40,7 +40,7 @@ def _microbatches(num_microbatches: int, size: int = 3, seed: int = 0) -> list[d
 
 def _usage(versions: Sequence[int], updates: Sequence[int]) -> StageWeights:
     staleness = tuple(update - version for update, version in zip(updates, versions, strict=True))
-    return StageWeights(tuple(versions), tuple(updates), staleness, 1 + max(staleness))
+    return StageWeights(tuple(versions), tuple(updates), staleness, 1 + max(staleness), 1 + max(staleness))
 
 
 def _delayed(delay: int, num_microbatches: int) -> StageWeights:

@@ -28,6 +28,7 @@ from vpipe.schedule.search_report import SearchReport, report_search
 from vpipe.schedule.searched import build_searched, make_request
 from vpipe.schedule.simulate import Simulation, simulate
 from vpipe.schedule.svg import to_svg
+from vpipe.schedule.version_moves import insert_version_moves
 
 __all__ = ["command"]
 
@@ -42,6 +43,8 @@ _COLOURS = {
     Kind.STEP: "yellow",
     Kind.OFFLOAD: "red",
     Kind.FETCH: "red",
+    Kind.OFFLOAD_V: "bright_red",
+    Kind.FETCH_V: "bright_red",
 }
 
 
@@ -90,6 +93,11 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
     "--move",
     type=_Times(),
     help="Let all stages swap: time to move a rank's activations of one microbatch to host memory, or back.",
+)
+@click.option(
+    "--move-versions",
+    type=_Times(),
+    help="Let all stages swap weight versions that wait: time to move a rank's weights to host memory, or back.",
 )
 @click.option("--dispatch", default=0.0, show_default=True, help="Time that every action takes on top.")
 @click.option("--latency", default=0.0, show_default=True, help="Time a message is under way.")
@@ -174,6 +182,8 @@ def command(
         sentences = [find_entry(each).summary for each in names]
     if times["move"] is not None:
         schedules = [insert_offloads(schedule, range(schedule.num_stages)) for schedule in schedules]
+    if times["move_versions"] is not None:
+        schedules = [insert_version_moves(schedule, range(schedule.num_stages)) for schedule in schedules]
     simulations = [simulate(schedule, _costs(schedule, **times)) for schedule in schedules]
     _print(simulations, sentences, reports, form, several=compare is not None)
 
@@ -187,7 +197,7 @@ def _build(
         options = {option: value for option, value in options.items() if option in entry.parameters}
     if entry.builder is not build_searched:
         return build_schedule(name, ranks, microbatches, **options), None
-    times = {name: value for name, value in times.items() if name != "move"}
+    times = {name: value for name, value in times.items() if name not in ("move", "move_versions")}
     options = {**times, "bandwidth": math.inf if times["bandwidth"] is None else times["bandwidth"], **options}
     schedule = build_schedule(name, ranks, microbatches, **options)
     return schedule, None if shared else report_search(make_request(ranks, microbatches, **options))

@@ -2,7 +2,7 @@
 
 The text form is ``<stage><kind><microbatch>``: ``2F0`` is the forward of microbatch 0 on stage 2,
 ``2SEND_F0`` sends its result on, ``2STEP7`` is the optimizer update whose last gradient came from
-microbatch 7.
+microbatch 7, ``2FETCH_V9`` brings back the weight version that microbatch 9 uses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 
 from vpipe.errors import ScheduleError
 
-__all__ = ["COMMUNICATION", "COMPUTE", "MOVES", "Action", "Kind"]
+__all__ = ["COMMUNICATION", "COMPUTE", "MOVES", "VERSION_MOVES", "Action", "Kind"]
 
 
 class Kind(str, Enum):
@@ -41,6 +41,11 @@ class Kind(str, Enum):
     """Move a microbatch's activations to host memory."""
     FETCH = "FETCH"
     """Bring them back."""
+    OFFLOAD_V = "OFFLOAD_V"
+    """Copy the newest weights to host memory, for the microbatch that needs them again: the next update of the stage
+    takes their place."""
+    FETCH_V = "FETCH_V"
+    """Bring these weights back, for that microbatch."""
     REDUCE = "REDUCE"
     """Sum gradients over replicas."""
     STEP = "STEP"
@@ -54,7 +59,8 @@ class Kind(str, Enum):
 
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.R, Kind.STEP})
 COMMUNICATION = frozenset({Kind.SEND_F, Kind.RECV_F, Kind.SEND_B, Kind.RECV_B})
-MOVES = frozenset({Kind.OFFLOAD, Kind.FETCH})
+VERSION_MOVES = frozenset({Kind.OFFLOAD_V, Kind.FETCH_V})
+MOVES = frozenset({Kind.OFFLOAD, Kind.FETCH}) | VERSION_MOVES
 
 _TEXT = re.compile(r"(\d+)([A-Z_]+)(\d+)")
 

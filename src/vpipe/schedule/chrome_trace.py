@@ -26,6 +26,8 @@ _NAMES = {
     Kind.STEP: "update",
     Kind.OFFLOAD: "out to host memory",
     Kind.FETCH: "back from host memory",
+    Kind.OFFLOAD_V: "weights out to host memory",
+    Kind.FETCH_V: "weights back from host memory",
 }
 # Names of chrome://tracing's own palette, the ones that the timeline of a measured run has.
 _COLOURS = {
@@ -37,6 +39,8 @@ _COLOURS = {
     Kind.STEP: "bad",
     Kind.OFFLOAD: "thread_state_iowait",
     Kind.FETCH: "thread_state_runnable",
+    Kind.OFFLOAD_V: "terrible",
+    Kind.FETCH_V: "olive",
 }
 
 

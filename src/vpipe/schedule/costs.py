@@ -14,6 +14,7 @@ from vpipe.schedule.placement import Placement
 __all__ = ["Costs", "Hop", "Link"]
 
 _STAGE_TIMES = ("forward", "input_grad", "weight_grad", "step")
+_OPTIONAL_TIMES = ("recompute", "move", "move_versions")
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,15 @@ class Costs:
     is recomputed in backwards, and an R takes as long as the forward."""
     move: tuple[float, ...] = ()
     """Time that an OFFLOAD or a FETCH of a stage occupies its rank's host link. Empty: none."""
+    move_versions: tuple[float, ...] = ()
+    """Likewise for an OFFLOAD_V or a FETCH_V, which moves the stage's weights."""
     dispatch: float = 0.0
     """What every computation takes on top, before it starts: the executor's own time. The rank counts as working."""
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     """Links that are not like the rest, by (sending rank, receiving rank): each direction by itself."""
 
     def __post_init__(self) -> None:
-        for name in (*_STAGE_TIMES, "recompute", "move", "message_bytes"):
+        for name in (*_STAGE_TIMES, *_OPTIONAL_TIMES, "message_bytes"):
             for value in getattr(self, name):
                 _check_time(name, value)
         _check_time("dispatch", self.dispatch)
@@ -93,6 +96,7 @@ class Costs:
         message_bytes: float = 0.0,
         recompute: float | Sequence[float] | None = None,
         move: float | Sequence[float] | None = None,
+        move_versions: float | Sequence[float] | None = None,
         dispatch: float = 0.0,
         links: Mapping[tuple[int, int], Link] | None = None,
     ) -> Costs:
@@ -124,6 +128,7 @@ class Costs:
             message_bytes=(float(message_bytes),) * placement.num_stages,
             recompute=() if recompute is None else split("recompute", recompute),
             move=() if move is None else split("move", move),
+            move_versions=() if move_versions is None else split("move_versions", move_versions),
             dispatch=dispatch,
             links=links or {},
         )
@@ -134,7 +139,7 @@ class Costs:
         Raises:
             ScheduleError: the costs are for another number of stages.
         """
-        for name in (*_STAGE_TIMES, *(name for name in ("recompute", "move") if getattr(self, name))):
+        for name in (*_STAGE_TIMES, *(name for name in _OPTIONAL_TIMES if getattr(self, name))):
             if len(getattr(self, name)) != num_stages:
                 raise ScheduleError(
                     f"{name} has {len(getattr(self, name))} entries for {num_stages} stages; give one per stage"

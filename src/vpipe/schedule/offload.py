@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.action import MOVES, Action, Kind
+from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.schedule import Schedule
 
 __all__ = ["DEVICE_COPIES", "insert_offloads"]
@@ -37,7 +37,7 @@ def insert_offloads(schedule: Schedule, stages: Collection[int]) -> Schedule:
     for stage in stages:
         if not 0 <= stage < schedule.num_stages:
             raise ScheduleError(f"there is no stage {stage} to swap, only 0 to {schedule.num_stages - 1}")
-    placed = {action.stage for order in schedule.orders for action in order if action.kind in MOVES}
+    placed = {action.stage for order in schedule.orders for action in order if action.kind is Kind.OFFLOAD}
     moving = {
         stage for stage in set(stages) - placed if _most_in_flight(schedule.stage_order(stage), stage) > DEVICE_COPIES
     }

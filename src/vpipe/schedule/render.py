@@ -30,8 +30,10 @@ _LEGEND = {
     Kind.STEP: "* or U update",
     Kind.OFFLOAD: "> out to host memory",
     Kind.FETCH: "< back",
+    Kind.OFFLOAD_V: "} weight version out to host memory",
+    Kind.FETCH_V: "{ back",
 }
-_MARKS = {Kind.STEP: "U", Kind.OFFLOAD: ">", Kind.FETCH: "<"}
+_MARKS = {Kind.STEP: "U", Kind.OFFLOAD: ">", Kind.FETCH: "<", Kind.OFFLOAD_V: "}", Kind.FETCH_V: "{"}
 _WEIGHTS = {
     WeightRule.NEWEST: "A forward uses the newest weights of its stage, its backward the same ones (weight stashing).",
     WeightRule.VERTICAL: "A microbatch uses the version number it had at stage 0 on every stage (vertical sync).",
@@ -72,7 +74,7 @@ def text_grid(simulation: Simulation, scale: float | None = None) -> Grid:
     A cell like ``B0---`` is as wide as its action is long; with several stages per rank it starts with the stage,
     ``2B0``. An update that takes no time is a ``*`` where it happens. Widths are exact when all times are multiples of
     a common unit that is not too fine, rounded otherwise. `scale` is in columns per unit of time; None: what fits.
-    Under a rank that moves activations stands its link to host memory.
+    Under a rank that moves activations or weight versions stands its link to host memory.
     """
     with_stage = simulation.schedule.placement.stages_per_rank > 1
     scale = columns_per_time(simulation) if scale is None else scale
@@ -103,12 +105,13 @@ def to_dict(simulation: Simulation) -> dict[str, object]:
     """Return the schedule and what is computed from it, ready for JSON.
 
     Per rank: `peak_activations` in microbatches and `weight_versions` in parameter sets, both in whole-rank units (on
-    a rank of v stages, one stage counts 1/v); `staleness` is the largest of the rank's stages and microbatches; `idle`
-    is its idle time by cause; `actions` are its computations in text form. `traffic` is the messages between ranks,
-    relative to one stage per rank.
+    a rank of v stages, one stage counts 1/v), and, where some are moved, how many of the latter are on the device;
+    `staleness` is the largest of the rank's stages and microbatches; `idle` is its idle time by cause; `actions` are
+    its computations in text form. `traffic` is the messages between ranks, relative to one stage per rank.
     """
     schedule = simulation.schedule
     usage, idle = weight_usage(schedule), idle_times(simulation)
+    versions, on_device = [stage.num_versions for stage in usage], [stage.num_on_device for stage in usage]
     return {
         "schedule": schedule.name,
         "num_ranks": schedule.num_ranks,
@@ -118,7 +121,8 @@ def to_dict(simulation: Simulation) -> dict[str, object]:
         "bubble_fraction": simulation.bubble_fraction,
         "span_bubble_fraction": simulation.span_bubble_fraction,
         "peak_activations": [_number(peak) for peak in peak_activations(schedule)],
-        "weight_versions": _versions(schedule, usage),
+        "weight_versions": _versions(schedule, versions),
+        **({"weight_versions_on_device": _versions(schedule, on_device)} if on_device != versions else {}),
         "staleness": _staleness(schedule, usage),
         "traffic": _number(traffic(schedule.placement)),
         "idle": {cause: [rank[cause] for rank in idle] for cause in CAUSES},
@@ -130,6 +134,8 @@ def summary_lines(simulation: Simulation, sentence: str) -> list[str]:
     """Say in words what `simulation` shows; `sentence` is what the schedule does."""
     schedule = simulation.schedule
     usage = weight_usage(schedule)
+    versions, on_device = [stage.num_versions for stage in usage], [stage.num_on_device for stage in usage]
+    device = f", {_listed(_versions(schedule, on_device))} on the device" if on_device != versions else ""
     last = schedule.num_ranks - 1
     ranks = "of the rank" if last == 0 else f"on ranks 0 to {last}"
     bubble, span = 100 * simulation.bubble_fraction, 100 * simulation.span_bubble_fraction
@@ -139,7 +145,7 @@ def summary_lines(simulation: Simulation, sentence: str) -> list[str]:
         f"makespan          {simulation.makespan:g}",
         f"bubble            {bubble:.2f} % of all ranks' time is idle; {span:.2f} % between a rank's own start and end",
         f"peak activations  {_listed(peak_activations(schedule))} microbatches held {ranks}",
-        f"weight versions   {_listed(_versions(schedule, usage))} parameter sets kept {ranks}",
+        f"weight versions   {_listed(_versions(schedule, versions))} parameter sets kept {ranks}{device}",
         f"staleness         {_listed(_staleness(schedule, usage))} updates {ranks}",
         f"traffic           {traffic(schedule.placement):.3g} times the messages of one stage per rank",
         f"idle              {_idle_shares(simulation)}",
@@ -157,11 +163,10 @@ def _idle_shares(simulation: Simulation) -> str:
     return ", ".join(f"{100 * shares[cause]:.2f} % {cause}" for cause in shown) or "never"
 
 
-def _versions(schedule: Schedule, usage: Sequence[StageWeights]) -> list[float]:
+def _versions(schedule: Schedule, counts: Sequence[int]) -> list[float]:
+    """Add up counts of stages on each rank, in whole-rank units."""
     placement = schedule.placement
-    sums = [
-        sum(usage[stage].num_versions for stage in placement.stages_of(rank)) for rank in range(placement.num_ranks)
-    ]
+    sums = [sum(counts[stage] for stage in placement.stages_of(rank)) for rank in range(placement.num_ranks)]
     return [_number(versions / placement.stages_per_rank) for versions in sums]
 
 

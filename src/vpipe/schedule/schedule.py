@@ -28,8 +28,8 @@ class WeightRule(str, Enum):
 class Schedule:
     """What each rank computes, in which order.
 
-    `orders[rank]` lists compute actions (F, B, I, W, R and STEP), and moves to host memory and back (OFFLOAD, FETCH);
-    `lower` adds the communication.
+    `orders[rank]` lists compute actions (F, B, I, W, R and STEP), and moves to host memory and back (OFFLOAD, FETCH,
+    OFFLOAD_V, FETCH_V); `lower` adds the communication.
     """
 
     name: str

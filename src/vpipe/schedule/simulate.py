@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.action import MOVES, Action, Kind
+from vpipe.schedule.action import MOVES, VERSION_MOVES, Action, Kind
 from vpipe.schedule.costs import Costs, Hop
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.schedule import Schedule
@@ -40,7 +40,7 @@ class Simulation:
     events: tuple[tuple[Event, ...], ...]
     """Per rank, in order; computations only."""
     moves: tuple[tuple[Event, ...], ...]
-    """Per rank, in order: when its host link carried what OFFLOAD and FETCH move."""
+    """Per rank, in order: when its host link carried activations and weights."""
 
     @cached_property
     def makespan(self) -> float:
@@ -112,7 +112,10 @@ class _Run:
         self.events: list[list[Event]] = [[] for _ in schedule.orders]
         self.moves: list[list[Event]] = [[] for _ in schedule.orders]
         self._move_times = costs.move or (0.0,) * stages
+        self._version_times = costs.move_versions or (0.0,) * stages
         self._fetched: dict[int, float] = {}
+        self._back: dict[int, float] = {}  # when the weights that a microbatch uses are there again
+        self._copied = [0.0] * stages  # when the newest weights may be replaced
         self._offloaded = [0.0] * len(schedule.orders)
         self._waited = list(starts)
         self._durations = costs.durations(stages)
@@ -144,7 +147,7 @@ class _Run:
         inputs, gradients, durations = self._inputs, self._gradients, self._durations
         width, last = self.schedule.num_microbatches, self.schedule.num_stages - 1
         forward, backward, input_backward, again = Kind.F, Kind.B, Kind.I, self._again
-        moves, fetched = self.moves[rank], self._fetched
+        moves, fetched, back = self.moves[rank], self._fetched, self._back
         clock = max(events[-1].end, self._waited[rank]) if events else self._waited[rank]
         freed = []
         missing[rank] = None
@@ -161,12 +164,14 @@ class _Run:
                 clock = self._move(rank, action, index, clock)
                 continue
             else:
-                ready = clock
+                ready = self._copied[stage] if kind is Kind.STEP else clock
             if ready is None:
                 missing[rank] = ~index if goes_back else index
                 break
             if goes_back and index in fetched and fetched[index] > ready:
                 ready = fetched[index]
+            if back and kind is not Kind.STEP and back.get(index, 0.0) > ready:
+                ready = back[index]
             start = ready if ready > clock else clock
             clock = start + durations[kind][stage]
             if goes_back and again is not None:
@@ -190,15 +195,19 @@ class _Run:
 
     def _move(self, rank: int, action: Action, index: int, clock: float) -> float:
         """Put a move on the rank's host link, after those before it; return when the rank goes on."""
-        moves = self.moves[rank]
-        if action.kind is Kind.OFFLOAD:
+        moves, kind, stage = self.moves[rank], action.kind, action.stage
+        if kind is Kind.OFFLOAD:
             # One at a time, or several microbatches would wait on the device to get out.
             clock = max(clock, self._offloaded[rank])
         start = max(clock, moves[-1].end) if moves else clock
-        end = start + self._move_times[action.stage]
+        end = start + (self._version_times if kind in VERSION_MOVES else self._move_times)[stage]
         moves.append(Event(action, start, end))
-        if action.kind is Kind.FETCH:
+        if kind is Kind.FETCH:
             self._fetched[index] = end
+        elif kind is Kind.FETCH_V:
+            self._back[index] = end
+        elif kind is Kind.OFFLOAD_V:
+            self._copied[stage] = end
         else:
             self._offloaded[rank] = end
         self._waited[rank] = clock

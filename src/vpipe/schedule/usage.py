@@ -1,4 +1,4 @@
-"""What a rank holds, over time: activations, and weight versions."""
+"""What a rank holds on its device, over time: activations, and weight versions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ def activations_over_time(simulation: Simulation, stage_bytes: Sequence[float] |
     """Return what each rank holds of its microbatches in flight.
 
     A microbatch is held from the start of its forward to the end of its backward, or of its weight gradient when the
-    backward is split. `stage_bytes` is what one microbatch takes on each stage; without it the unit is a microbatch of
-    the whole rank (on a rank of v stages, one stage counts 1/v).
+    backward is split, but for the time from the end of its OFFLOAD to the start of its FETCH. `stage_bytes` is what one
+    microbatch takes on each stage; without it the unit is a microbatch of the whole rank (on a rank of v stages, one
+    stage counts 1/v).
 
     Raises:
         ScheduleError: not one number per stage.
     """
     sizes = _sizes(simulation.schedule, stage_bytes)
-    return tuple(_curve(0.0, _activation_changes(events, sizes)) for events in simulation.events)
+    both = zip(simulation.events, simulation.moves, strict=True)
+    return tuple(_curve(0.0, _activation_changes([*events, *moves], sizes)) for events, moves in both)
 
 
 def weight_versions_over_time(simulation: Simulation, stage_bytes: Sequence[float] | None = None) -> tuple[Curve, ...]:
     """Return the weight versions that each rank keeps: the newest one, and those that microbatches still need.
 
+    What is moved to host memory does not count from the update that replaces it to the start of its FETCH_V.
     `stage_bytes` is what the parameters of each stage take; without it the unit is the parameters of the whole rank. A
     version that nobody needs any more is overwritten by the update that replaces it.
 
@@ -49,7 +52,9 @@ def weight_versions_over_time(simulation: Simulation, stage_bytes: Sequence[floa
         changes = [
             change
             for stage in stages
-            for change in _version_changes(events, stage, usage[stage].version_of, sizes[stage])
+            for change in _version_changes(
+                [*events, *simulation.moves[rank]], stage, usage[stage].version_of, sizes[stage]
+            )
         ]
         curves.append(_curve(sum(sizes[stage] for stage in stages), changes))
     return tuple(curves)
@@ -69,8 +74,10 @@ def _activation_changes(events: Iterable[Event], sizes: Sequence[float]) -> Iter
     for action, start, end in events:
         if action.kind is Kind.F:
             yield start, sizes[action.stage]
-        elif action.kind in (Kind.B, Kind.W):
+        elif action.kind in (Kind.B, Kind.W, Kind.OFFLOAD):
             yield end, -sizes[action.stage]
+        elif action.kind is Kind.FETCH:
+            yield start, sizes[action.stage]
 
 
 def _version_changes(
@@ -78,7 +85,8 @@ def _version_changes(
 ) -> Iterable[tuple[float, float]]:
     made: list[float] = []  # when version 1, 2, ... was made
     last_use: dict[int, float] = {}
-    for action, _, end in events:
+    back: dict[int, float] = {}
+    for action, start, end in events:
         if action.stage != stage:
             continue
         if action.kind is Kind.STEP:
@@ -86,9 +94,14 @@ def _version_changes(
         elif action.kind in (Kind.B, Kind.W):
             version = version_of[action.microbatch]
             last_use[version] = max(last_use.get(version, 0.0), end)
+        elif action.kind is Kind.FETCH_V:
+            back[version_of[action.microbatch]] = start
     for version, replaced in enumerate(made):
         yield replaced, size
         yield max(replaced, last_use.get(version, 0.0)), -size
+        if version in back:
+            yield replaced, -size
+            yield back[version], size
 
 
 def _curve(initial: float, changes: Iterable[tuple[float, float]]) -> Curve:

@@ -1,7 +1,8 @@
 """Prove a schedule legal without running it.
 
 The checks build on each other, so a later group only runs when the earlier ones found nothing: the right actions on the
-right ranks; their order on each rank; updates that cover every gradient; weight versions that exist; no deadlock.
+right ranks; their order on each rank; updates that cover every gradient; weight versions that exist, and are there; no
+deadlock.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from vpipe.schedule.action import COMPUTE, MOVES, Action, Kind
 from vpipe.schedule.deadlock import find_deadlock, find_disorder
 from vpipe.schedule.problem import Problem, marked_orders
 from vpipe.schedule.schedule import Schedule, WeightRule
+from vpipe.schedule.version_moves import check_version_moves
 from vpipe.schedule.weights import find_unavailable, unavailable_reason, weight_usage
 
 __all__ = ["check_schedule", "validate_schedule"]
@@ -56,6 +58,7 @@ def _find_problems(schedule: Schedule) -> list[Problem]:
         (_check_completeness,),
         (_check_order, _check_gradient_order, _check_updates),
         (_check_versions,),
+        (check_version_moves,),
         (find_deadlock,),
         (find_disorder,),
     ):
@@ -119,7 +122,8 @@ def _check_completeness(schedule: Schedule) -> Iterator[Problem]:
 
 def _check_moves(listed: set[Action]) -> Iterator[Problem]:
     """What is moved to host memory comes back, and the other way round."""
-    other = {Kind.OFFLOAD: Kind.FETCH, Kind.FETCH: Kind.OFFLOAD}
+    pairs = ((Kind.OFFLOAD, Kind.FETCH), (Kind.OFFLOAD_V, Kind.FETCH_V))
+    other = {one: two for pair in pairs for one, two in (pair, pair[::-1])}
     for action in sorted((action for action in listed if action.kind in MOVES), key=str):
         missing = Action(action.stage, other[action.kind], action.microbatch)
         if missing not in listed:
@@ -146,6 +150,8 @@ def _needed_before(schedule: Schedule, action: Action) -> Iterator[Action]:
         yield Action(stage, Kind.F, microbatch)
     elif kind is Kind.FETCH:
         yield Action(stage, Kind.OFFLOAD, microbatch)
+    elif kind is Kind.FETCH_V:
+        yield Action(stage, Kind.OFFLOAD_V, microbatch)
 
 
 def _check_order(schedule: Schedule) -> Iterator[Problem]:

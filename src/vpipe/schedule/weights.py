@@ -6,8 +6,9 @@ forward; the schedule's `WeightRule` says which one that is.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Kind
@@ -28,6 +29,8 @@ class StageWeights:
     """Updates made between the version its gradient was computed from and the one it is applied to."""
     num_versions: int
     """Parameter sets kept at once, at the peak."""
+    num_on_device: int
+    """Those of them that are not in host memory, at the peak."""
 
 
 @dataclass
@@ -39,6 +42,7 @@ class _Replay:
     update_of: dict[int, int] = field(default_factory=dict)
     released_at: dict[int, int] = field(default_factory=dict)  # the position of the microbatch's last backward
     updates_at: list[int] = field(default_factory=list)
+    fetched_at: dict[int, int] = field(default_factory=dict)  # the position of the microbatch's FETCH_V
 
 
 def weight_usage(schedule: Schedule) -> tuple[StageWeights, ...]:
@@ -97,6 +101,8 @@ def _replay(schedule: Schedule, stage: int) -> _Replay:
             replay.update_of.update(dict.fromkeys(pending, len(replay.updates_at)))
             replay.updates_at.append(position)
             pending = []
+        elif action.kind is Kind.FETCH_V:
+            replay.fetched_at[action.microbatch] = position
     return replay
 
 
@@ -122,14 +128,38 @@ def _unavailable(replays: list[_Replay], versions: list[tuple[int, ...]]) -> lis
 def _summarize(replay: _Replay, version_of: tuple[int, ...]) -> StageWeights:
     update_of = tuple(replay.update_of[microbatch] for microbatch in range(len(version_of)))
     staleness = tuple(update - version for update, version in zip(update_of, version_of, strict=True))
-    return StageWeights(version_of, update_of, staleness, _count_versions(replay, version_of))
+    num_versions = _count_versions(replay, version_of)
+    num_on_device = _count_on_device(replay, version_of) if replay.fetched_at else num_versions
+    return StageWeights(version_of, update_of, staleness, num_versions, num_on_device)
 
 
 def _count_versions(replay: _Replay, version_of: tuple[int, ...]) -> int:
     """Count the versions alive right after each update, where the count peaks, and return the largest."""
-    last_use: dict[int, int] = {}
-    for microbatch, version in enumerate(version_of):
-        last_use[version] = max(last_use.get(version, -1), replay.released_at[microbatch])
+    last_use = _last_uses(replay, version_of)
     # Version v stops counting once it is no longer the newest and its last use is over.
     ends = sorted(max(last_use.get(version, -1), made) for version, made in enumerate(replay.updates_at))
     return max(1 + newest - bisect_right(ends, made) for newest, made in enumerate(replay.updates_at, start=1))
+
+
+def _count_on_device(replay: _Replay, version_of: tuple[int, ...]) -> int:
+    """Count the versions on the device after each update and each FETCH_V, and return the largest count.
+
+    What is moved is away from the update that replaces it until its FETCH_V; what is no longer used has its place until
+    the next update.
+    """
+    last_use, updates = _last_uses(replay, version_of), replay.updates_at
+    back_at = {version_of[microbatch]: position for microbatch, position in replay.fetched_at.items()}
+    changes = [(made, +1) for made in (-1, *updates)]
+    for version, replaced in enumerate(updates):
+        if version in back_at:
+            changes += [(replaced, -1), (back_at[version], +1)]
+        end = max(last_use.get(version, -1), replaced)
+        changes += [(position, -1) for position in updates[bisect_left(updates, end) :][:1]]
+    return max(accumulate(change for _, change in sorted(changes)))
+
+
+def _last_uses(replay: _Replay, version_of: tuple[int, ...]) -> dict[int, int]:
+    last_use: dict[int, int] = {}
+    for microbatch, version in enumerate(version_of):
+        last_use[version] = max(last_use.get(version, -1), replay.released_at[microbatch])
+    return last_use
