@@ -109,20 +109,35 @@ def tied_from_other_weights() -> list[bool]:
     return copies
 
 
-def matched_by_order() -> bool:
-    """As with NCCL: no tags, a communicator per link; two cuts share a link where a rank has two stages."""
-    states = []
-    for ordered in (False, True):
+WAYS = {"shared memory": (True, None), "sockets": (False, None), "sockets, by order": (True, True)}
+"""Whether memory may be shared, and whether messages are matched by order."""
+
+
+def ways_of_messages() -> dict[str, tuple[bool, bool]]:
+    """Tell of each way whether memory was shared and whether the weights are those of the first.
+
+    By order is as with NCCL: no tags, a communicator per link; two cuts share a link where a rank has two stages.
+    """
+    found, states = {}, []
+    for way, (shared_memory, ordered) in WAYS.items():
         front_door.Transport = partial(Transport, ordered=ordered)  # type: ignore[misc]
         try:
-            pipeline = build(MODELS["skipping"](), schedule="naive", stages_per_rank=2, partition=[1, 2, 3, 1])
+            pipeline = build(
+                MODELS["skipping"](),
+                schedule="naive",
+                stages_per_rank=2,
+                partition=[1, 2, 3, 1],
+                shared_memory=shared_memory,
+            )
         finally:
             front_door.Transport = Transport  # type: ignore[misc]
         data = [make_batch(pipeline.chain, number, 6) for number in range(3)]
         list(pipeline.train(data))
         pipeline.evaluate(data)
         states.append(pipeline.state_dict())
-    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        is_shared = bool(pipeline.transport._outboxes) and bool(pipeline.transport._inboxes)
+        found[way] = is_shared, all(torch.equal(states[0][name], value) for name, value in states[-1].items())
+    return found
 
 
 def own_fields_only() -> tuple[tuple[str, ...], float]:
@@ -156,7 +171,7 @@ def drawn_batches() -> list[float]:
 
 CHECKS: dict[str, Callable[[], Any]] = {
     "drawn_batches": drawn_batches,
-    "matched_by_order": matched_by_order,
+    "ways_of_messages": ways_of_messages,
     "not_a_number_asynchronous": partial(not_a_number, "pipedream"),
     "not_a_number_synchronous": partial(not_a_number, "1f1b"),
     "other_batch_size": other_batch_size,

@@ -65,8 +65,9 @@ def test_copies_of_a_weight_start_and_stay_equal_whatever_the_ranks_drew(found):
     assert found["tied_from_other_weights"] == [[True] * 3] * 2
 
 
-def test_messages_that_are_matched_by_order_give_the_same_weights(found):
-    assert found["matched_by_order"] == [True, True]
+def test_messages_give_the_same_weights_whatever_way_they_take(found):
+    expected = {"shared memory": (True, True), "sockets": (False, True), "sockets, by order": (False, True)}
+    assert found["ways_of_messages"] == [expected] * 2
 
 
 def test_a_rank_needs_only_its_own_fields(found):

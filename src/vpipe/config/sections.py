@@ -269,6 +269,8 @@ class LaunchConfig(Section):
     """How long a rank waits for another before it gives up."""
     master_port: Port | None = None
     """Port where ranks meet; null takes a free one."""
+    shared_memory: bool = True
+    """Ranks of one machine exchange messages in memory that both see (gloo); false sends them through sockets."""
     link_latency_ms: NonNegative = 0.0
     """Above 0, messages between ranks arrive so much later: what a slow network does, seen on one machine (gloo)."""
     link_bandwidth_mb_per_s: Positive | None = None

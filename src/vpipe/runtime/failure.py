@@ -14,7 +14,15 @@ from torch._C._distributed_c10d import Store
 
 from vpipe.errors import PeerLostError, VPipeError
 
-__all__ = ["attach_store", "find_failure", "publish_failure", "raise_if_peer_lost", "report_failure"]
+__all__ = [
+    "attach_store",
+    "find_failure",
+    "peer_ended",
+    "peer_silent",
+    "publish_failure",
+    "raise_if_peer_lost",
+    "report_failure",
+]
 
 KEY = "vpipe/failure"
 
@@ -97,18 +105,31 @@ def report_failure(error: Exception) -> None:
     raise PeerLostError(f"{lost}: {cause}") from error
 
 
+def peer_ended(peer: int | None, waiting_for: str) -> PeerLostError:
+    """Return the error for a rank that is gone; `peer` None means one of several."""
+    return PeerLostError(f"{_who(peer)} ended while this rank was waiting for {waiting_for}")
+
+
+def peer_silent(peer: int | None, waiting_for: str, seconds: float | None = None) -> PeerLostError:
+    """Return the error for a rank that did not answer within `seconds`."""
+    after = "" if seconds is None else f" for {seconds:g} s"
+    return PeerLostError(
+        f"waited{after} for {waiting_for} from {_who(peer)}, which does not answer; "
+        "if it is only slow, raise launch.timeout_seconds"
+    )
+
+
+def _who(peer: int | None) -> str:
+    return "another rank" if peer is None else f"rank {peer}"
+
+
 def _peer_lost(error: Exception, waiting_for: str, peer: int | None) -> PeerLostError | None:
     text = str(error)
-    who = "another rank" if peer is None else f"rank {peer}"
     if not isinstance(error, RuntimeError):  # what torch.distributed raises, gloo and NCCL alike
         return None
     if _TIMED_OUT.search(text):
         milliseconds = _MILLISECONDS.search(text)
-        after = f" for {int(milliseconds[1]) / 1000:g} s" if milliseconds else ""
-        return PeerLostError(
-            f"waited{after} for {waiting_for} from {who}, which does not answer; "
-            "if it is only slow, raise launch.timeout_seconds"
-        )
+        return peer_silent(peer, waiting_for, int(milliseconds[1]) / 1000 if milliseconds else None)
     if _CLOSED.search(text) or isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-        return PeerLostError(f"{who} ended while this rank was waiting for {waiting_for}")
+        return peer_ended(peer, waiting_for)
     return None

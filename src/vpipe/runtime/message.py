@@ -62,8 +62,9 @@ class Message:
     why views and header are not made then.
     """
 
-    def __init__(self, layout: MessageLayout, device: torch.device) -> None:
-        self.buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, layout: MessageLayout, device: torch.device, memory: Tensor | None = None) -> None:
+        """Use `memory`, bytes that are there already, or new ones."""
+        self.buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device) if memory is None else memory
         self.values = layout.views(self.buffer)
         """Views of all values, whatever the header says; missing ones are 0."""
         self._layout = layout

@@ -100,6 +100,7 @@ class Pipeline:
         seed: for dropout, and for initial weights that the blocks draw when they are built.
         device: where this rank computes.
         field_specs: what the batch's fields look like, where batches hold only the fields that a rank needs.
+        shared_memory: let ranks of one machine exchange messages in memory that both see, not through sockets.
         hooks: what the caller wants to watch.
         timeout_seconds: how long a rank waits for another before it gives up.
 
@@ -134,6 +135,7 @@ class Pipeline:
         seed: int = 0,
         device: torch.device | str = "cpu",
         field_specs: Mapping[str, FieldSpec] | None = None,
+        shared_memory: bool = True,
         hooks: Hooks | None = None,
         timeout_seconds: float = 300.0,
     ) -> None:
@@ -177,7 +179,14 @@ class Pipeline:
                 swapping=self.programs.swapping,
                 num_microbatches=self.programs.num_microbatches,
             )
-            self.transport = Transport(placement, self.rank, self.device, self.hooks.announce, timeout=timeout)
+            self.transport = Transport(
+                placement,
+                self.rank,
+                self.device,
+                self.hooks.announce,
+                timeout=timeout,
+                shared_memory=shared_memory,
+            )
             self._watch_memory(memory_limit_bytes, watch_memory, swap_directory)
             self._assemble(timeout, seed, clip_grad_norm, learning_rate)
             leaving.pop_all()

@@ -55,6 +55,7 @@ def emulate_slow_links(transport: Transport, link: SlowLink) -> None:
     """
     if transport._ordered:
         raise ConfigError("slow links can be emulated with gloo only; set launch.distributed_backend: gloo")
+    transport.use_sockets()
     transport._groups = throttle(transport._groups, link)
 
 

@@ -12,11 +12,13 @@ compute that waits for it delays all ranks. So `receive` posts, acknowledges and
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.runtime.failure import raise_if_peer_lost
 from vpipe.runtime.message import Message, MessageLayout
+from vpipe.runtime.shared_memory import Inbox, Outbox, open_inbox, open_outbox
 from vpipe.runtime.wait import telling_losses
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
@@ -38,6 +41,8 @@ _TAG_LIMIT = 1 << 31
 _CUT_OFFSET = {Kind.SEND_F: 1, Kind.RECV_F: 0, Kind.SEND_B: 0, Kind.RECV_B: 1}
 _FORWARD = frozenset({Kind.SEND_F, Kind.RECV_F})
 _SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
+
+T = TypeVar("T")
 
 _Link = tuple[int, int, bool]
 """Source rank, target rank, and whether activations travel on it or gradients."""
@@ -82,6 +87,7 @@ class Transport:
         announce: is told what the rank is about to wait for, so that a hang or a death can be explained.
         timeout: how long a wait for another rank may last.
         ordered: match messages by their order on a link instead of by tags; None: as the process group's backend needs.
+        shared_memory: let ranks of one machine share memory instead of a socket, if they can (not with nccl).
     """
 
     def __init__(
@@ -93,6 +99,7 @@ class Transport:
         *,
         timeout: timedelta | None = None,
         ordered: bool | None = None,
+        shared_memory: bool = True,
     ) -> None:
         is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
         if is_nccl and device.type != "cuda":
@@ -104,6 +111,10 @@ class Transport:
         self._ordered = is_nccl if ordered is None else ordered
         self._wire = device if is_nccl else torch.device("cpu")
         self._groups = self._open_groups(timeout) if placement.num_ranks > 1 else {}
+        self._outboxes: dict[_Link, Outbox] = {}
+        self._inboxes: dict[_Link, Inbox] = {}
+        if self._groups and not self._ordered:
+            self._share_memory(timeout, allowed=shared_memory)
         self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
@@ -139,6 +150,33 @@ class Transport:
                     dist.recv(probe, source, group)
         return groups
 
+    def _share_memory(self, timeout: timedelta | None, *, allowed: bool) -> None:
+        """Open links in shared memory where both ranks see it; collective, as only together they can tell."""
+        own = [link for link in self._groups if link[0] == self._rank] if allowed else []
+        offers = {link: outbox for link in own if (outbox := open_outbox()) is not None}
+        for invitations, _ in self._tell_all({link: outbox.invitation for link, outbox in offers.items()}):
+            for link, invitation in invitations.items():
+                if allowed and link[1] == self._rank:
+                    inbox = open_inbox(invitation, link[0], timeout)
+                    if inbox is not None:
+                        self._inboxes[link] = inbox
+        for opened, pid in self._tell_all(dict.fromkeys(self._inboxes)):
+            for link in opened.keys() & offers.keys():
+                offers[link].connect(link[1], pid, timeout)
+                self._outboxes[link] = offers[link]
+
+    def _tell_all(self, told: Mapping[_Link, T]) -> list[tuple[Mapping[_Link, T], int]]:
+        """Return what every rank told, with its process."""
+        heard: list[Any] = [None] * dist.get_world_size()
+        group = next(iter(self._groups.values()))
+        with telling_losses("the links to open"):
+            dist.all_gather_object(heard, (dict(told), os.getpid()), group)
+        return heard
+
+    def use_sockets(self) -> None:
+        """Do without shared memory, on all ranks, before the first program."""
+        self._outboxes, self._inboxes = {}, {}
+
     def start(
         self,
         actions: Sequence[Action],
@@ -167,7 +205,7 @@ class Transport:
                     self._channel(action, crossing)
         self._upcoming.clear()
         for channel, microbatch in self._receives:
-            if channel.layout.specs:
+            if channel.layout.specs and channel.link not in self._inboxes:
                 self._upcoming[channel.link].append((channel, microbatch))
         self._has_posted = False
 
@@ -226,10 +264,18 @@ class Transport:
         channel = self._channels[action.kind, action.stage]
         if not channel.layout.specs:
             return
+        self.bytes_sent += channel.layout.num_bytes
+        if (outbox := self._outboxes.get(channel.link)) is not None:
+            outbox.send(
+                channel.layout,
+                self._base + action.microbatch,
+                values,
+                lambda: f"room to send {channel.name(action.microbatch)}",
+            )
+            return
         message = channel.take(self._wire)
         message.pack(self._base + action.microbatch, values)
         channel.sent[action.microbatch] = self._post(channel, action.microbatch, message), message
-        self.bytes_sent += channel.layout.num_bytes
         if len(channel.sent) > self._window:
             self._complete(channel, next(iter(channel.sent)))
 
@@ -243,6 +289,25 @@ class Transport:
         channel = self._channels[action.kind, action.stage]
         if not channel.layout.specs:
             return {}
+        inbox = self._inboxes.get(channel.link)
+        values = (
+            self._receive_posted(channel, action) if inbox is None else self._receive_shared(inbox, channel, action)
+        )
+        self.bytes_received += channel.layout.num_bytes
+        if self._wire == self._device:
+            return values
+        return {name: value.to(self._device) for name, value in values.items()}
+
+    def _receive_shared(self, inbox: Inbox, channel: _Channel, action: Action) -> dict[str, Tensor]:
+        inbox.give_back()
+        if not inbox.take():
+            what = channel.name(action.microbatch)
+            self._announce(f"waiting for {what} from rank {channel.peer}")
+            inbox.wait(what)
+            self._announce("running")
+        return inbox.receive(channel.layout, self._base + action.microbatch)
+
+    def _receive_posted(self, channel: _Channel, action: Action) -> dict[str, Tensor]:
         if not self._has_posted:
             self._post_first()
         work, message = channel.posted.pop(action.microbatch)
@@ -252,16 +317,13 @@ class Transport:
             self._complete_answered()
         what = channel.name(action.microbatch)
         self._wait(work, what, channel.peer, f"waiting for {what} from rank {channel.peer}")
-        self.bytes_received += channel.layout.num_bytes
         if action.kind is Kind.RECV_B and (forward := self._channels.get((Kind.SEND_F, action.stage))) is not None:
             # The gradient's arrival shows that the forward message was received.
             self._answered.append((forward, action.microbatch))
         values = message.unpack(self._base + action.microbatch)
         if self._wire.type == "cpu":
             channel.messages.append(message)
-        if self._wire == self._device:
-            return values
-        return {name: value.to(self._device) for name, value in values.items()}
+        return values
 
     def _complete_answered(self) -> None:
         for channel, microbatch in self._answered:
@@ -290,7 +352,11 @@ class Transport:
         posted = [message for channel in self._channels.values() for _, message in channel.posted.values()]
         sent = [message for channel in self._channels.values() for _, message in channel.sent.values()]
         kept = [message for _, messages in self._layouts.values() for message in messages]
-        return {message.buffer.data_ptr(): message.buffer.numel() for message in (*posted, *sent, *kept)}
+        places = {message.buffer.data_ptr(): message.buffer.numel() for message in (*posted, *sent, *kept)}
+        boxes: list[Outbox | Inbox] = [*self._outboxes.values(), *self._inboxes.values()]
+        for box in boxes:
+            places |= box.memory()
+        return places
 
     def finish(self) -> None:
         """End a program: wait until all that was sent has been taken."""

@@ -189,6 +189,7 @@ def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) ->
         seed=setup.config.seed,
         device=device,
         field_specs=setup.source.fields,
+        shared_memory=setup.config.launch.shared_memory,
         hooks=hooks,
         timeout_seconds=setup.config.launch.timeout_seconds,
     )

@@ -63,7 +63,8 @@ def describe_machine(config: RunConfig, device: torch.device, num_threads: int) 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "ranks": str(config.num_ranks),
         "threads_per_rank": str(num_threads),
-        "link": f"{launch.distributed_backend or 'default'}, {launch.link_latency_ms} ms and "
+        "link": f"{launch.distributed_backend or 'default'}{' in shared memory' * launch.shared_memory}, "
+        f"{launch.link_latency_ms} ms and "
         f"{launch.link_bandwidth_mb_per_s or 'no limit of'} MB/s added",
         "platform": platform.platform(),
         "torch": torch.__version__,

@@ -81,6 +81,7 @@ def _run(launch: LaunchConfig, width: int, group: ProcessGroup) -> MeasuredCosts
         num_microbatches=count,
         device=group.device,
         hooks=Hooks(record=recorder, waited=recorder.waited),
+        shared_memory=launch.shared_memory,
         timeout_seconds=launch.timeout_seconds,
     )
     slow_down(pipeline, launch)

@@ -1,0 +1,314 @@
+"""Messages between two processes of one machine, in memory that both see.
+
+Sending is a write to that memory and the raising of a semaphore, without a system call unless the receiver sleeps;
+receiving is a look at the semaphore. The receiver computes on the message where it lies, and hands its place back when
+no tensor stands on it any more. Through a socket the same message is copied twice and wakes two threads, which takes
+longer than all else that a pipeline does between two computations.
+
+A link is one file without a name, so nothing is left behind however its processes end. The sender makes it, the
+receiver opens it through the sender's entry in /proc; where that fails, as on another machine, there is no such link.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+import select
+import struct
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from vpipe.errors import TransportError
+from vpipe.runtime.failure import peer_ended, peer_silent
+from vpipe.runtime.message import Message, MessageLayout
+
+__all__ = ["Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
+
+_CPU = torch.device("cpu")
+_LOOK_SECONDS = 0.1
+"""How often a rank that waits looks whether the other one lives."""
+
+_NAME = "vpipe-link"
+_TOKEN_BYTES = 16
+_CACHE_LINE = 64
+_PAGE = mmap.ALLOCATIONGRANULARITY
+_ENTRY = struct.Struct("<qq")
+"""Where a message lies in the file, and how long it is."""
+_NUM_ENTRIES = 1024
+_RING_BYTES = 2 * _CACHE_LINE + _NUM_ENTRIES * _ENTRY.size
+_SENT, _RETURNED = _CACHE_LINE, _CACHE_LINE + _RING_BYTES
+_CONTROL_BYTES = -(-(_RETURNED + _RING_BYTES) // _PAGE) * _PAGE
+
+# Quick calls keep the interpreter's lock, those that wait let go of it.
+_quick, _waiting = ctypes.PyDLL(None), ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """Where a receiver finds the file of a sender, and how it knows that it is the right one."""
+
+    pid: int
+    descriptor: int
+    token: bytes
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Semaphore:
+    """A POSIX semaphore in shared memory."""
+
+    def __init__(self, memory: mmap.mmap, offset: int) -> None:
+        self._cell = (ctypes.c_char * _CACHE_LINE).from_buffer(memory, offset)
+        self._address = ctypes.c_void_p(ctypes.addressof(self._cell))
+
+    def initialise(self, value: int) -> None:
+        """Make it one, before anybody uses it."""
+        if _quick.sem_init(self._address, 1, value):
+            raise OSError("the C library has no semaphores between processes")
+
+    @property
+    def value(self) -> int:
+        """Return the count."""
+        count = ctypes.c_int()
+        _quick.sem_getvalue(self._address, ctypes.byref(count))
+        return count.value
+
+    def post(self) -> None:
+        """Add one, and wake who waits for it."""
+        _quick.sem_post(self._address)
+
+    def take(self) -> bool:
+        """Take one away if there is one."""
+        return bool(_quick.sem_trywait(self._address) == 0)
+
+    def wait(self, seconds: float) -> bool:
+        """Take one away; wait so long for it."""
+        until = _Timespec(*divmod(time.time_ns() + int(seconds * 1e9), 1_000_000_000))
+        return bool(_waiting.sem_timedwait(self._address, ctypes.byref(until)) == 0)
+
+
+class _Ring:
+    """A queue of places in the file, from one process to the other; take one of `filled` or of `room` beforehand."""
+
+    def __init__(self, memory: mmap.mmap, offset: int) -> None:
+        self.filled, self.room = _Semaphore(memory, offset), _Semaphore(memory, offset + _CACHE_LINE)
+        self._memory = memory
+        self._start = offset + 2 * _CACHE_LINE
+        self._position = 0
+
+    def initialise(self) -> None:
+        """Make it empty."""
+        self.filled.initialise(0)
+        self.room.initialise(_NUM_ENTRIES)
+
+    def put(self, place: int, num_bytes: int) -> None:
+        """Append a place."""
+        _ENTRY.pack_into(self._memory, self._next(), place, num_bytes)
+        self.filled.post()
+
+    def pop(self) -> tuple[int, int]:
+        """Remove the oldest place."""
+        place, num_bytes = _ENTRY.unpack_from(self._memory, self._next())
+        self.room.post()
+        return place, num_bytes
+
+    def _next(self) -> int:
+        position, self._position = self._position, (self._position + 1) % _NUM_ENTRIES
+        return self._start + position * _ENTRY.size
+
+
+class _Peer:
+    """The process at the other end, which is `rank`."""
+
+    def __init__(self, rank: int, pid: int, timeout: timedelta | None) -> None:
+        self.rank = rank
+        self._seconds = float("inf") if timeout is None else timeout.total_seconds()
+        descriptor = os.pidfd_open(pid)
+        weakref.finalize(self, os.close, descriptor)
+        self._end = select.poll()
+        self._end.register(descriptor, select.POLLIN)
+
+    def wait(self, semaphore: _Semaphore, what: str) -> None:
+        """Take one of `semaphore`.
+
+        Raises:
+            PeerLostError: the process ended, or did not answer in time.
+        """
+        deadline = time.monotonic() + self._seconds
+        while not semaphore.wait(min(_LOOK_SECONDS, self._seconds)):
+            if self._end.poll(0):
+                if semaphore.take():
+                    return  # what it sent before it ended is there
+                raise peer_ended(self.rank, what)
+            if time.monotonic() >= deadline:
+                raise peer_silent(self.rank, what, self._seconds)
+
+
+def _map(descriptor: int, place: int, num_bytes: int) -> mmap.mmap:
+    return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=place)
+
+
+def _message_at(descriptor: int, place: int, layout: MessageLayout) -> Message:
+    memory = torch.frombuffer(_map(descriptor, place, layout.num_bytes), dtype=torch.uint8)
+    return Message(layout, _CPU, memory)
+
+
+class Outbox:
+    """The sender's end of a link. It owns the memory of all messages, of those that the receiver has, too."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create(_NAME)
+        weakref.finalize(self, os.close, self._file)
+        self._num_bytes = 0
+        memory = _map(self._file, self._grow(_CONTROL_BYTES), _CONTROL_BYTES)
+        self.invitation = Invitation(os.getpid(), self._file, secrets.token_bytes(_TOKEN_BYTES))
+        memory[:_TOKEN_BYTES] = self.invitation.token
+        self._sent, self._returned = _Ring(memory, _SENT), _Ring(memory, _RETURNED)
+        for ring in (self._sent, self._returned):
+            ring.initialise()
+        self._free: defaultdict[MessageLayout, list[tuple[int, Message]]] = defaultdict(list)
+        self._away: dict[int, tuple[MessageLayout, Message]] = {}
+        self._peer: _Peer | None = None
+
+    def connect(self, rank: int, pid: int, timeout: timedelta | None) -> None:
+        """Say who opened the other end."""
+        self._peer = _Peer(rank, pid, timeout)
+
+    def send(self, layout: MessageLayout, serial: int, values: Mapping[str, Tensor], what: Callable[[], str]) -> None:
+        """Write a message; `what` says what was waited for where the receiver takes none for very long.
+
+        Raises:
+            PeerLostError: the receiver ended, or does not take any.
+            TransportError: a value does not have the agreed shape or type, or there is no memory.
+        """
+        while self._returned.filled.take():
+            place, _ = self._returned.pop()
+            used, message = self._away.pop(place)
+            self._free[used].append((place, message))
+        place, message = self._free[layout].pop() if self._free[layout] else self._new(layout)
+        message.pack(serial, values)
+        if not self._sent.room.take():
+            assert self._peer is not None
+            self._peer.wait(self._sent.room, what())
+        self._away[place] = layout, message
+        self._sent.put(place, layout.num_bytes)
+
+    def _new(self, layout: MessageLayout) -> tuple[int, Message]:
+        try:
+            place = self._grow(layout.num_bytes)
+        except OSError as error:
+            raise TransportError(
+                f"no shared memory for a message of {layout.num_bytes:,} bytes beside {self._num_bytes:,} "
+                f"({error.strerror}); with launch.shared_memory: false messages go through sockets"
+            ) from error
+        return place, _message_at(self._file, place, layout)
+
+    def _grow(self, num_bytes: int) -> int:
+        # Memory that is only promised would end the process when it is written to.
+        place, size = self._num_bytes, -(-num_bytes // _PAGE) * _PAGE
+        os.posix_fallocate(self._file, place, size)
+        self._num_bytes += size
+        return place
+
+    def memory(self) -> dict[int, int]:
+        """Return place and bytes of the messages that are free, or that the receiver has not looked at yet."""
+        unread = _NUM_ENTRIES - self._sent.room.value
+        waiting = [message for _, message in islice(reversed(self._away.values()), unread)]
+        free = [message for messages in self._free.values() for _, message in messages]
+        return {message.buffer.data_ptr(): message.buffer.numel() for message in (*waiting, *free)}
+
+
+class Inbox:
+    """The receiver's end of a link, over the sender's file."""
+
+    def __init__(self, file: int, memory: mmap.mmap, peer: _Peer) -> None:
+        self._file = file
+        weakref.finalize(self, os.close, file)
+        self._sent, self._returned = _Ring(memory, _SENT), _Ring(memory, _RETURNED)
+        self._peer = peer
+        self._messages: dict[int, tuple[MessageLayout, Message]] = {}
+        self._held: list[int] = []
+
+    def take(self) -> bool:
+        """Tell whether the next message is here; then, `receive` must follow."""
+        return self._sent.filled.take()
+
+    def wait(self, what: str) -> None:
+        """Wait for the next message; `receive` must follow.
+
+        Raises:
+            PeerLostError: the sender ended, or did not answer in time.
+        """
+        self._peer.wait(self._sent.filled, what)
+
+    def receive(self, layout: MessageLayout, serial: int) -> dict[str, Tensor]:
+        """Return the values of the next message, where they lie.
+
+        Raises:
+            TransportError: it is not the one that was waited for.
+        """
+        place, num_bytes = self._sent.pop()
+        if num_bytes != layout.num_bytes:
+            raise TransportError(
+                f"expected a message of {layout.num_bytes:,} bytes but received {num_bytes:,}; all ranks must run the "
+                "same version, configuration and data"
+            )
+        known, message = self._messages.get(place, (None, None))
+        if message is None or known is not layout:
+            message = _message_at(self._file, place, layout)
+            self._messages[place] = layout, message
+        self._held.append(place)
+        return message.unpack(serial)
+
+    def give_back(self) -> None:
+        """Let the sender use again what nobody here looks at any more."""
+        held = []
+        for place in self._held:
+            if self._messages[place][1].is_free and self._returned.room.take():
+                self._returned.put(place, 0)
+            else:
+                held.append(place)
+        self._held = held
+
+    def memory(self) -> dict[int, int]:
+        """Return place and bytes of the messages that were received and not given back."""
+        messages = [self._messages[place][1] for place in self._held]
+        return {message.buffer.data_ptr(): message.buffer.numel() for message in messages}
+
+
+def open_outbox() -> Outbox | None:
+    """Make a link's file; None where the system cannot."""
+    try:
+        return Outbox()
+    except (AttributeError, OSError):
+        return None
+
+
+def open_inbox(invitation: Invitation, rank: int, timeout: timedelta | None) -> Inbox | None:
+    """Open the file of the sender, which is `rank`; None where it is on another machine or cannot be seen."""
+    path = f"/proc/{invitation.pid}/fd/{invitation.descriptor}"
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            return None
+        file = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        memory, peer = _map(file, 0, _CONTROL_BYTES), _Peer(rank, invitation.pid, timeout)
+    except (AttributeError, OSError, ValueError):
+        os.close(file)
+        return None
+    inbox = Inbox(file, memory, peer)
+    return inbox if memory[:_TOKEN_BYTES] == invitation.token else None
