@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,9 @@ class Activations:
         self._recomputations: list[Recomputation] = []
         self._notes = is_watched or self._swapped is not None
         self._noted: dict[int, int] = {}
-        self.shared = {place_of(tensor) for tensor in shared} if self._notes else set()
+        self._modules: list[nn.Module] = []
+        self._fields = {place_of(tensor) for tensor in shared} if self._notes else set()
+        self.shared = set(self._fields)
         """Where memory lies that lives anyway: fields of the batch, and weights and buffers."""
         self._around_loss: Callable[..., Any] = _plainly
 
@@ -43,7 +45,8 @@ class Activations:
     ) -> Callable[..., Any]:
         """Return what to call instead of `call`, which runs the module of a block."""
         if self._notes:
-            self.shared.update(place_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
+            self._modules.append(module)
+            self.shared.update(_places(module))
         if recomputes:
             recomputation = Recomputation(name, module, call)
             self._recomputations.append(recomputation)
@@ -73,6 +76,9 @@ class Activations:
         """Compute again all that was left out."""
         for item in self._recomputations:
             item.fill()
+        if self._notes:
+            # Weights that were moved to host memory meanwhile are somewhere else now.
+            self.shared = self._fields.union(*map(_places, self._modules))
 
     def pack_up(self) -> list[Parcel]:
         """Return what can be moved to host memory now."""
@@ -101,6 +107,10 @@ class Activations:
     def _note(self, tensor: Tensor) -> Kept:
         self._noted.update(sizes_of((tensor,), self.shared))
         return Kept(tensor)
+
+
+def _places(module: nn.Module) -> Iterator[int]:
+    return (place_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def place_of(tensor: Tensor) -> int:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ from vpipe.model.chain import Chain, ValueSpec
 from vpipe.plan.memory import Policy
 from vpipe.plan.partition import partition_by_weight, partition_uniform, validate_partition
 from vpipe.runtime.executor import HeldStage
+from vpipe.runtime.host_link import HostLink, Moved, open_host_link
+from vpipe.runtime.movable_versions import MovableVersions
 from vpipe.runtime.stage import Stage
 from vpipe.runtime.update import TiedCopy, TiedGroup
 from vpipe.runtime.weights import OptimizerFactory, WeightVersions
@@ -25,6 +28,7 @@ from vpipe.schedule.placement import Placement
 __all__ = [
     "RecomputeMode",
     "build_stages",
+    "connect",
     "crossing_specs",
     "named_state",
     "parameter_sizes",
@@ -110,8 +114,12 @@ def build_stages(
     recompute: RecomputeMode,
     num_microbatches: int,
     swapping: Container[int] = (),
+    moving: Container[int] = (),
 ) -> dict[int, HeldStage]:
-    """Materialise the blocks of `stages`, and nothing else; `policies` are of all blocks, `swapping` names stages."""
+    """Materialise the blocks of `stages`, and nothing else.
+
+    `policies` are of all blocks; `swapping` names the stages that move activations, `moving` those that move weights.
+    """
     starts = [0, *accumulate(partition)]
     spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[recompute]
     swaps = {block for block, policy in enumerate(policies) if policy is Policy.SWAP}
@@ -125,8 +133,22 @@ def build_stages(
         modules = [chain.materialise(block, seed, device) for block in range(start, stop)]
         names = _trainable_names(chain, start, modules)
         stage = Stage(chain, start, stop, recomputes, swaps if index in swapping else ())
-        held[index] = HeldStage(stage, WeightVersions(modules, names, optimizer))
+        versions = MovableVersions if index in moving else WeightVersions
+        held[index] = HeldStage(stage, versions(modules, names, optimizer))
     return held
+
+
+def connect(
+    held: Mapping[int, HeldStage], swapping: Container[int], device: torch.device, directory: Path | None, moved: Moved
+) -> HostLink | None:
+    """Open the way to host memory for stages whose activations or weight versions move; None where none do."""
+    movable = [item.weights for item in held.values() if isinstance(item.weights, MovableVersions)]
+    if not movable and not any(stage in swapping for stage in held):
+        return None
+    link = open_host_link(device, directory, moved)
+    for weights in movable:
+        weights.link = link
+    return link
 
 
 def named_state(chain: Chain, held: Iterable[HeldStage]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Record
 from vpipe.runtime.host_link import HostLink
 from vpipe.runtime.memory_watch import MemoryWatch
+from vpipe.runtime.movable_versions import MovableVersions
 from vpipe.runtime.split import tell_split
 from vpipe.runtime.stage import MicrobatchKey, Stage
 from vpipe.runtime.transport import Transport
@@ -117,6 +118,8 @@ class Executor:
             Kind.R: self._recompute,
             Kind.OFFLOAD: self._offload,
             Kind.FETCH: self._fetch,
+            Kind.OFFLOAD_V: self._offload_version,
+            Kind.FETCH_V: self._fetch_version,
             Kind.SEND_F: self._send,
             Kind.SEND_B: self._send,
             Kind.RECV_F: self._receive,
@@ -258,7 +261,9 @@ class Executor:
         held.weights.accumulate(version, lambda: held.stage.backward_weights(serial))
 
     def _recompute(self, action: Action) -> None:
-        self._held[action.stage].stage.recompute(action.microbatch)
+        held = self._held[action.stage]
+        held.weights.modules(self._version(action))  # waits where they are in host memory
+        held.stage.recompute(action.microbatch)
 
     def _offload(self, action: Action) -> None:
         parcels = self._held[action.stage].stage.pack_up(action.microbatch)
@@ -269,6 +274,19 @@ class Executor:
         parcels = self._held[action.stage].stage.parcels(action.microbatch)
         if parcels and self._link is not None:
             self._link.fetch((action.stage, action.microbatch), parcels)
+
+    def _offload_version(self, action: Action) -> None:
+        weights = self._held[action.stage].weights
+        if isinstance(weights, MovableVersions):
+            weights.offload(self._version(action))
+
+    def _fetch_version(self, action: Action) -> None:
+        weights = self._held[action.stage].weights
+        if isinstance(weights, MovableVersions):
+            weights.fetch(self._version(action))
+
+    def _version(self, action: Action) -> int:
+        return self._program.weights[action.stage].version_of[action.microbatch]
 
     def _hand_over(self, kind: Kind, source: int, target: int, serial: int, values: Mapping[str, Tensor]) -> None:
         # Neighbours on one rank need no message.

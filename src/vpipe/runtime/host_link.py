@@ -8,12 +8,14 @@ no more than one microbatch is on its way out, and what is fetched takes the pla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from vpipe.errors import ExecutionError
 from vpipe.runtime.host_memory import HostMemory, MappedMemory, PinnedMemory
@@ -23,6 +25,7 @@ __all__ = ["HostLink", "Moved", "StreamLink", "ThreadLink", "open_host_link"]
 
 Owner = tuple[int, int]
 """Stage and microbatch."""
+_NOBODY = (-1, -1)
 Moved = Callable[[Owner, Parcel, bool], None]
 """Is told that a parcel is packed up or about to come back (True), or about to leave; on the thread that does it."""
 
@@ -38,6 +41,9 @@ class HostLink(Protocol):
 
     def fetch(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
         """Begin to bring parcels back, in this order."""
+
+    def copy_out(self, parcel: Parcel) -> None:
+        """Begin to copy a parcel that stays where it is; its `departure` tells when that is done."""
 
     def close(self) -> None:
         """Stop; what is under way is finished first."""
@@ -76,6 +82,10 @@ class ThreadLink:
         for parcel in parcels:
             parcel.arrival = self._add(self._bring_back, owner, parcel)
 
+    def copy_out(self, parcel: Parcel) -> None:
+        """Begin to copy a parcel that stays where it is; its `departure` tells when that is done."""
+        parcel.departure = self._add(self._copy_out, _NOBODY, parcel)
+
     def _add(self, job: Callable[[Owner, Parcel], None], owner: Owner, parcel: Parcel) -> Event:
         if self._thread is None:
             self._thread = Thread(target=self._work, name="vpipe host link", daemon=True)
@@ -96,18 +106,20 @@ class ThreadLink:
             # Or the parcel's memory would live until the next one comes.
             del entry, job, owner, parcel, done
 
-    def _move_out(self, owner: Owner, parcel: Parcel) -> None:
+    def _copy_out(self, owner: Owner, parcel: Parcel) -> None:
         assert parcel.device is not None
         parcel.host = self._memory.take(parcel.num_bytes)
         parcel.host.copy_(parcel.device)
         self.bytes_offloaded += parcel.num_bytes
+
+    def _move_out(self, owner: Owner, parcel: Parcel) -> None:
+        self._copy_out(owner, parcel)
         self._moved(owner, parcel, False)
         parcel.device = None
 
     def _bring_back(self, owner: Owner, parcel: Parcel) -> None:
         assert parcel.host is not None
-        self._moved(owner, parcel, True)
-        device = torch.empty(parcel.num_bytes, dtype=torch.uint8)
+        device = parcel.room(torch.device("cpu"), partial(self._moved, owner, parcel, True))
         device.copy_(parcel.host)
         self.bytes_fetched += parcel.num_bytes
         region, parcel.host, parcel.device = parcel.host, None, device
@@ -158,23 +170,34 @@ class StreamLink:
             self._moved(owner, parcel, True)
         with torch.cuda.stream(self._stream):
             for parcel in parcels:
-                assert parcel.device is not None
-                parcel.host = self._memory.take(parcel.num_bytes)
-                parcel.host.copy_(parcel.device, non_blocking=True)
+                device = self._queue_copy(parcel)
                 # The allocator gives the memory to nobody else before the copy is done.
-                parcel.device.record_stream(self._stream)
-                self.bytes_offloaded += parcel.num_bytes
+                device.record_stream(self._stream)
                 self._moved(owner, parcel, False)
                 parcel.device = None
             self._left = self._stream.record_event()
+
+    def copy_out(self, parcel: Parcel) -> None:
+        """Begin to copy a parcel that stays where it is; its `departure` tells when that is done."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._queue_copy(parcel)
+            # Waiting for it holds up the stream that computes, which overwrites and frees in its own order.
+            parcel.departure = self._stream.record_event()
+
+    def _queue_copy(self, parcel: Parcel) -> Tensor:
+        assert parcel.device is not None
+        parcel.host = self._memory.take(parcel.num_bytes)
+        parcel.host.copy_(parcel.device, non_blocking=True)
+        self.bytes_offloaded += parcel.num_bytes
+        return parcel.device
 
     def fetch(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
         """Begin to bring parcels back, in this order."""
         with torch.cuda.stream(self._stream):
             for parcel in parcels:
                 assert parcel.host is not None
-                self._moved(owner, parcel, True)
-                parcel.device = torch.empty(parcel.num_bytes, dtype=torch.uint8, device=self._stream.device)
+                parcel.device = parcel.room(self._stream.device, partial(self._moved, owner, parcel, True))
                 parcel.device.copy_(parcel.host, non_blocking=True)
                 self.bytes_fetched += parcel.num_bytes
                 parcel.arrival = _StreamArrival(parcel, self._stream.record_event())

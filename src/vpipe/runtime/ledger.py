@@ -59,11 +59,29 @@ class Ledger:
         with self._lock:
             return MemoryUse(dict(self._now))
 
+    @property
+    def total(self) -> int:
+        """Return how many bytes are held, without workspace."""
+        with self._lock:
+            return sum(self._now.values())
+
     def put(self, kind: str, key: Hashable, num_bytes: int) -> None:
         """Enter the bytes of `kind` that `key` has, instead of what it had."""
         with self._lock:
-            self._now[kind] += num_bytes - self._sums.get((kind, key), 0)
-            self._sums[kind, key] = num_bytes
+            self._now[kind] += num_bytes - self._sums.pop((kind, key), 0)
+            if num_bytes:
+                self._sums[kind, key] = num_bytes
+            self._mark()
+
+    def entry(self, kind: str, key: Hashable) -> int:
+        """Return the bytes of `kind` that `key` has."""
+        return self._sums.get((kind, key), 0)
+
+    def add(self, kind: str, key: Hashable, num_bytes: int) -> None:
+        """Enter by how many bytes of `kind` `key` has more than it had."""
+        with self._lock:
+            self._now[kind] += num_bytes
+            self._sums[kind, key] = self._sums.get((kind, key), 0) + num_bytes
             self._mark()
 
     def is_held(self, place: int) -> bool:

@@ -7,6 +7,7 @@ asynchronous one has reached its steady state by then. With a memory limit it ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -47,6 +48,8 @@ class MemoryWatch:
         self._meter = WorkspaceMeter(device)
         self._num_iterations = num_iterations
         self._is_on = False
+        for index, (_, weights) in stages.items():
+            weights.resized = partial(self._resized, index)
 
     def covers(self, iteration: int) -> bool:
         """Tell whether a batch, by the number of those before it, is watched."""
@@ -56,6 +59,7 @@ class MemoryWatch:
         """Enter what is there before a program: weights, and whatever earlier ones left."""
         self._is_on = True
         for index, (_, weights) in self._stages.items():
+            self.ledger.put("versions", index, weights.older_bytes())
             self._enter_weights(index, weights)
             self._enter_gradients(index, weights)
 
@@ -102,10 +106,13 @@ class MemoryWatch:
         else:
             parcel.place = self.ledger.hold_new(key, parcel.num_bytes)
 
+    def _resized(self, stage: int, num_bytes: int, *, by_link: bool = False) -> None:
+        """Enter that the weight versions of a stage take more or less; called on whatever thread does that."""
+        if self._is_on:
+            self.ledger.add("versions", stage, num_bytes)
+
     def _enter_weights(self, index: int, weights: WeightVersions) -> None:
-        one_set = num_bytes(weights.parameters)
-        self.ledger.put("parameters", index, one_set)
-        self.ledger.put("versions", index, (weights.num_sets - 1) * one_set)
+        self.ledger.put("parameters", index, num_bytes(weights.parameters))
         self.ledger.put("optimizer", index, num_bytes(weights.optimizer_state()))
         self.ledger.put("buffers", index, num_bytes(weights.untrained()))
 

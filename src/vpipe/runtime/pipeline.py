@@ -39,6 +39,7 @@ from vpipe.runtime.arguments import (
 from vpipe.runtime.assembly import (
     RecomputeMode,
     build_stages,
+    connect,
     named_state,
     parameter_sizes,
     plan_facts,
@@ -53,7 +54,7 @@ from vpipe.runtime.executor import Executor, Program
 from vpipe.runtime.failure import report_failure
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.host_link import HostLink, open_host_link
+from vpipe.runtime.host_link import HostLink
 from vpipe.runtime.ledger import Ledger
 from vpipe.runtime.memory_watch import MemoryWatch, WatchMode
 from vpipe.runtime.process_group import ProcessGroup, destroy_process_group, initialise_process_group
@@ -65,6 +66,7 @@ from vpipe.runtime.weights import OptimizerFactory
 
 __all__ = ["Hooks", "Pipeline", "StepResult"]
 
+LearningRate = Callable[[float], float]
 _EVALUATED_TOGETHER = 32
 
 
@@ -87,7 +89,8 @@ class Pipeline:
         recompute: for which microbatches: `always`, `except_last` of a batch, `never`.
         policies: instead of ratios, what each block does with its activations: `keep`, `recompute` or `swap`.
         recompute_ahead: stages that compute again before the gradient arrives (R actions).
-        swap_directory: where swapped activations go on a CPU, a fast disk; None: where temporary files are.
+        swap_versions: in asynchronous schedules, move weight versions that wait; for all stages, or those listed.
+        swap_directory: where what is swapped goes on a CPU, a fast disk; None: where temporary files are.
         memory_limit_bytes: what a rank may hold by its `ledger`, one number or one per rank; more is an error.
         watch_memory: which batches the `ledger` looks at: the `first` ones, or `all` (slower; so does a limit).
         depths: warmup forwards per stage, more than the schedule's own hide latency (`stage_to_depth_map`).
@@ -122,6 +125,7 @@ class Pipeline:
         recompute: RecomputeMode = "always",
         policies: Sequence[Policy | str] | None = None,
         recompute_ahead: Sequence[int] = (),
+        swap_versions: bool | Sequence[int] = False,
         swap_directory: Path | None = None,
         memory_limit_bytes: int | Sequence[int] | None = None,
         watch_memory: WatchMode = "first",
@@ -131,7 +135,7 @@ class Pipeline:
         memory_limit: float | Sequence[float] | None = None,
         rank_times: Mapping[str, Sequence[float]] | None = None,
         clip_grad_norm: float | None = None,
-        learning_rate: Callable[[float], float] | None = None,
+        learning_rate: LearningRate | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         field_specs: Mapping[str, FieldSpec] | None = None,
@@ -161,11 +165,11 @@ class Pipeline:
             placement = self.programs.sample.placement
             self.partition = resolve_partition(partition, self.chain, placement.num_stages)
             self.policies = policy_per_block(policies, recompute_ratio, self.partition)
-            self.programs.insert(recompute_ahead, stages_with(Policy.SWAP, self.policies, self.partition))
-            settings = {"clip_grad_norm": clip_grad_norm, "seed": seed}
-            agree(
-                self.programs.facts() | plan_facts(self.chain, self.partition, self.policies) | settings, self._control
+            self.programs.insert(
+                recompute_ahead, stages_with(Policy.SWAP, self.policies, self.partition), swap_versions
             )
+            facts = self.programs.facts() | plan_facts(self.chain, self.partition, self.policies)
+            agree(facts | {"clip_grad_norm": clip_grad_norm, "seed": seed}, self._control)
             self._crossings = Crossings(self.chain, self.partition, field_specs, self._control)
             self.held = build_stages(
                 self.chain,
@@ -177,15 +181,11 @@ class Pipeline:
                 policies=self.policies,
                 recompute=recompute,
                 swapping=self.programs.swapping,
+                moving=self.programs.moving,
                 num_microbatches=self.programs.num_microbatches,
             )
             self.transport = Transport(
-                placement,
-                self.rank,
-                self.device,
-                self.hooks.announce,
-                timeout=timeout,
-                shared_memory=shared_memory,
+                placement, self.rank, self.device, self.hooks.announce, timeout=timeout, shared_memory=shared_memory
             )
             self._watch_memory(memory_limit_bytes, watch_memory, swap_directory)
             self._assemble(timeout, seed, clip_grad_norm, learning_rate)
@@ -208,15 +208,10 @@ class Pipeline:
         count = None if mode == "all" or limit is not None else self.programs.num_batches_until_steady
         stages = {index: (item.stage, item.weights) for index, item in self.held.items()}
         self._watch = MemoryWatch(self.ledger, stages, self.transport, self.device, count)
-        if self.programs.swapping & self.held.keys():
-            self.host_link = open_host_link(self.device, directory, self._watch.moved)
+        self.host_link = connect(self.held, self.programs.swapping, self.device, directory, self._watch.moved)
 
     def _assemble(
-        self,
-        timeout: timedelta,
-        seed: int,
-        clip_grad_norm: float | None,
-        learning_rate: Callable[[float], float] | None,
+        self, timeout: timedelta, seed: int, clip_grad_norm: float | None, learning_rate: LearningRate | None
     ) -> None:
         """Make what moves values, steps and tells the loss, around the stages; collective."""
         placement, synchronous = self.programs.sample.placement, self.programs.synchronous

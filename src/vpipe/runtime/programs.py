@@ -16,6 +16,7 @@ from vpipe.schedule.recompute_ahead import insert_recomputes
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule, uses_split_backward
 from vpipe.schedule.validate import validate_schedule
+from vpipe.schedule.version_moves import insert_version_moves
 from vpipe.schedule.weights import weight_usage
 
 __all__ = ["ProgramBuilder"]
@@ -55,6 +56,7 @@ class ProgramBuilder:
             self._options["microbatches_per_update"] = num_microbatches
         self._ahead: frozenset[int] = frozenset()
         self._moved: frozenset[int] = frozenset()
+        self._versions: frozenset[int] = frozenset()
         self._latest: tuple[int, Program] | None = None
         self.sample = self.schedule(1)
         """A schedule of one batch, or of enough batches to show an asynchronous schedule's steady state."""
@@ -88,17 +90,23 @@ class ProgramBuilder:
         schedule = build_schedule(
             self._name, self._num_ranks, count, stages_per_rank=self._stages_per_rank, **self._options
         )
-        return insert_offloads(insert_recomputes(schedule, self._ahead), self._moved)
+        moving = insert_offloads(insert_recomputes(schedule, self._ahead), self._moved)
+        return insert_version_moves(moving, self._versions)
 
-    def insert(self, ahead: Collection[int], swapping: Collection[int]) -> None:
+    def insert(self, ahead: Collection[int], swapping: Collection[int], versions: Collection[int] | bool) -> None:
         """From now on recompute ahead of the backwards of the stages `ahead`, and move what those `swapping` hold.
+
+        Of the stages `versions` (True: of all) move those weight versions that wait.
 
         Raises:
             ScheduleError: there is no such stage.
         """
-        if not ahead and not swapping:
+        if isinstance(versions, bool):
+            versions = range(self.sample.num_stages) if versions else ()
+        if not ahead and not swapping and not versions:
             return
-        self._ahead, self._moved, self._latest = frozenset(ahead), frozenset(swapping), None
+        self._ahead, self._moved, self._versions = frozenset(ahead), frozenset(swapping), frozenset(versions)
+        self._latest = None
         self.sample = self.schedule(self.sample.num_microbatches // self.num_microbatches)
         validate_schedule(self.sample)
 
@@ -110,9 +118,15 @@ class ProgramBuilder:
     @property
     def swapping(self) -> frozenset[int]:
         """Name the stages whose activations are moved: those that hold enough of them for that to be of use."""
-        return frozenset(
-            action.stage for order in self.sample.orders for action in order if action.kind is Kind.OFFLOAD
-        )
+        return self._stages_with(Kind.OFFLOAD)
+
+    @property
+    def moving(self) -> frozenset[int]:
+        """Name the stages whose weight versions are moved: those that keep enough of them for that to be of use."""
+        return self._stages_with(Kind.OFFLOAD_V)
+
+    def _stages_with(self, kind: Kind) -> frozenset[int]:
+        return frozenset(action.stage for order in self.sample.orders for action in order if action.kind is kind)
 
     def training(self, num_batches: int, first_iteration: int) -> Program:
         """Return the program of `num_batches` batches; a synchronous one is of a single batch."""

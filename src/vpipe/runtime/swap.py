@@ -1,4 +1,4 @@
-"""Activations that can be moved to host memory between forward and backward.
+"""What can be moved to host memory: parcels of memory, and activations between forward and backward.
 
 While a block that swaps runs, autograd hands over what it saves. Until the microbatch is packed up nothing changes.
 Then the memory under these tensors becomes *parcels*, one per storage, which a `HostLink` takes away and brings back;
@@ -33,7 +33,9 @@ class Arrival(Protocol):
 class Parcel:
     """The memory of one storage: on the device, on the host, or on its way."""
 
-    __slots__ = ("__weakref__", "arrival", "device", "error", "host", "num_bytes", "place")
+    __slots__ = ("__weakref__", "arrival", "departure", "device", "error", "host", "num_bytes", "place")
+
+    missing = "a backward needs activations that were moved to host memory and not fetched; put a FETCH before it"
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.place = storage.data_ptr()
@@ -42,6 +44,7 @@ class Parcel:
         self.device: Tensor | None = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.host: Tensor | None = None
         self.arrival: Arrival | None = None
+        self.departure: Arrival | None = None
         self.error: BaseException | None = None
 
     def content(self) -> Tensor:
@@ -55,10 +58,13 @@ class Parcel:
         if self.error is not None:
             raise self.error
         if self.device is None:
-            raise ScheduleError(
-                "a backward needs activations that were moved to host memory and not fetched; put a FETCH before it"
-            )
+            raise ScheduleError(self.missing)
         return self.device
+
+    def room(self, device: torch.device, tell: Callable[[], None]) -> Tensor:
+        """Return memory on the device for the bytes to come back to; `tell` before that it is taken."""
+        tell()
+        return torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
 
 
 class Kept:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,17 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from vpipe.errors import ConfigError, ScheduleError
 
-__all__ = ["OptimizerFactory", "WeightVersions"]
+__all__ = ["OptimizerFactory", "Resized", "WeightVersions"]
 
 T = TypeVar("T")
+
+
+class Resized(Protocol):
+    """Is told of memory that is taken (positive) or freed, and whether the host link did it, on its own thread."""
+
+    def __call__(self, num_bytes: int, *, by_link: bool = False) -> None:
+        """Take note."""
+
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """Makes the optimizer of one stage from its (name, parameter) pairs, which every torch optimizer takes as they are."""
@@ -48,6 +56,8 @@ class WeightVersions:
         # Taken with .data, they keep a version counter of their own: autograd's counter of a set is raised by `step`.
         self.parameters = [nn.Parameter(parameter.data) for parameter in self._parameters[0]]
         self.names = list(names)
+        self.resized: Resized = _ignore
+        """Is told by how many bytes the memory of all sets together grows."""
         named = list(zip(names, self.parameters, strict=True))
         self.optimizer = _build_optimizer(optimizer, named) if named else None
 
@@ -55,6 +65,10 @@ class WeightVersions:
     def num_sets(self) -> int:
         """Count the parameter sets that were allocated."""
         return len(self._sets)
+
+    def older_bytes(self) -> int:
+        """Return the bytes that sets take besides the newest."""
+        return (len(self._sets) - 1) * self._set_bytes()
 
     @property
     def newest(self) -> nn.ModuleList:
@@ -143,10 +157,23 @@ class WeightVersions:
         for index in range(len(self._sets)):
             if index not in taken:
                 return index
-        copied = copy.deepcopy(self._sets[0], _shared(self._sets[0]))
+        return self._add_set({})
+
+    def _add_set(self, parameters: Mapping[int, nn.Parameter]) -> int:
+        """Make one more set, with copies of the trained parameters or those given, by the identity of the original."""
+        self.resized(self._set_bytes())
+        copied = copy.deepcopy(self._sets[0], {**_shared(self._sets[0]), **parameters})
         self._sets.append(copied)
         self._parameters.append(_trainable(copied))
         return len(self._sets) - 1
+
+    def _set_bytes(self) -> int:
+        storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, self.parameters)}
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+def _ignore(num_bytes: int, *, by_link: bool = False) -> None:
+    """Tell nobody."""
 
 
 def _trainable(modules: nn.Module) -> list[nn.Parameter]:
