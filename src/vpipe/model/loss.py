@@ -64,7 +64,10 @@ class CallableLoss:
                 f"the loss function returned {got}; it must return a tensor with one number, the mean over the samples "
                 "it is given (reduction='mean')"
             )
-        return {"loss": mean.reshape(()) * (num_samples / totals["loss"])}
+        share = num_samples / totals["loss"]
+        number = mean.reshape(()) if mean.dim() else mean
+        # Where a microbatch is an update of its own there is nothing to weigh, nor to undo in the backward.
+        return {"loss": number if share == 1 else number * share}
 
 
 def sum_parts(parts: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vpipe.model.chain import ValueSpec
+from vpipe.runtime.message import MessageLayout
+from vpipe.runtime.shared_links import share_memory
+from vpipe.runtime.shared_memory import Inbox, Outbox
 from vpipe.runtime.wait import post, wait_for
 
 __all__ = ["LossBoard"]
@@ -16,18 +21,38 @@ __all__ = ["LossBoard"]
 _SENDS_KEPT = 256
 """More than batches are in flight in any pipeline, so that the source never waits for a rank that is merely behind."""
 
+_WHAT = "the loss"
+
 
 class LossBoard:
-    """Small vectors from rank `source` to all others, in order, without making the source wait.
+    """Small vectors from rank `source` to all others, in order, without making the source wait; collective to make.
 
     `group` is a gloo group of all ranks that nothing else uses for point-to-point messages; None means one process.
+    Ranks of one machine share memory where they may.
     """
 
-    def __init__(self, source: int, num_values: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        source: int,
+        num_values: int,
+        group: dist.ProcessGroup | None,
+        *,
+        timeout: timedelta | None = None,
+        shared_memory: bool = False,
+    ) -> None:
         self._source = source
         self._num_values = num_values
         self._group = group
         self._rank = dist.get_rank() if group is not None else source
+        self._others = [rank for rank in range(dist.get_world_size() if group is not None else 1) if rank != source]
+        self._layout = MessageLayout(0, [ValueSpec("loss", (num_values,), torch.float64, False)])
+        self._outboxes: dict[tuple[int, int], Outbox] = {}
+        self._inboxes: dict[tuple[int, int], Inbox] = {}
+        if group is not None:
+            links = [(source, rank) for rank in self._others]
+            self._outboxes, self._inboxes = share_memory(links, group, timeout, allowed=shared_memory)
+        self._inbox = self._inboxes.get((source, self._rank))
+        self._num_published = self._num_collected = 0
         self._published: deque[Tensor] = deque()
         self._sends: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._posted: tuple[dist.Work, Tensor] | None = None
@@ -36,32 +61,44 @@ class LossBoard:
         """On the source: send `values` to every other rank."""
         vector = torch.tensor(values, dtype=torch.float64)
         self._published.append(vector)
-        if self._group is None:
-            return
-        others = [rank for rank in range(dist.get_world_size()) if rank != self._rank]
-        self._sends.append([(post(dist.isend, vector, rank, "the loss", self._group, 0), vector) for rank in others])
+        for outbox in self._outboxes.values():
+            outbox.send(self._layout, self._num_published, {"loss": vector}, lambda: f"the taking of {_WHAT}")
+        self._num_published += 1
+        far = [rank for rank in self._others if (self._source, rank) not in self._outboxes]
+        if far:
+            self._sends.append([(post(dist.isend, vector, rank, _WHAT, self._group, 0), vector) for rank in far])
         if len(self._sends) > _SENDS_KEPT:
             self._wait_oldest()
 
     def _wait_oldest(self) -> None:
         for work, _ in self._sends.popleft():
-            wait_for(work, "the taking of the loss", None)
+            wait_for(work, f"the taking of {_WHAT}", None)
 
     def expect(self) -> None:
         """Elsewhere: post the receive of the next vector, so that it is here when `collect` asks."""
-        if self._rank != self._source and self._posted is None:
+        if self._rank != self._source and self._inbox is None and self._posted is None:
             vector = torch.empty(self._num_values, dtype=torch.float64)
-            self._posted = post(dist.irecv, vector, self._source, "the loss", self._group, 0), vector
+            self._posted = post(dist.irecv, vector, self._source, _WHAT, self._group, 0), vector
 
     def collect(self) -> list[float]:
         """Return the next vector."""
         if self._rank == self._source:
             return [float(value) for value in self._published.popleft().tolist()]
+        if self._inbox is not None:
+            return self._collect_shared(self._inbox)
         self.expect()
         assert self._posted is not None
         (work, vector), self._posted = self._posted, None
-        wait_for(work, "the loss", self._source)
+        wait_for(work, _WHAT, self._source)
         return [float(value) for value in vector.tolist()]
+
+    def _collect_shared(self, inbox: Inbox) -> list[float]:
+        inbox.give_back()
+        if not inbox.take():
+            inbox.wait(_WHAT)
+        found = inbox.receive(self._layout, self._num_collected)
+        self._num_collected += 1
+        return [float(value) for value in found["loss"].tolist()]
 
     def finish(self) -> None:
         """On the source: wait until all that was sent has been taken."""

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from itertools import chain as concatenate
 from itertools import groupby, islice
+from operator import methodcaller
 from pathlib import Path
 from types import TracebackType
 
@@ -238,7 +239,8 @@ class Pipeline:
             synchronise=self.device.type == "cuda",
         )
         self._last_rank = placement.rank_of(placement.num_stages - 1)
-        self._board = LossBoard(self._last_rank, len(self.chain.loss.parts), self._control)
+        num_parts, sharing = len(self.chain.loss.parts), self.transport.shared_memory
+        self._board = LossBoard(self._last_rank, num_parts, self._control, timeout=timeout, shared_memory=sharing)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -367,10 +369,8 @@ class Pipeline:
         self.transport.start(program.actions, crossing, program.num_serials, program.window)
         readers = [item.stage.fields for item in self.held.values()]
         every = concatenate([first], batches)
-        return BatchFeed(every, program.num_microbatches, readers, self._move, self._executor.callers_turn)
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        move = methodcaller("to", self.device, non_blocking=True)
+        return BatchFeed(every, program.num_microbatches, readers, move, self._executor.callers_turn)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
 
 from vpipe.errors import ModelError
@@ -235,7 +236,11 @@ class Stage:
 
 
 def _edge(value: Tensor) -> GradientEdge:
-    # The node of a view keeps the graph alive, whatever made the value, and costs less than `get_gradient_edge`.
+    # What `get_gradient_edge` does takes several times as long.
+    node = value.grad_fn
+    if node is not None and not isinstance(node, FunctionCtx):
+        return GradientEdge(node, value.output_nr)
+    # A leaf has no node, and one that is written in Python does not keep its graph alive; that of a view does.
     node = value.view_as(value).grad_fn
     assert node is not None
     return GradientEdge(node, 0)

@@ -12,13 +12,11 @@ compute that waits for it delays all ranks. So `receive` posts, acknowledges and
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +26,8 @@ from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.runtime.failure import raise_if_peer_lost
 from vpipe.runtime.message import Message, MessageLayout
-from vpipe.runtime.shared_memory import Inbox, Outbox, open_inbox, open_outbox
+from vpipe.runtime.shared_links import share_memory
+from vpipe.runtime.shared_memory import Inbox, Outbox
 from vpipe.runtime.wait import telling_losses
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
@@ -41,8 +40,6 @@ _TAG_LIMIT = 1 << 31
 _CUT_OFFSET = {Kind.SEND_F: 1, Kind.RECV_F: 0, Kind.SEND_B: 0, Kind.RECV_B: 1}
 _FORWARD = frozenset({Kind.SEND_F, Kind.RECV_F})
 _SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
-
-T = TypeVar("T")
 
 _Link = tuple[int, int, bool]
 """Source rank, target rank, and whether activations travel on it or gradients."""
@@ -111,10 +108,12 @@ class Transport:
         self._ordered = is_nccl if ordered is None else ordered
         self._wire = device if is_nccl else torch.device("cpu")
         self._groups = self._open_groups(timeout) if placement.num_ranks > 1 else {}
+        self.shared_memory = shared_memory
         self._outboxes: dict[_Link, Outbox] = {}
         self._inboxes: dict[_Link, Inbox] = {}
         if self._groups and not self._ordered:
-            self._share_memory(timeout, allowed=shared_memory)
+            group = next(iter(self._groups.values()))
+            self._outboxes, self._inboxes = share_memory(self._groups, group, timeout, allowed=shared_memory)
         self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
@@ -149,29 +148,6 @@ class Transport:
                 elif self._rank == target:
                     dist.recv(probe, source, group)
         return groups
-
-    def _share_memory(self, timeout: timedelta | None, *, allowed: bool) -> None:
-        """Open links in shared memory where both ranks see it; collective, as only together they can tell."""
-        own = [link for link in self._groups if link[0] == self._rank] if allowed else []
-        offers = {link: outbox for link in own if (outbox := open_outbox()) is not None}
-        for invitations, _ in self._tell_all({link: outbox.invitation for link, outbox in offers.items()}):
-            for link, invitation in invitations.items():
-                if allowed and link[1] == self._rank:
-                    inbox = open_inbox(invitation, link[0], timeout)
-                    if inbox is not None:
-                        self._inboxes[link] = inbox
-        for opened, pid in self._tell_all(dict.fromkeys(self._inboxes)):
-            for link in opened.keys() & offers.keys():
-                offers[link].connect(link[1], pid, timeout)
-                self._outboxes[link] = offers[link]
-
-    def _tell_all(self, told: Mapping[_Link, T]) -> list[tuple[Mapping[_Link, T], int]]:
-        """Return what every rank told, with its process."""
-        heard: list[Any] = [None] * dist.get_world_size()
-        group = next(iter(self._groups.values()))
-        with telling_losses("the links to open"):
-            dist.all_gather_object(heard, (dict(told), os.getpid()), group)
-        return heard
 
     def use_sockets(self) -> None:
         """Do without shared memory, on all ranks, before the first program."""

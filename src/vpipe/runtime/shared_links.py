@@ -1,0 +1,53 @@
+"""Which links between ranks can be shared memory: found out by all of them together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from vpipe.runtime.shared_memory import Inbox, Outbox, open_inbox, open_outbox
+from vpipe.runtime.wait import telling_losses
+
+__all__ = ["share_memory"]
+
+T = TypeVar("T")
+Link = TypeVar("Link", bound=tuple[int, ...])
+"""Source rank, target rank, and whatever tells links between them apart."""
+
+
+def share_memory(
+    links: Iterable[Link], group: dist.ProcessGroup, timeout: timedelta | None, *, allowed: bool = True
+) -> tuple[dict[Link, Outbox], dict[Link, Inbox]]:
+    """Open those of `links` whose two ranks see the same memory; return this rank's ends of them.
+
+    Collective over `group`, a gloo group of all ranks. A rank for which it is not `allowed` takes no part in a link.
+
+    Raises:
+        PeerLostError: another rank ended meanwhile.
+    """
+    rank = dist.get_rank()
+    own = [link for link in links if link[0] == rank] if allowed else []
+    offers = {link: outbox for link in own if (outbox := open_outbox()) is not None}
+    inboxes = {}
+    for invitations, _ in _tell_all({link: outbox.invitation for link, outbox in offers.items()}, group):
+        for link, invitation in invitations.items():
+            if allowed and link[1] == rank and (inbox := open_inbox(invitation, link[0], timeout)) is not None:
+                inboxes[link] = inbox
+    outboxes = {}
+    for opened, pid in _tell_all(dict.fromkeys(inboxes), group):
+        for link in opened.keys() & offers.keys():
+            offers[link].connect(link[1], pid, timeout)
+            outboxes[link] = offers[link]
+    return outboxes, inboxes
+
+
+def _tell_all(told: Mapping[Link, T], group: dist.ProcessGroup) -> list[tuple[Mapping[Link, T], int]]:
+    """Return what every rank told, with its process."""
+    heard: list[Any] = [None] * dist.get_world_size()
+    with telling_losses("the links between ranks to open"):
+        dist.all_gather_object(heard, (dict(told), os.getpid()), group)
+    return heard
