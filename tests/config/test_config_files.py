@@ -23,6 +23,7 @@ def written(folder: Path, text: str) -> Path:
         ('{"partition": [12, 13]}', PartitionFile([12, 13], None)),
         ('{"partition": [1], "policies": ["swap"]}', PartitionFile([1], None, ["swap"])),
         ('{"partition": [1, 1], "recompute_ahead": [1]}', PartitionFile([1, 1], None, None, [1])),
+        ('{"partition": [1, 1], "swap_versions": [0]}', PartitionFile([1, 1], None, None, None, [0])),
     ],
 )
 def test_partition_file(tmp_path: Path, text: str, content: PartitionFile) -> None:

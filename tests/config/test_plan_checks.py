@@ -76,6 +76,8 @@ def test_no_number_of_microbatches_before_the_plan() -> None:
             "plan.policies and pipeline.recompute or recompute_ratio say the same thing twice; keep one",
         ),
         (["plan.recompute_ahead=[1,2]"], "plan.recompute_ahead has stage 2; there are stages 0 to 1"),
+        (["plan.swap_versions=[2]"], "plan.swap_versions has stage 2; there are stages 0 to 1"),
+        (["plan.swap_versions=1"], "plan.swap_versions = 1 is not true, false, null, or a list of stages"),
         (["pipeline.schedule=searched", "plan.partition=auto"], "'searched' is an order for given times"),
         (["pipeline.schedule=auto", "pipeline.vertical_sync=true"], "needs a schedule that has it, not 'auto'"),
     ],
@@ -101,3 +103,11 @@ def test_the_policies_of_a_plan_file_count_unless_the_run_says_something_itself(
     (tmp_path / "plan.json").write_text(json.dumps(content | {"policies": ["all"]}))
     with pytest.raises(ConfigError, match=r"plan\.policies"):
         run_with("plan.partition=plan.json", folder=tmp_path)
+
+
+def test_the_weight_versions_of_a_plan_file_move_unless_the_run_says_something_itself(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"partition": [2, 3], "swap_versions": [1]}))
+    assert run_with("plan.partition=plan.json", folder=tmp_path).plan.swap_versions == [1]
+    own = run_with("plan.partition=plan.json", "plan.swap_versions=false", folder=tmp_path)
+    assert own.plan.swap_versions is False
+    assert run_with("plan.swap_versions=true").plan.swap_versions is True

@@ -180,10 +180,10 @@ def command(
         built = [_build(each, ranks, microbatches, options, times, shared=name is None) for each in names]
         schedules, reports = [schedule for schedule, _ in built], [report for _, report in built]
         sentences = [find_entry(each).summary for each in names]
-    if times["move"] is not None:
-        schedules = [insert_offloads(schedule, range(schedule.num_stages)) for schedule in schedules]
     if times["move_versions"] is not None:
         schedules = [insert_version_moves(schedule, range(schedule.num_stages)) for schedule in schedules]
+    if times["move"] is not None:
+        schedules = [insert_offloads(schedule, range(schedule.num_stages)) for schedule in schedules]
     simulations = [simulate(schedule, _costs(schedule, **times)) for schedule in schedules]
     _print(simulations, sentences, reports, form, several=compare is not None)
 

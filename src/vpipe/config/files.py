@@ -18,7 +18,7 @@ __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps
 _PLAN_KEYS = (
     *("schedule", "synchronous", "num_microbatches", "microbatch_size", "depths"),
     *("stages", "cuts", "fingerprint"),
-    *("policies", "recompute_ahead", "stages_per_rank", "stage_to_depth_map", "predicted", "profile"),
+    *("policies", "recompute_ahead", "swap_versions", "stages_per_rank", "stage_to_depth_map", "predicted", "profile"),
 )
 
 
@@ -33,6 +33,7 @@ class PartitionFile:
     recompute_ratio: list[float] | None
     policies: Any = None
     recompute_ahead: Any = None
+    swap_versions: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_partition_file(path: Path) -> PartitionFile:
     """Read ``{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}``; the ratios may be left out.
 
     A run's own ``plan.json`` is such a file too, and what ``vpipe plan`` writes: they may have policies per block, and
-    stages that recompute ahead. What else they say is not read.
+    stages that recompute ahead or move weight versions. What else they say is not read.
 
     Raises:
         ConfigError: the file is missing or is not of this form; the message has a line per mistake.
@@ -61,7 +62,7 @@ def read_partition_file(path: Path) -> PartitionFile:
         raise ConfigError(
             f"{path}: partition = {show(partition)} is not a list with a whole number of at least 1 per stage"
         )
-    more = content.get("policies"), content.get("recompute_ahead")
+    more = content.get("policies"), content.get("recompute_ahead"), content.get("swap_versions")
     if ratios is None:
         return PartitionFile(partition, None, *more)
     if not (isinstance(ratios, list) and all(_is_ratio(ratio) for ratio in ratios)):

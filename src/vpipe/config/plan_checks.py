@@ -17,7 +17,8 @@ _OF_ONE_SCHEDULE = ("macrobatch", "vertical_sync", "memory_limit_microbatches", 
 def check_planning(run: RunConfig) -> Iterator[Problem]:
     """Check the keys of `plan`, and what they need of others."""
     yield from _check_policies(run)
-    yield from _check_ahead(run)
+    yield from _check_stages(run, "recompute_ahead", run.plan.recompute_ahead)
+    yield from _check_stages(run, "swap_versions", run.plan.swap_versions)
     yield from _check_limit(run)
     yield from _check_schedule(run)
 
@@ -42,11 +43,11 @@ def _check_policies(run: RunConfig) -> Iterator[Problem]:
         yield Problem((*keys, "model.num_layers"), text)
 
 
-def _check_ahead(run: RunConfig) -> Iterator[Problem]:
-    for stage in run.plan.recompute_ahead:
+def _check_stages(run: RunConfig, key: str, stages: object) -> Iterator[Problem]:
+    for stage in stages if isinstance(stages, list) else ():
         if stage >= run.num_stages:
-            text = f"plan.recompute_ahead has stage {stage}; there are stages 0 to {run.num_stages - 1}"
-            yield Problem(("plan.recompute_ahead", "pipeline.num_ranks", "pipeline.stages_per_rank"), text)
+            text = f"plan.{key} has stage {stage}; there are stages 0 to {run.num_stages - 1}"
+            yield Problem((f"plan.{key}", "pipeline.num_ranks", "pipeline.stages_per_rank"), text)
             return
 
 

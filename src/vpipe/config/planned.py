@@ -91,7 +91,7 @@ def build_request(run: RunConfig, profile: Profile) -> Request:
         own_counts(run),
         [limit] if isinstance(limit, int) else limit,
         None if is_own else pipeline.stages_per_rank,
-        {**_options(run), "macrobatch": pipeline.macrobatch},
+        {**_options(run), "macrobatch": pipeline.macrobatch, "swap_versions": _version_moves(run, profile)},
         policies=[policy for policy in Policy if not (never and policy is Policy.RECOMPUTE)],
     )
 
@@ -99,6 +99,12 @@ def build_request(run: RunConfig, profile: Profile) -> Request:
 def _options(run: RunConfig) -> dict[str, object]:
     options = {"depths": run.pipeline.stage_to_depth_map, "vertical_sync": run.pipeline.vertical_sync or None}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _version_moves(run: RunConfig, profile: Profile) -> bool | Sequence[int] | None:
+    """Return what the run says of weight versions; only for a limit is the planner asked to choose."""
+    is_open = run.plan.memory_limit is not None and profile.host is not None
+    return False if run.plan.swap_versions is None and not is_open else run.plan.swap_versions
 
 
 def resolve_cut(partition: Sequence[int] | str, profile: Profile, num_stages: int) -> list[int]:
@@ -173,6 +179,7 @@ def with_plan(run: RunConfig, plan: Plan) -> RunConfig:
         "partition": list(plan.partition),
         "policies": None if given else [policy.value for policy in plan.policies],
         "recompute_ahead": list(plan.ahead),
+        "swap_versions": list(setting.swap_versions),
     }
     sections = {
         "pipeline": run.pipeline.model_copy(update=pipeline),

@@ -104,6 +104,8 @@ def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
             set_key(tree, "plan.partition", "uniform")
         else:
             set_key(tree, "plan.partition", content.partition)
+            if content.swap_versions is not None and get_key(tree, "plan.swap_versions") is None:
+                set_key(tree, "plan.swap_versions", content.swap_versions)
             from_file = content
     pipeline = tree.setdefault("pipeline", {})
     if not isinstance(pipeline, dict):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, StrictBool, model_validator
 
 from vpipe.config.fields import (
     Allowed,
@@ -196,8 +196,13 @@ class PlanConfig(Section):
     """What each block does with its activations, in model order; null is what `pipeline.recompute_ratio` says."""
     recompute_ahead: list[Natural] = []
     """Stages that recompute before the gradient arrives."""
+    swap_versions: Annotated[StrictBool | list[Natural] | None, Allowed("true, false, null, or a list of stages")] = (
+        None
+    )
+    """Of asynchronous schedules, whether weight versions that wait for their backwards are moved to host memory: on all
+    stages that keep more than two, on none, or on those listed; null leaves it to the planner, if there is one."""
     swap_directory: Path | None = None
-    """Where swapped activations go on a CPU, a fast disk; null is where temporary files go."""
+    """Where what is swapped goes on a CPU, a fast disk; null is where temporary files go."""
 
 
 class OptimizerConfig(Section):

@@ -143,7 +143,7 @@ def simulator_costs(
     """Return the simulator's costs, in ms and bytes, of a partition with a policy per block."""
     speeds = speeds_of(profile, placement.num_ranks)
     ends = list(accumulate(partition))
-    names = ("forward", "input_grad", "weight_grad", "step", "recompute", "move")
+    names = ("forward", "input_grad", "weight_grad", "step", "recompute", "move", "move_versions")
     times: dict[str, list[float]] = {name: [] for name in names}
     for stage, (start, stop) in enumerate(pairwise([0, *ends])):
         speed = speeds[placement.rank_of(stage)]
@@ -154,6 +154,8 @@ def simulator_costs(
         times["recompute"].append(again / speed)
         swapped = sum(block.activation_bytes for block, policy in inside if policy is Policy.SWAP)
         times["move"].append(host_ms(profile.host, swapped) / 2)
+        weights = sum(block.parameter_bytes for block, _ in inside)
+        times["move_versions"].append(host_ms(profile.host, weights) / 2)
     return Costs(
         **{name: tuple(values) for name, values in times.items()},
         latency=profile.link.latency_ms,

@@ -47,7 +47,7 @@ class StageLoad:
     held: tuple[tuple[int, int], ...]
     """Microbatches (before their backward, between the halves of a split one): every combination that may be a peak."""
     num_versions: int
-    """Parameter sets."""
+    """Parameter sets on the device."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def stage_loads(schedule: Schedule) -> tuple[StageLoad, ...]:
         ScheduleError: a forward or an update is missing.
     """
     usage = weight_usage(schedule)
-    return tuple(StageLoad(_peaks(schedule, stage), usage[stage].num_versions) for stage in range(schedule.num_stages))
+    return tuple(StageLoad(_peaks(schedule, stage), usage[stage].num_on_device) for stage in range(schedule.num_stages))
 
 
 def rank_memory(schedule: Schedule, loads: Sequence[StageLoad], stages: Sequence[StageBytes]) -> tuple[RankMemory, ...]:

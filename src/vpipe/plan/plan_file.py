@@ -31,7 +31,8 @@ def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = No
     """Return the plan for JSON; times are predictions in ms, sizes bytes.
 
     `policies` holds what a ratio cannot say: what every block does, in model order. `recompute_ahead` names the stages
-    that recompute before the gradient arrives: the schedule has an R before each of their backwards.
+    that recompute before the gradient arrives: the schedule has an R before each of their backwards. `swap_versions`
+    names those whose waiting weight versions are in host memory.
     """
     setting = plan.setting
     return {
@@ -44,6 +45,7 @@ def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = No
         "microbatch_size": setting.microbatch_size,
         "stages_per_rank": len(plan.partition) // setting.num_ranks,
         **({"recompute_ahead": list(plan.ahead)} if plan.ahead else {}),
+        **({"swap_versions": list(setting.swap_versions)} if setting.swap_versions else {}),
         **({"stage_to_depth_map": list(setting.depths)} if setting.depths else {}),
         "stages": _stages(plan, profile),
         "predicted": {

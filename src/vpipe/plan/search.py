@@ -281,7 +281,7 @@ def _prefer_small(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situat
     """Move the plan with the least memory among those that are about as fast as the fastest to the front."""
     fastest = ranked[0][1].sample_ms
     close = [pair for pair in ranked if pair[1].sample_ms <= fastest * (1 + _NEGLIGIBLE)]
-    first = min(close, key=lambda pair: _merit(pair)[1])
+    first = min(close, key=lambda pair: (bool(pair[1].setting.swap_versions), _merit(pair)[1]))
     return [first, *(pair for pair in ranked if pair is not first)]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from vpipe.errors import PlanError, ScheduleError
 from vpipe.plan.profile import Profile
+from vpipe.schedule.action import Kind
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule
+from vpipe.schedule.version_moves import insert_version_moves
 from vpipe.schedule.warmup import default_depths
 
 __all__ = ["Setting", "microbatch_choices", "settings", "sizes_to_profile"]
@@ -28,6 +30,8 @@ class Setting:
     stages_per_rank: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
     """Of the schedule's builder, by name."""
+    swap_versions: tuple[int, ...] = ()
+    """Stages whose waiting weight versions are moved to host memory."""
 
     @property
     def batch_size(self) -> int:
@@ -52,9 +56,16 @@ class Setting:
             ScheduleError: the family cannot run these sizes.
         """
         count = self.num_microbatches * num_batches
-        return build_schedule(
+        schedule = build_schedule(
             self.schedule, self.num_ranks, count, stages_per_rank=self.stages_per_rank, **dict(self.options)
         )
+        return insert_version_moves(schedule, self.swap_versions)
+
+    @property
+    def num_batches_until_steady(self) -> int:
+        """Count batches after which an asynchronous schedule repeats itself."""
+        deepest = max([self.num_ranks, *(self.depths or ())])
+        return 2 + -(-2 * deepest // self.num_microbatches)
 
     def describe(self) -> str:
         """Say it in a few words."""
@@ -63,6 +74,8 @@ class Setting:
             words.append(f"{self.stages_per_rank} stages per rank")
         if self.depths is not None:
             words.append(f"depths {' '.join(map(str, self.depths))}")
+        if self.swap_versions:
+            words.append(f"older weights of stages {' '.join(map(str, self.swap_versions))} in host memory")
         return ", ".join(words)
 
 
@@ -107,7 +120,8 @@ def settings(
 ) -> list[Setting]:
     """Return every combination that can be built; with `is_eager`, also warmups deeper than the least.
 
-    Of `options` each schedule takes those it has. `macrobatch` makes one update of each batch.
+    Of `options` each schedule takes those it has. `macrobatch` makes one update of each batch; `swap_versions` moves
+    weight versions that wait, on the stages listed or on all (True). None: both with and without.
 
     Raises:
         PlanError: the batch cannot be cut so.
@@ -121,13 +135,24 @@ def settings(
             setting = Setting(name, num_ranks, count, batch_size // count, stages_per_rank, tuple(sorted(own.items())))
             try:
                 setting.build()
+                found += _with_version_moves(setting, options.get("swap_versions", False))
             except ScheduleError as error:
                 reasons.append(error)
-            else:
-                found.append(setting)
     if not found:
         raise reasons[0]
     return found
+
+
+def _with_version_moves(setting: Setting, asked: bool | Sequence[int] | None) -> list[Setting]:
+    """Return the setting as asked for, naming those stages alone that have something to move; None: both ways."""
+    if setting.synchronous or asked is False:
+        return [setting]
+    all_stages = range(setting.build().num_stages)
+    stages = all_stages if asked is None or asked is True else asked
+    schedule = replace(setting, swap_versions=tuple(stages)).build(setting.num_batches_until_steady)
+    useful = {action.stage for order in schedule.orders for action in order if action.kind is Kind.OFFLOAD_V}
+    moving = replace(setting, swap_versions=tuple(sorted(useful)))
+    return [setting, moving] if asked is None and useful else [moving]
 
 
 def _options(

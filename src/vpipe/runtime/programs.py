@@ -90,8 +90,8 @@ class ProgramBuilder:
         schedule = build_schedule(
             self._name, self._num_ranks, count, stages_per_rank=self._stages_per_rank, **self._options
         )
-        moving = insert_offloads(insert_recomputes(schedule, self._ahead), self._moved)
-        return insert_version_moves(moving, self._versions)
+        moving = insert_version_moves(schedule, self._versions)
+        return insert_offloads(insert_recomputes(moving, self._ahead), self._moved)
 
     def insert(self, ahead: Collection[int], swapping: Collection[int], versions: Collection[int] | bool) -> None:
         """From now on recompute ahead of the backwards of the stages `ahead`, and move what those `swapping` hold.

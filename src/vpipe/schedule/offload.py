@@ -73,8 +73,11 @@ def _with_moves(order: Sequence[Action], stages: Collection[int]) -> Iterator[Ac
                 after[computing[forwards[key]]] = Action(action.stage, Kind.OFFLOAD, action.microbatch)
                 fetch = Action(action.stage, Kind.FETCH, action.microbatch)
                 before.setdefault(computing[start - 1], []).append(fetch)
+    late: Action | None = None
     for index, action in enumerate(order):
+        if late is not None and action.kind is not Kind.OFFLOAD_V:  # for that an update waits
+            yield late
+            late = None
         yield from before.get(index, ())
         yield action
-        if index in after:
-            yield after[index]
+        late = after.get(index, late)

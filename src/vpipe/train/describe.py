@@ -33,6 +33,7 @@ def describe_plan(pipeline: Pipeline, setup: Setup) -> dict[str, Any]:
         "depths": [_depth(schedule, stage) for stage in range(schedule.num_stages)],
         "stages": _stages(pipeline, setup),
         "cuts": _cuts(pipeline, setup),
+        **({"swap_versions": sorted(pipeline.programs.moving)} if pipeline.programs.moving else {}),
         "fingerprint": schedule.fingerprint(),
     }
 

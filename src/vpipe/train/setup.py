@@ -176,6 +176,7 @@ def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) ->
         recompute_ratio=setup.config.recompute_ratios,
         policies=plan.policies,
         recompute_ahead=plan.recompute_ahead,
+        swap_versions=plan.swap_versions or False,
         swap_directory=plan.swap_directory,
         memory_limit_bytes=plan.memory_limit,
         recompute="except_last" if pipeline.recompute == "except_last" else "always",
