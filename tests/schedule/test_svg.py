@@ -8,10 +8,12 @@ import pytest
 
 from vpipe.schedule.action import Kind
 from vpipe.schedule.costs import Costs
+from vpipe.schedule.offload import insert_offloads
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.simulate import Simulation, simulate
 from vpipe.schedule.svg import _UPPER_STAGE, to_svg
-from vpipe.schedule.svg_shapes import COLOURS, ink_on, lighten, text_width
+from vpipe.schedule.svg_shapes import COLOURS, MOVE_COLOURS, ink_on, lighten, text_width
+from vpipe.schedule.version_moves import insert_version_moves
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -153,6 +155,38 @@ def test_kinds_are_told_apart_with_any_colour_vision(vision: str) -> None:
             assert dist(_seen(colour, vision), _seen(other, vision)) > 35, (first, second, colour, other)
 
 
+@pytest.mark.parametrize("vision", VISION)
+def test_moves_are_told_apart_with_any_colour_vision(vision: str) -> None:
+    shades = [*MOVE_COLOURS.items(), *((kind, lighten(colour, _UPPER_STAGE)) for kind, colour in MOVE_COLOURS.items())]
+    for (first, colour), (second, other) in combinations(shades, 2):
+        if first is not second:
+            assert dist(_seen(colour, vision), _seen(other, vision)) > 35, (first, second, colour, other)
+
+
 def test_ink_reads_on_its_ground() -> None:
     assert lighten("#000000", 0.5) == "#808080"
     assert (ink_on("#ffffff"), ink_on("#000000")) == ("#1b2430", "#ffffff")
+
+
+def test_what_is_moved_has_a_row_under_its_rank() -> None:
+    plain = build_schedule("pipedream", 4, 8)
+    schedule = insert_offloads(insert_version_moves(plain, range(4)), range(4))
+    costs = Costs.from_rank_shares(schedule.placement, move=0.5, move_versions=0.75)
+    simulation = simulate(schedule, costs)
+    root = ElementTree.fromstring(to_svg([simulation]))
+    cells = _cells(root)
+    assert set(cells) == {str(action) for order in schedule.orders for action in order}
+    scale = float(cells["0F0"].get("width", 0)) + 1
+    for rank, moves in enumerate(simulation.moves):
+        for action, start, end in moves:
+            cell = cells[str(action)]
+            assert cell.get("fill") == MOVE_COLOURS[action.kind]
+            assert float(cell.get("width", 0)) == pytest.approx((end - start) * scale - 1, abs=0.02)
+            assert float(cell.get("x", 0)) == pytest.approx(float(cells["0F0"].get("x", 0)) + start * scale, abs=0.2)
+            assert float(cells[f"{rank}F0"].get("y", 0)) < float(cell.get("y", 0)) < float(cells["3F0"].get("y", 0))
+    texts = _texts(root)
+    assert texts.count("host") == 2  # two ranks hold too little to move anything
+    assert {"out to host memory", "back", "weight version out"} <= set(texts)
+    assert "microbatches held on the device, weight versions kept (dashed)" in texts
+    assert texts.count("2 held, 2 kept") == 3
+    assert not {"host", "back"} & set(_texts(_draw("pipedream")))

@@ -1,8 +1,9 @@
 """A schedule as a picture for a slide: who does what when, and what each rank holds meanwhile.
 
 Each panel is a schedule: ranks as rows, microbatch numbers in the cells, an upright bar where an update takes no time,
-a strip below each row for warmup, steady phase and cooldown, and below that what each rank holds over time. Several
-schedules share one scale of time, so that their lengths compare.
+a strip below each row for warmup, steady phase and cooldown, a lower row for its link to host memory where it has one,
+and below all that what each rank holds over time. Several schedules share one scale of time, so that their lengths
+compare.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vpipe.schedule.svg_shapes import (
     COLOURS,
     GREY,
     INK,
+    MOVE_COLOURS,
     PHASE_COLOURS,
     heading,
     ink_on,
@@ -48,7 +50,13 @@ _NAMES = {
     Kind.I: "input gradient",
     Kind.W: "weight gradient",
     Kind.STEP: "update",
+    Kind.OFFLOAD: "out to host memory",
+    Kind.FETCH: "back",
+    Kind.OFFLOAD_V: "weight version out",
+    Kind.FETCH_V: "back",
 }
+_COLOURS = COLOURS | MOVE_COLOURS
+_LINK_HEIGHT = 0.55  # of a row
 
 
 @dataclass(frozen=True)
@@ -129,11 +137,13 @@ def _draw_panel(body: list[str], page: _Page, simulation: Simulation, sentence: 
     for rank, events in enumerate(simulation.events):
         body.append(text(_LEFT - 10, y + page.row / 2 + 4, f"rank {rank}", size=13, anchor="end"))
         body.append(rect(_LEFT, y, simulation.makespan * page.scale, page.row, "url(#idle)"))
-        _draw_row(body, page, simulation, events, y)
+        _draw_row(body, page, simulation, events, y, page.row)
         for phase, (start, end) in phase_spans(events).items():
             left, width = page.x(start), (end - start) * page.scale
             body.append(rect(left, y + page.row + 2, max(width - 1, 1), 3, PHASE_COLOURS[phase]))
         y += page.row + 9
+        if simulation.moves[rank]:
+            y = _draw_link(body, page, simulation, rank, y)
     y = _draw_axis(body, page, simulation, y)
     return _draw_curves(body, page, simulation, y)
 
@@ -164,7 +174,18 @@ def _draw_phase_names(body: list[str], page: _Page, events: Sequence[Event], bas
             body.append(text(middle, baseline, phase, size=11, fill=GREY, anchor="middle"))
 
 
-def _draw_row(body: list[str], page: _Page, simulation: Simulation, events: Sequence[Event], y: float) -> None:
+def _draw_link(body: list[str], page: _Page, simulation: Simulation, rank: int, y: float) -> float:
+    """Add what the host link of a rank carries; return where the next row starts."""
+    height = page.row * _LINK_HEIGHT
+    body.append(text(_LEFT - 10, y + height / 2 + 3, "host", size=11, fill=GREY, anchor="end"))
+    _draw_row(body, page, simulation, simulation.moves[rank], y, height)
+    return y + height + 8
+
+
+def _draw_row(
+    body: list[str], page: _Page, simulation: Simulation, events: Sequence[Event], y: float, height: float
+) -> None:
+    size = min(page.label, 0.9 * height)
     for action, start, end in events:
         left, width = page.x(start), (end - start) * page.scale
         tip = f"{action}, {start:g} to {end:g}"
@@ -172,24 +193,24 @@ def _draw_row(body: list[str], page: _Page, simulation: Simulation, events: Sequ
             continue  # drawn last, over its neighbours
         colour = _colour(simulation, action)
         gap = 1.0 if width > 4 else 0.0
-        body.append(rect(left + gap / 2, y, width - gap, page.row, colour, radius=2 if width > 8 else 0, tip=tip))
+        body.append(rect(left + gap / 2, y, width - gap, height, colour, radius=2 if width > 8 else 0, tip=tip))
         label = "U" if action.kind is Kind.STEP else str(action.microbatch)
-        if page.label >= _LEAST_LABEL and width >= len(label) * _DIGIT * page.label + 1:
-            middle, base = left + width / 2, y + page.row / 2 + 0.36 * page.label
-            body.append(text(middle, base, label, size=page.label, fill=ink_on(colour), anchor="middle"))
+        if size >= _LEAST_LABEL and width >= len(label) * _DIGIT * size + 1:
+            middle, base = left + width / 2, y + height / 2 + 0.36 * size
+            body.append(text(middle, base, label, size=size, fill=ink_on(colour), anchor="middle"))
     for action, start, end in events:
         if action.kind is Kind.STEP and (end - start) * page.scale < 3:
             tip = f"{action} at {end:g}"
-            body.append(rect(page.x(end) - 1.75, y - 3, 3.5, page.row + 6, COLOURS[Kind.STEP], radius=1.5, tip=tip))
+            body.append(rect(page.x(end) - 1.75, y - 3, 3.5, height + 6, COLOURS[Kind.STEP], radius=1.5, tip=tip))
 
 
 def _colour(simulation: Simulation, action: Action) -> str:
     """Return the colour of the kind; work on later stages of the rank is paler."""
     placement = simulation.schedule.placement
     if placement.stages_per_rank == 1 or action.kind is Kind.STEP:
-        return COLOURS[action.kind]
+        return _COLOURS[action.kind]
     turn = action.stage // placement.num_ranks
-    return lighten(COLOURS[action.kind], _UPPER_STAGE * turn / (placement.stages_per_rank - 1))
+    return lighten(_COLOURS[action.kind], _UPPER_STAGE * turn / (placement.stages_per_rank - 1))
 
 
 def _draw_axis(body: list[str], page: _Page, simulation: Simulation, y: float) -> float:
@@ -213,7 +234,8 @@ def _draw_curves(body: list[str], page: _Page, simulation: Simulation, y: float)
     held, versions = activations_over_time(simulation), weight_versions_over_time(simulation)
     top = max(value for curve in (*held, *versions) for _, value in curve)
     several = max(value for curve in versions for _, value in curve) > 1
-    caption = "microbatches held" + (", weight versions kept (dashed)" if several else "")
+    held_where = "held on the device" if any(simulation.moves) else "held"
+    caption = f"microbatches {held_where}" + (", weight versions kept (dashed)" if several else "")
     body.append(text(_LEFT, y + 6, caption, size=11, fill=GREY))
     y += 12
     for rank, curve in enumerate(held):
@@ -250,8 +272,9 @@ def _outline(page: _Page, curve: Curve, makespan: float, base: float, unit: floa
 def _draw_legend(body: list[str], page: _Page, simulations: Sequence[Simulation], y: float) -> float:
     """Explain the colours that occur, in as many lines as they need; return where the last one starts."""
     events = [events for simulation in simulations for events in simulation.events]
-    kinds = {event.action.kind for rank in events for event in rank}
-    entries = [(14.0, COLOURS[kind], _NAMES[kind]) for kind in COLOURS if kind in kinds]
+    moves = [moves for simulation in simulations for moves in simulation.moves]
+    kinds = {event.action.kind for rank in [*events, *moves] for event in rank}
+    entries = [(14.0, _COLOURS[kind], _NAMES[kind]) for kind in _COLOURS if kind in kinds]
     if any(simulation.schedule.placement.stages_per_rank > 1 for simulation in simulations):
         entries.append((14.0, lighten(COLOURS[Kind.F], _UPPER_STAGE), "paler: later stage of the rank"))
     entries.append((14.0, "url(#idle)", "idle"))

@@ -13,6 +13,7 @@ __all__ = [
     "COLOURS",
     "GREY",
     "INK",
+    "MOVE_COLOURS",
     "PHASE_COLOURS",
     "heading",
     "ink_on",
@@ -34,6 +35,13 @@ COLOURS = {
     Kind.W: "#f0a830",
     Kind.STEP: "#9c2f06",
 }
+MOVE_COLOURS = {
+    Kind.OFFLOAD: "#26355c",
+    Kind.FETCH: "#bcc6de",
+    Kind.OFFLOAD_V: "#d55e00",
+    Kind.FETCH_V: "#f5c48f",
+}
+"""Of a row that has nothing else in it."""
 PHASE_COLOURS = {"warmup": "#c3cedb", "steady": "#46566b", "cooldown": "#8a99ad"}
 
 
