@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config
 
+from vpipe.model.gpt import build_gpt_chain
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.split import DeferWeightGradients, run_deferred, tell_split
 
@@ -75,6 +79,61 @@ def test_what_only_the_first_half_needs_is_freed_with_it():
     assert not alive
     run_deferred(deferred)
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def gpt_block(index):
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=32, n_layer=1, n_head=4)
+    return build_gpt_chain(config, tie_weights=False).materialise(index, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 32), (3, 1, 32), (2, 8, 32)])
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_layers_of_gpt2_are_split_too(block, shape, recompute):
+    full, split = gpt_block(block), gpt_block(block)
+    for round_ in range(2):
+        hidden = torch.randn(shape, generator=torch.Generator().manual_seed(round_))
+        deferred = []
+        expected = gradients(full, hidden, recompute=recompute)
+        assert torch.equal(gradients(split, hidden, deferred, recompute), expected)
+        assert len(deferred) == 2
+        early = {name for name, item in split.named_parameters() if item.grad is not None}
+        assert round_ or early == {name for name, _ in split.named_parameters() if name.startswith("ln_")}
+        run_deferred(deferred)
+        for (name, own), other in zip(split.named_parameters(), full.parameters(), strict=True):
+            assert torch.equal(own.grad, other.grad), name
+
+
+def test_products_that_are_no_layers_are_left_to_autograd():
+    weight, bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+    rows, deferred = torch.randn(2, 3), []
+    with DeferWeightGradients(deferred):
+        results = [
+            torch.addmm(bias, rows, weight, alpha=2),
+            torch.addmm(bias * 1, rows, weight),
+            torch.addmm(nn.Parameter(torch.zeros(2, 4)), rows, weight),
+            torch.addmm(bias, rows, weight * 1),
+            torch.addmm(bias[:3], rows, nn.Parameter(torch.randn(3, 3)).t()),
+        ]
+        sum(result.sum() for result in results).backward()
+    assert not deferred
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_the_layout_of_the_input_changes_no_bit(by_columns):
+    found = []
+    for deferred in (None, []):
+        torch.manual_seed(2)
+        weight, bias = nn.Parameter(torch.randn(31, 45)), nn.Parameter(torch.randn(45))
+        leaf = torch.randn(31, 57, requires_grad=True) if by_columns else torch.randn(57, 31, requires_grad=True)
+        with nullcontext() if deferred is None else DeferWeightGradients(deferred):
+            output = torch.addmm(bias, leaf.t() if by_columns else leaf, weight)
+        output.square().sum().backward()
+        assert deferred is None or (weight.grad is None and len(deferred) == 1)
+        run_deferred(deferred or [])
+        found.append([leaf.grad, weight.grad, bias.grad])
+    assert all(map(torch.equal, *found))
 
 
 class Reused(nn.Module):

@@ -1,9 +1,10 @@
 """Backward in two halves: gradients for inputs now, gradients for weights later.
 
-While a forward runs, calls of `torch.nn.functional.linear` whose weight is a parameter are replaced by a function with
-the same result, whose backward computes the input's gradient only and notes what the weight's gradient needs: the
-layer's input, and the gradient of its output. Everything else is freed with the graph, as always. `run_deferred`
-computes the noted gradients. Nothing is computed twice, and the bits are those of an ordinary backward.
+While a forward runs, calls of `torch.nn.functional.linear` whose weight is a parameter, and of `torch.addmm` with
+parameters as bias and weight (the `Conv1D` of transformers' GPT-2), are replaced by a function with the same result,
+whose backward computes the input's gradient only and notes what the weight's gradient needs: the layer's input, and the
+gradient of its output. Everything else is freed with the graph, as always. `run_deferred` computes the noted gradients.
+Nothing is computed twice, and the bits are those of an ordinary backward.
 
 A module has to satisfy nothing for that. Parameters that are used otherwise (normalisation, embeddings, convolutions,
 and what `torch.nn.MultiheadAttention` does inside one function of torch), or more than once, get their gradients in
@@ -51,14 +52,41 @@ class _Linear(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         rows = gradients[0].reshape(-1, gradients[0].shape[-1])
         rest = _WeightGradient(rows, hidden.reshape(-1, hidden.shape[-1]), *ctx.parameters)
-        to_weight, to_bias = None, None
-        if any(ctx.uses[id(parameter)] > 1 for parameter in ctx.parameters if parameter is not None):
-            # Autograd adds the gradients of all uses to each other before it adds them to those of other microbatches.
-            to_weight, to_bias = rest.of_weight(), rest.of_bias()
-        else:
-            ctx.deferred.append(rest)
         to_hidden = rows.mm(weight).view(hidden.shape) if ctx.needs_input_grad[0] else None
-        return to_hidden, to_weight, to_bias, None, None
+        return to_hidden, *_defer(ctx, rest), None, None
+
+
+class _Product(torch.autograd.Function):
+    """`torch.addmm`: a linear layer whose weight is the other way round, for rows alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, deferred: Deferred, uses: Counter[int]
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.parameters = weight, bias
+        ctx.deferred, ctx.uses = deferred, uses
+        return torch.addmm(bias, hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        hidden, weight = ctx.saved_tensors
+        (rows,) = gradients
+        to_hidden = None
+        if ctx.needs_input_grad[0]:
+            # The gradient is laid out as what it is of, as autograd does.
+            by_columns = hidden.stride() == (1, hidden.shape[0])
+            to_hidden = weight.mm(rows.t()).t() if by_columns else rows.mm(weight.t())
+        return to_hidden, *_defer(ctx, _ProductGradient(rows, hidden, *ctx.parameters)), None, None
+
+
+def _defer(ctx: Any, rest: _WeightGradient) -> tuple[Tensor | None, Tensor | None]:
+    """Note the rest of a backward; return the gradients that cannot wait."""
+    if any(ctx.uses[id(parameter)] > 1 for parameter in ctx.parameters if parameter is not None):
+        # Autograd adds the gradients of all uses to each other before it adds them to those of other microbatches.
+        return rest.of_weight(), rest.of_bias()
+    ctx.deferred.append(rest)
+    return None, None
 
 
 class _WeightGradient:
@@ -87,6 +115,11 @@ class _WeightGradient:
                 _accumulate(parameter, gradient)
 
 
+class _ProductGradient(_WeightGradient):
+    def of_weight(self) -> Tensor | None:
+        return self._hidden.t().mm(self._rows) if self._weight.requires_grad else None
+
+
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient
@@ -113,7 +146,15 @@ class DeferWeightGradients(TorchFunctionMode):
             hidden, weight, bias = _arguments(*args, **kwargs)
             if _can_defer(weight) and (bias is None or _can_defer(bias)):
                 return _Linear.apply(hidden, weight, bias, self._deferred, self._uses)  # type: ignore[no-untyped-call]
+        if func is torch.addmm and not kwargs and len(args) == 3 and torch.is_grad_enabled() and _is_layer(*args):
+            bias, hidden, weight = args
+            return _Product.apply(hidden, weight, bias, self._deferred, self._uses)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
+
+
+def _is_layer(bias: Tensor, hidden: Tensor, weight: Tensor) -> bool:
+    """Tell whether a product and sum is that of a layer: both parameters, laid out in the usual way."""
+    return _can_defer(weight) and _can_defer(bias) and weight.is_contiguous() and bias.shape == weight.shape[1:]
 
 
 def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
