@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -13,6 +14,8 @@ from vpipe.runtime.shared_memory import Inbox, Outbox, open_inbox, open_outbox
 from vpipe.runtime.wait import telling_losses
 
 __all__ = ["share_memory"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Link = TypeVar("Link", bound=tuple[int, ...])
@@ -30,8 +33,8 @@ def share_memory(
         PeerLostError: another rank ended meanwhile.
     """
     rank = dist.get_rank()
-    own = [link for link in links if link[0] == rank] if allowed else []
-    offers = {link: outbox for link in own if (outbox := open_outbox()) is not None}
+    own = [link for link in links if link[0] == rank]
+    offers = {link: outbox for link in own if allowed and (outbox := open_outbox()) is not None}
     inboxes = {}
     for invitations, _ in _tell_all({link: outbox.invitation for link, outbox in offers.items()}, group):
         for link, invitation in invitations.items():
@@ -42,6 +45,7 @@ def share_memory(
         for link in opened.keys() & offers.keys():
             offers[link].connect(link[1], pid, timeout)
             outboxes[link] = offers[link]
+    logger.info("%d of %d links from this rank are shared memory", len(outboxes), len(own))
     return outboxes, inboxes
 
 
