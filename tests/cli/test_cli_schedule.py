@@ -87,6 +87,11 @@ def test_links_cost_time() -> None:
     assert _json("gpipe --bytes 5")["makespan"] == 33
 
 
+def test_a_depth_counts_the_forwards_of_the_warmup_and_not_that_of_the_first_pair() -> None:
+    orders = _json("1f1b --depths 6,4,2,0")["actions"]
+    assert [order.index(f"{stage}B0") for stage, order in enumerate(orders)] == [7, 5, 3, 1]
+
+
 def test_options_reach_the_builder() -> None:
     assert _json("pipedream --microbatches 16 --depths 6,4,2,0")["staleness"] == [6, 4, 2, 0]
     assert _json("pipedream --microbatches 16 --microbatches-per-update 4")["weight_versions"] == [2, 2, 2, 2]

@@ -39,7 +39,7 @@ def test_depths_that_differ_only_beyond_the_batch_are_legal() -> None:
     ("depths", "words"),
     [
         ((2, 1), "depths has 2 entries for 3 stages; give one per stage"),
-        ((2, -1, 0), r"depths\[1\] is -1; a depth is a whole number from 0 on"),
+        ((2, -1, 0), r"depths\[1\] is -1; a depth is a whole number from 0 on: the warmup forwards of stage 1, before"),
         ((2, 1, 0.5), r"depths\[2\] is 0.5"),
         ((True, 0, 0), r"depths\[0\] is True"),
         ((1, 2, 0), r"stage 1 would wait for 3 forwards .* stage 0 sends only 2; .* e\.g\. \[2, 1, 0\]"),

@@ -109,7 +109,7 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
     "--depths",
     metavar="N,N,...",
     callback=_parse_depths,
-    help="1f1b, pipedream: forwards that each stage runs before its first backward.",
+    help="1f1b, pipedream: warmup forwards of each stage, before a forward and a backward take turns.",
 )
 @click.option(
     "--microbatches-per-update", type=int, help="pipedream, pipedream-2bw: gradients per update; above 1: two versions."

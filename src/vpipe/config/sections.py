@@ -152,8 +152,8 @@ class PipelineConfig(Section):
     """Instead of ratios: `always` is 1 on every stage, `never` is 0, `except_last` is 1 for all but a batch's last
     microbatch (gpipe only). true keeps given ratios, `always` without any; false is `never`, whatever they are."""
     stage_to_depth_map: Depths | None = None
-    """Forwards that each stage runs before its first backward; null is the least that keeps the pipeline full,
-    `num_stages - 1 - stage`. More hides slow links at the price of memory. For 1f1b and pipedream."""
+    """Warmup forwards of each stage, before a forward and a backward take turns; null is the least that keeps the
+    pipeline full, `num_stages - 1 - stage`. More hides slow links at the price of memory. For 1f1b and pipedream."""
     macrobatch: bool = False
     """For pipedream: one update per batch instead of one per microbatch, with two weight versions (PipeDream-2BW)."""
     vertical_sync: bool = False

@@ -52,8 +52,8 @@ def resolve_depths(depths: Sequence[int] | None, num_stages: int, num_microbatch
     for stage, depth in enumerate(depths):
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
             raise ScheduleError(
-                f"depths[{stage}] is {depth!r}; a depth is a whole number from 0 on: the forwards that stage {stage} "
-                "runs before its first backward"
+                f"depths[{stage}] is {depth!r}; a depth is a whole number from 0 on: the warmup forwards of "
+                f"stage {stage}, before a forward and a backward take turns"
             )
     clamped = tuple(min(depth, num_microbatches) for depth in depths)
     forwards = [min(depth + 1, num_microbatches) for depth in clamped]  # before the first backward
