@@ -35,26 +35,38 @@ def lower_bound_ms(situation: Situation) -> float:
     known = _with_unknown(situation) if times.is_exact else times.optimistic
     if not setting.synchronous:
         return setting.num_microbatches * cut_minimax(known)[0]
-    return cut_minimax([np.maximum(*_stage_bounds(situation, stage, matrix)) for stage, matrix in enumerate(known)])[0]
+    around, after = _elsewhere(situation)
+    work = {speed: _work(situation, speed) for speed in set(situation.speeds)}
+    bounds = []
+    for stage, matrix in enumerate(known):
+        forward, whole = work[situation.speeds[stage]]
+        first_way = after[None, :] + forward + np.maximum(0.0, whole - _num_ahead(situation, stage) * forward)
+        bounds.append(around[:, None] + np.maximum(setting.num_microbatches * matrix, first_way))
+    return cut_minimax(bounds)[0]
 
 
-def _stage_bounds(situation: Situation, stage: int, times: Array) -> tuple[Array, Array]:
-    """Return how long a batch takes at least when `stage` has blocks i to j - 1, by its work and by its first way."""
-    chain, count, speed = situation.chain, situation.setting.num_microbatches, situation.speeds[stage]
-    fastest = max(situation.speeds)
+def _work(situation: Situation, speed: float) -> tuple[Array, Array]:
+    """Return what a stage computes forward for one microbatch, and in all for a batch."""
+    chain, count = situation.chain, situation.setting.num_microbatches
+    forward = chain.between("forward_ms") / speed + situation.profile.dispatch_ms
+    return forward, count * (chain.compute_ms / speed + chain.dispatch_ms)
+
+
+def _elsewhere(situation: Situation) -> tuple[Array, Array]:
+    """Return what a batch takes before and after a stage that starts at i, and the way behind one that ends at j."""
+    chain, fastest = situation.chain, max(situation.speeds)
     there, back = chain.sums("forward_ms") / fastest, chain.sums("input_grad_ms") / fastest
     if uses_split_backward(situation.schedule):
         last = np.zeros_like(back)  # the last weight gradients may run while the earlier ranks finish
     else:
         back = last = back + chain.sums("weight_grad_ms") / fastest
-    before, after = there[:-1], (there[-1] - there + back[-1] - back)
-    around = np.append(before + last[:-1], inf)[:, None]
+    return np.append(there[:-1] + last[:-1], inf), there[-1] - there + back[-1] - back
+
+
+def _num_ahead(situation: Situation, stage: int) -> int:
+    """Count the forwards that the schedule has before the stage's first backward."""
     kinds = (action.kind for action in situation.schedule.stage_order(stage))
-    ahead = len(list(takewhile(lambda kind: kind is Kind.F, kinds)))
-    forward = chain.between("forward_ms") / speed + situation.profile.dispatch_ms
-    compute = chain.compute_ms / speed + chain.dispatch_ms
-    first_way = around + after[None, :] + forward + np.maximum(0.0, count * compute - ahead * forward)
-    return around + count * times, np.where(np.isfinite(times), first_way, inf)
+    return len(list(takewhile(lambda kind: kind is Kind.F, kinds)))
 
 
 def _with_unknown(situation: Situation) -> list[Array]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from vpipe.plan.costs import Array
 from vpipe.plan.partition import partition_by_weight, partition_uniform
-from vpipe.plan.partition_exact import cut_least_sum, useful_intervals
+from vpipe.plan.partition_exact import cut_least_sum, each_matrix
 from vpipe.plan.stage_times import StageTimes
 
 __all__ = ["candidate_cuts", "naive_cuts", "neighbours"]
@@ -26,12 +27,9 @@ def candidate_cuts(times: StageTimes) -> list[list[int]]:
     value, best, matrices = times.best
     cuts = [best] if best else []
     if best:
-        useful = useful_intervals([matrix <= value * _SLACKS[-1] * _ROUNDING for matrix in matrices])
-        matrices = [np.where(mask, matrix, np.inf) for mask, matrix in zip(useful, matrices, strict=True)]
         for slack in _SLACKS:
-            bound = value * slack * _ROUNDING
-            bounded = [np.where(matrix <= bound, matrix, np.inf) for matrix in matrices]
-            cuts += [cut_least_sum(bounded)[1], cut_least_sum(_squared(bounded))[1]]
+            bounded = each_matrix(matrices, partial(_up_to, bound=value * slack * _ROUNDING))
+            cuts += [cut_least_sum(bounded)[1], cut_least_sum(each_matrix(bounded, np.square))[1]]
     cuts += naive_cuts(times).values()
     return [list(cut) for cut in dict.fromkeys(map(tuple, cuts)) if cut]
 
@@ -59,5 +57,5 @@ def neighbours(partition: Sequence[int]) -> Iterator[list[int]]:
                 yield moved
 
 
-def _squared(matrices: Sequence[Array]) -> list[Array]:
-    return [matrix * matrix for matrix in matrices]
+def _up_to(matrix: Array, bound: float) -> Array:
+    return np.where(matrix <= bound, matrix, np.inf)

@@ -7,7 +7,7 @@ the middle of an interval than at its ends, and byte limits with them, do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vpipe.plan.costs import Array
 
-__all__ = ["cut_least_sum", "cut_minimax", "useful_intervals"]
+__all__ = ["cut_least_sum", "cut_minimax", "each_matrix", "useful_intervals"]
 
 
 def cut_minimax(costs: Sequence[Array]) -> tuple[float, list[int]]:
@@ -43,9 +43,9 @@ def _cut(costs: Sequence[Array], combine: np.ufunc) -> tuple[float, list[int]]:
         if not len(reached):
             return np.inf, []
         low, high = reached[0], reached[-1] + 1
-        totals = combine(best[low:high, None], cost[low:high])
-        starts.append(totals.argmin(axis=0) + low)
-        best = totals.min(axis=0)
+        totals = combine(best[low:high, None], cost[low:high, low + 1 :])
+        starts.append(np.concatenate([np.zeros(low + 1, dtype=np.intp), totals.argmin(axis=0) + low]))
+        best = np.concatenate([np.full(low + 1, np.inf), totals.min(axis=0)])
     if not np.isfinite(best[num_blocks]):
         return np.inf, []
     ends = [num_blocks]
@@ -65,3 +65,10 @@ def useful_intervals(allowed: Sequence[NDArray[np.bool_]]) -> list[NDArray[np.bo
         to_right.append((matrix & to_right[-1][None, :]).any(axis=1))
     to_right.reverse()
     return [matrix & from_left[stage][:, None] & to_right[stage + 1][None, :] for stage, matrix in enumerate(allowed)]
+
+
+def each_matrix(matrices: Sequence[Array], change: Callable[[Array], Array]) -> list[Array]:
+    """Change every stage's matrix; where stages share one, they share what comes of it."""
+    distinct = {id(matrix): matrix for matrix in matrices}
+    changed = {key: change(matrix) for key, matrix in distinct.items()}
+    return [changed[id(matrix)] for matrix in matrices]
