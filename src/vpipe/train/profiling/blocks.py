@@ -26,6 +26,7 @@ __all__ = ["MeasuredSize", "measure_size", "rank_speeds", "size_profile", "stage
 
 _BUDGET_MS = 1500.0
 """How long one block is measured, if a few rounds do not take longer than that."""
+_FLOAT_BYTES = 4
 _EMPTY = ("empty_forward", "empty_backward")
 _UNEQUAL = 1.5
 """Ranks whose speeds differ by less than this are the same device, on a machine that others use as well."""
@@ -61,13 +62,14 @@ def measure_size(setup: Setup, size: int, group: ProcessGroup, progress: Progres
     specs = chain.infer(range(len(chain)), sample.fields)
     signatures = [block_signature(chain, index, specs) for index in range(len(chain))]
     step, num_kinds = f"measuring blocks, microbatches of {size}", len(set(signatures))
+    weight_bytes = _FLOAT_BYTES * sum(chain.count_parameters())
     known: dict[str, _Kind] = {}
     values: dict[str, Tensor] = {}
     with seeded(setup.config.seed):
         for index, signature in enumerate(signatures):
             if signature not in known:
                 progress(step, len(known), num_kinds)
-                known[signature] = _measure(setup, index, specs, values, sample, group)
+                known[signature] = _measure(setup, index, specs, values, sample, group, weight_bytes)
             pairs = zip(chain.blocks[index].outputs, known[signature].written, strict=True)
             values |= {name: value for name, value in pairs if value is not None}
             values = {spec.name: values[spec.name] for spec in specs.get(index + 1, ())}
@@ -95,12 +97,16 @@ def _measure(
     values: Mapping[str, Tensor],
     sample: Sample,
     group: ProcessGroup,
+    weight_bytes: int,
 ) -> _Kind:
+    """Measure one block of a chain whose weights take `weight_bytes`."""
     trial = make_trial(
         setup.chain, index, specs, values, sample, setup.optimizer, seed=setup.config.seed, device=group.device
     )
     footprint = asdict(measure_footprint(trial))
-    timings = take_rounds(trial, group.device, partial(slowest, group=group), _BUDGET_MS)
+    # As if all blocks held as much as this one.
+    others = (weight_bytes + len(setup.chain) * footprint["activation_bytes"]) // group.num_ranks
+    timings = take_rounds(trial, group.device, partial(slowest, group=group), _BUDGET_MS, others)
     timings |= take_steps(trial, group.device)
     written = trial.forward(trial.stage().stage)
     names = setup.chain.blocks[index].outputs

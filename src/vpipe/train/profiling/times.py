@@ -1,4 +1,9 @@
-"""How long a block takes: every action of the runtime timed several times over, warm-up left out."""
+"""How long a block takes: every action of the runtime timed several times over, warm-up left out.
+
+In a run, by the time that a block's turn comes again, the blocks beside it have filled the processor's caches with
+their own weights and activations. A block that is timed over and over would find its own there, and be up to a fifth
+faster. So before each action on a CPU as many bytes are touched, and then what has just arrived.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 
 import torch
+from torch import Tensor
 
 from vpipe.runtime.executor import HeldStage
 from vpipe.train.profiling.trial import BlockTrial
@@ -15,6 +21,8 @@ from vpipe.train.profiling.trial import BlockTrial
 __all__ = ["BlockTimes", "Timings", "summarise_times", "take_rounds", "take_steps"]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
+_MOST_TOUCHED_BYTES = 16 << 20
+"""More than the caches and the page table entries that a core has for itself; what cores share is not emptied."""
 
 Timings = dict[str, list[float]]
 """Milliseconds of every repeat, by what was timed."""
@@ -37,9 +45,15 @@ class _Clock:
     """Times calls; on a GPU until the work is done, as the executor does."""
 
     device: torch.device
+    others: Tensor | None = None
+    """What is touched before a call, in place of what other blocks would have touched."""
     taken: Timings = field(default_factory=dict)
 
-    def __call__(self, name: str, call: Callable[[], object]) -> None:
+    def __call__(self, name: str, call: Callable[[], object], arriving: Iterable[Tensor] = ()) -> None:
+        if self.others is not None:
+            self.others.add_(1)
+            for value in arriving:
+                value.sum()
         start = time.perf_counter_ns()
         call()
         if self.device.type == "cuda":
@@ -47,33 +61,41 @@ class _Clock:
         self.taken.setdefault(name, []).append((time.perf_counter_ns() - start) / 1e6)
 
 
-def take_rounds(trial: BlockTrial, device: torch.device, agree: Callable[[float], float], budget_ms: float) -> Timings:
+def take_rounds(
+    trial: BlockTrial,
+    device: torch.device,
+    agree: Callable[[float], float],
+    budget_ms: float,
+    others_bytes: int = 0,
+) -> Timings:
     """Time forwards and backwards of all kinds, in turn, for about `budget_ms`.
 
     The first round is not counted. `agree` turns this rank's time of one round into that of the slowest rank, and lets
-    all ranks begin together.
+    all ranks begin together. `others_bytes` is what a rank's other blocks touch between two actions of this one.
     """
     stages = trial.stage(), trial.stage(recomputes=True), trial.stage(is_empty=True)
     trial.weights.start([0] * 3 * (MAX_ROUNDS + 1))
-    warm = _Clock(device)
+    others = None if device.type == "cuda" else torch.zeros(min(_MOST_TOUCHED_BYTES, others_bytes), dtype=torch.uint8)
+    warm = _Clock(device, others)
     _round(trial, *stages, warm)
     round_ms = agree(sum(sum(times) for times in warm.taken.values()))
-    clock = _Clock(device)
+    clock = _Clock(device, others)
     for _ in range(max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_ms / max(round_ms, 1e-3))))):
         _round(trial, *stages, clock)
     return clock.taken
 
 
 def _round(trial: BlockTrial, kept: HeldStage, again: HeldStage, empty: HeldStage, clock: _Clock) -> None:
-    clock("forward", lambda: trial.forward(kept.stage))
-    clock("backward", lambda: trial.backward(kept))
-    clock("split_forward", lambda: trial.forward(kept.stage, split=True))
-    clock("input_grad", lambda: trial.backward(kept, split=True))
+    inputs, gradients = trial.inputs.values(), trial.gradients.values()
+    clock("forward", lambda: trial.forward(kept.stage), inputs)
+    clock("backward", lambda: trial.backward(kept), gradients)
+    clock("split_forward", lambda: trial.forward(kept.stage, split=True), inputs)
+    clock("input_grad", lambda: trial.backward(kept, split=True), gradients)
     clock("weight_grad", lambda: trial.backward_weights(kept))
-    clock("light_forward", lambda: trial.forward(again.stage))
-    clock("heavy_backward", lambda: trial.backward(again))
-    clock("empty_forward", lambda: trial.forward(empty.stage))
-    clock("empty_backward", lambda: empty.stage.backward(0, {}))
+    clock("light_forward", lambda: trial.forward(again.stage), inputs)
+    clock("heavy_backward", lambda: trial.backward(again), gradients)
+    clock("empty_forward", lambda: trial.forward(empty.stage), inputs)
+    clock("empty_backward", lambda: empty.stage.backward(0, {}), gradients)
 
 
 def take_steps(trial: BlockTrial, device: torch.device, num_steps: int = 3) -> Timings:
