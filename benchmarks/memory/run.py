@@ -16,11 +16,13 @@ from benchmarks.common import environment, format_table, write_results
 from benchmarks.memory.configurations import CONFIGURATIONS, Configuration
 from benchmarks.memory.ranks import RankRun, measure_profile, run_config
 
-from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes, stage_loads
+from vpipe.plan.loads import stage_loads
+from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes
 from vpipe.plan.partition import partition_uniform
 from vpipe.plan.profile import Profile
 from vpipe.plan.setting import Setting
 from vpipe.plan.units import format_bytes
+from vpipe.schedule.schedule import uses_split_backward
 
 Row = dict[str, Any]
 
@@ -38,11 +40,11 @@ def predict(configuration: Configuration, profile: Profile) -> tuple[RankMemory,
         tuple(config.schedule_options.items()),
     )
     schedule = setting.build() if setting.synchronous else setting.build(6)
-    blocks = profile.at(config.microbatch_size).blocks
+    blocks, is_split = profile.at(config.microbatch_size).blocks, uses_split_backward(schedule)
     policies = [Policy(name) for name in config.plan.policies or ()]
     cuts = pairwise([0, *accumulate(partition_uniform(len(blocks), schedule.num_stages))])
     stages = [
-        stage_bytes(blocks, start, stop, policies, is_ahead=stage in configuration.ahead)
+        stage_bytes(blocks, start, stop, policies, is_split=is_split, is_ahead=stage in configuration.ahead)
         for stage, (start, stop) in enumerate(cuts)
     ]
     return rank_memory(schedule, stage_loads(schedule), stages)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from plan_toys import random_profile
 
 from vpipe.plan.costs import ChainCosts
-from vpipe.plan.memory import Policy, RankMemory, StageLoad, rank_memory, stage_bytes, stage_loads
+from vpipe.plan.loads import StageLoad, stage_loads
+from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes
 from vpipe.plan.partition import partition_uniform
 from vpipe.plan.policies import Frontiers
 from vpipe.plan.profile import Profile
@@ -113,5 +114,6 @@ def _memory(
     policies: Sequence[Policy],
     loads: Sequence[StageLoad],
 ) -> tuple[RankMemory, ...]:
-    blocks = profile.sizes[0].blocks
-    return rank_memory(schedule, loads, [stage_bytes(blocks, start, stop, policies) for start, stop in cut])
+    blocks, is_split = profile.sizes[0].blocks, uses_split_backward(schedule)
+    stages = [stage_bytes(blocks, start, stop, policies, is_split=is_split) for start, stop in cut]
+    return rank_memory(schedule, loads, stages)

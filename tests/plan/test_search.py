@@ -11,6 +11,7 @@ import pytest
 from plan_toys import block, profile_of, random_profile, uniform_profile
 
 from vpipe.errors import PlanError, ScheduleError
+from vpipe.plan.limits import needed_limit, usable_bytes
 from vpipe.plan.memory import Policy
 from vpipe.plan.profile import LinkProfile, Profile, SizeProfile
 from vpipe.plan.search import Outcome, Request, find_plan, judge_partition
@@ -78,9 +79,22 @@ def test_the_smallest_limit_that_is_named_can_be_kept_and_none_below(schedule: s
     smallest = find_plan(Request(profile, 3, 6, (schedule,))).smallest_limits[0]
     assert f"is {smallest} bytes" in str(caught.value)
     kept = find_plan(Request(profile, 3, 6, (schedule,), limits=[smallest]))
-    assert max(memory.total for memory in kept.best.memory) == smallest
+    assert needed_limit(max(memory.total for memory in kept.best.memory)) == smallest
     with pytest.raises(PlanError, match="cannot be kept"):
         find_plan(Request(profile, 3, 6, (schedule,), limits=[smallest - 1]))
+
+
+def test_one_per_cent_of_a_limit_is_left() -> None:
+    assert usable_bytes(10_000) == 9_900
+    for num_bytes in (1, 98, 99, 100, 9_900, 123_456_789):
+        limit = needed_limit(num_bytes)
+        assert usable_bytes(limit) >= num_bytes > usable_bytes(limit - 1)
+    profile = uniform_profile(8)
+    most = max(memory.total for memory in find_plan(Request(profile, 2, 8)).best.memory)
+    kept = find_plan(Request(profile, 2, 8, limits=[needed_limit(most)])).best
+    assert set(kept.policies) == {Policy.KEEP}
+    tight = find_plan(Request(profile, 2, 8, limits=[most])).best
+    assert max(memory.total for memory in tight.memory) <= usable_bytes(most)
 
 
 def test_limits_per_rank() -> None:
@@ -206,7 +220,7 @@ def test_stages_recompute_ahead_where_that_saves_time_and_fits() -> None:
     assert best.fits(limits)
     # A limit that the recomputed blocks one by one keep, and all at once would not.
     again = [Policy.RECOMPUTE] * 8
-    held = judge_partition(Request(profile, 4, 8), [2, 2, 2, 2], again).memory[0].total
-    tight = find_plan(Request(profile, 4, 8, limits=[held]))
+    held = max(memory.total for memory in judge_partition(Request(profile, 4, 8), [2, 2, 2, 2], again).memory)
+    tight = find_plan(Request(profile, 4, 8, limits=[needed_limit(held)]))
     assert all(memory.total <= held for memory in tight.best.memory)
     assert 0 not in tight.best.ahead

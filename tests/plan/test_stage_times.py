@@ -27,7 +27,7 @@ def test_the_seeds_are_no_easy_ones() -> None:
     infeasible = sum(math.isinf(value) for value in values)
     costly = sum(math.isfinite(value) and value > free for value, free in zip(values, unlimited, strict=True))
     assert 3 <= infeasible <= 25
-    assert costly >= 15
+    assert costly >= 12
 
 
 def test_frontier_holds_what_no_combination_beats() -> None:
@@ -38,13 +38,20 @@ def test_frontier_holds_what_no_combination_beats() -> None:
     ways = []
     for choice in itertools.product([False, True], repeat=5):
         pairs = list(zip(chain.blocks, choice, strict=True))
-        extra = [item.activation_bytes - item.input_bytes if again else 0 for item, again in pairs]
+        # On top of what is held when the backward begins; the last block's comes first.
+        usually = first = -math.inf
+        for item, again in pairs:
+            own = item.workspace_bytes + item.output_bytes + (item.activation_bytes - item.input_bytes if again else 0)
+            released = item.input_bytes if again else item.activation_bytes
+            usually, first = max(own, usually - released), max(own, first - released + item.parameter_bytes)
         ways.append(
             (
                 sum(item.recompute_ms for item, again in pairs if again),
                 0,
                 sum(item.input_bytes if again else item.activation_bytes for item, again in pairs),
-                max(item.workspace_bytes + more for item, more in zip(chain.blocks, extra, strict=True)),
+                0,
+                usually,
+                first,
             )
         )
     best = {way for way in ways if not any(other != way and all(map(_at_most, other, way)) for other in ways)}

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vpipe.errors import ConfigError, MemoryLimitError
-from vpipe.runtime import swap
+from vpipe.runtime import memory_watch, swap
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.process_group import process_group
+from vpipe.runtime.stage import Stage
 
 WIDTH, ROWS, BLOCKS = 16, 8, 4
 FLOAT = 4
@@ -127,6 +128,52 @@ def test_only_the_first_batches_are_watched_unless_asked(mode: Any, watched: int
     assert settled.count("0B2") == watched
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "pipedream"])
+def test_what_is_not_looked_at_closely_is_entered_as_it_was_seen(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bool] = []
+    forward = Stage.forward
+
+    def watched_forward(self: Stage, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        looks.append(arguments[-1])
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Stage, "forward", watched_forward)
+    seen: list[tuple[str, dict[str, int]]] = []
+
+    def look(action: Any, start: int, end: int) -> None:
+        name = str(action.kind) if schedule == "pipedream" else str(action)
+        seen.append((name, dict(made.ledger.now.by_kind)))
+
+    options: dict[str, Any] = {"depths": [2]} if schedule == "pipedream" else {}
+    made = pipeline(
+        schedule, watch_memory="all", hooks=Hooks(record=look), policies=["keep", "recompute"] * 2, **options
+    )
+    steady = made.programs.num_batches_until_steady
+    train(made, steady + 3)
+    assert looks == [True] * (4 * steady) + [False] * 12
+    per_batch = len(seen) // (steady + 3)
+    if schedule == "pipedream":
+        seen = seen[: -2 * 3]  # the drain
+        close, later = seen[3 * (4 * steady - 4) : 3 * 4 * steady], seen[3 * 4 * steady : 3 * (4 * steady + 4)]
+    else:
+        close, later = seen[(steady - 1) * per_batch : steady * per_batch], seen[-per_batch:]
+    assert close == later
+
+
+def test_one_batch_of_many_is_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_watch, "_LOOK_AGAIN", 4)
+    made = pipeline(watch_memory="all")
+    noting = []
+    run = made._watch.run
+    made._watch.run = lambda *arguments: (run(*arguments), noting.append(made._watch.is_noting))[0]  # type: ignore[method-assign,func-returns-value]
+    train(made, 9)
+    per_batch = len(noting) // 9
+    forwards = [noting[index * per_batch] for index in range(9)]
+    assert forwards == [True, True, False, False, True, False, False, False, True]
+
+
 def test_a_limit_is_an_error_that_says_where_and_what_to_do() -> None:
     roomy = pipeline()
     train(roomy)
@@ -176,7 +223,7 @@ def test_after_every_action_the_ledger_holds_what_is_alive(schedule: str, polici
     made, data = pipeline(schedule, policies=policies, hooks=Hooks(record=look)), [batch()] * 2
     with LiveBytes() as live:
         list(made.train(data))
-    # Losses and the seeds of their backwards: one number each, of every microbatch.
-    small = 64 * made.programs.num_microbatches
+    # Losses, which lie where the squares were, and the seeds of their backwards, of every microbatch.
+    small = (VALUE + 64) * made.programs.num_microbatches
     assert seen
     assert [each for each in seen if not each[2] <= each[1] <= each[2] + small] == []

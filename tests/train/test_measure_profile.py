@@ -10,6 +10,7 @@ from train_toys import write_chain_config
 from vpipe.config import load_config
 from vpipe.errors import PlanError
 from vpipe.plan.profile import Profile
+from vpipe.runtime.message import ALIGNMENT
 from vpipe.train.profile import profile_config
 
 WIDTH, SAMPLES = 6, 2
@@ -29,7 +30,9 @@ def test_it_counts_what_a_layer_holds(profile: Profile) -> None:
     first, *middle, last = size.blocks
     for block in middle:
         assert block.parameter_bytes == 4 * (WIDTH * WIDTH + WIDTH)
-        assert (block.input_bytes, block.output_bytes) == (VALUE, VALUE)
+        assert block.input_bytes == VALUE
+        assert block.output_bytes == 2 * ALIGNMENT  # a header, and the value
+        assert 0 < block.small_bytes == block.activation_bytes
         # The input, what tanh gave, and the dropout's noise.
         assert block.activation_bytes == 3 * VALUE
         assert block.weight_grad_bytes >= 2 * VALUE  # the layer's input, and the gradient of its output

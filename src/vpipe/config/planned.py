@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vpipe.config.run import RunConfig
+from vpipe.config.sections import LaunchConfig
 from vpipe.errors import PlanError
 from vpipe.plan.memory import Policy
 from vpipe.plan.partition import partition_by_weight, partition_uniform
@@ -93,7 +94,14 @@ def build_request(run: RunConfig, profile: Profile) -> Request:
         None if is_own else pipeline.stages_per_rank,
         {**_options(run), "macrobatch": pipeline.macrobatch, "swap_versions": _version_moves(run, profile)},
         policies=[policy for policy in Policy if not (never and policy is Policy.RECOMPUTE)],
+        sockets=_uses_sockets(run.launch),
     )
+
+
+def _uses_sockets(launch: LaunchConfig) -> bool:
+    """Tell whether some messages may go through sockets, or lie in a GPU's memory, which holds more of them."""
+    hosts = {machine.partition(":")[0] for machine in launch.machines}
+    return not launch.shared_memory or len(hosts) > 1 or launch.distributed_backend == "nccl"
 
 
 def _options(run: RunConfig) -> dict[str, object]:

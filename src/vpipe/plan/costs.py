@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vpipe.errors import PlanError
-from vpipe.plan.memory import SWAP_BUFFERS, Policy, StageLoad
+from vpipe.plan.loads import Moment, StageLoad
+from vpipe.plan.memory import Policy, Transient, each_bytes, transient_of
 from vpipe.plan.profile import BlockProfile, LinkProfile, Profile
 from vpipe.schedule.costs import Costs, Link
 from vpipe.schedule.placement import Placement
@@ -19,6 +21,19 @@ from vpipe.schedule.placement import Placement
 __all__ = ["Array", "ChainCosts", "simulator_costs", "speeds_of"]
 
 Array = NDArray[np.float64]
+
+
+class Transients(NamedTuple):
+    """`Transient` of every interval."""
+
+    usually: Array
+    first: Array
+
+    def at(self, moment: Moment) -> Array:
+        """Return what a moment needs; an update needs other things."""
+        if moment.is_step:
+            return np.zeros_like(self.usually)
+        return self.usually if moment.gradients else self.first
 
 
 class ChainCosts:
@@ -31,6 +46,7 @@ class ChainCosts:
         self.blocks = tuple(blocks)
         self.host = profile.host
         self._link = profile.link
+        self.is_split = split_backward
         self.dispatch_ms = profile.dispatch_ms * (3 if split_backward else 2)
 
     def __len__(self) -> int:
@@ -73,19 +89,34 @@ class ChainCosts:
         return np.asarray(np.maximum(self.arriving - inputs, 0.0))
 
     @cached_property
-    def workspace(self) -> Array:
-        """Largest workspace among the blocks."""
-        sizes = np.array([float(block.workspace_bytes) for block in self.blocks])
+    def transient(self) -> Transients:
+        """Needed for a moment when everything is kept; no policies need less."""
+        rows = np.zeros((2, len(self) + 1, len(self) + 1))
+        for index, block in enumerate(self.blocks):
+            own = transient_of(block, Policy.KEEP, is_split=self.is_split)
+            change = Transient(0, 0).after(block, Policy.KEEP, is_split=self.is_split)
+            for row, most, more in zip(rows, own, change, strict=True):
+                row[:index, index + 1] = np.maximum(row[:index, index] + more, most)
+                row[index, index + 1] = most
+        return Transients(*rows)
+
+    @cached_property
+    def step_workspace(self) -> Array:
+        """Needed for a moment by an update of the weights, and the gradient that arrived last."""
+        sizes = np.array([float(block.step_workspace_bytes) for block in self.blocks])
         rows = np.zeros((len(self) + 1, len(self) + 1))
         for start in range(len(self)):
             rows[start, start + 1 :] = np.maximum.accumulate(sizes[start:])
-        return rows
+        return rows + self.arriving[None, :]
 
     @cached_property
-    def _static(self) -> tuple[Array, Array]:
-        parameters = self.between("parameter_bytes")
-        once = parameters + self.between("optimizer_bytes") + self.between("buffer_bytes")
-        return parameters, once + self.arriving[:, None] + 2 * self.arriving[None, :]
+    def parameters(self) -> Array:
+        """Bytes of one set of weights."""
+        return self.between("parameter_bytes")
+
+    @cached_property
+    def _once(self) -> Array:
+        return self.between("optimizer_bytes") + self.between("buffer_bytes")
 
     @cached_property
     def activations(self) -> Array:
@@ -98,15 +129,27 @@ class ChainCosts:
         return self.between("weight_grad_bytes")
 
     def static_bytes(self, load: StageLoad) -> Array:
-        """Return the bytes that do not depend on microbatches: weights, gradients, optimizer state, messages."""
-        parameters, once = self._static
-        return once + load.num_versions * parameters
+        """Return the bytes that are always there: weights, optimizer state, messages."""
+        messages = load.arriving * self.arriving[:, None] + load.leaving * self.arriving[None, :]
+        return self._once + load.num_versions * self.parameters + messages
+
+    def moment_bytes(self, moment: Moment) -> Array:
+        """Return the bytes that a moment adds, whatever the policies."""
+        passing = moment.full * self.passing[:, None]
+        at_step = self.step_workspace if moment.is_step else 0.0
+        halves = moment.halves * self.weight_held
+        return np.asarray(moment.gradients * self.parameters + halves + passing + at_step)
 
     def kept_bytes(self, load: StageLoad) -> Array:
         """Return the bytes at the peak when all blocks keep their activations."""
-        passing = self.passing[:, None]
-        held = [full * (self.activations + passing) + halves * self.weight_held for full, halves in load.held]
-        return np.asarray(self.static_bytes(load) + np.maximum.reduce(held) + self.workspace)
+        peaks = [
+            self.moment_bytes(moment)
+            + moment.stale * self.arriving[:, None]
+            + moment.full * self.activations
+            + self.transient.at(moment)
+            for moment in load.moments
+        ]
+        return np.asarray(self.static_bytes(load) + np.maximum.reduce(peaks))
 
     def kept_ms(self, speed: float) -> Array:
         """Return the time per microbatch that the stage or its links are busy, when all activations are kept."""
@@ -152,7 +195,7 @@ def simulator_costs(
             times[name].append(math.fsum(getattr(block, f"{name}_ms") for block, _ in inside) / speed)
         again = math.fsum(block.recompute_ms for block, policy in inside if policy is Policy.RECOMPUTE)
         times["recompute"].append(again / speed)
-        swapped = sum(block.activation_bytes for block, policy in inside if policy is Policy.SWAP)
+        swapped = sum(each_bytes(block, policy)[1] for block, policy in inside)
         times["move"].append(host_ms(profile.host, swapped) / 2)
         weights = sum(block.parameter_bytes for block, _ in inside)
         times["move_versions"].append(host_ms(profile.host, weights) / 2)
@@ -167,8 +210,3 @@ def simulator_costs(
             for pair in profile.links
         },
     )
-
-
-def swap_copies(full: int) -> int:
-    """Return how many microbatches of a swapping block are on the device when `full` are in flight."""
-    return min(full, SWAP_BUFFERS)

@@ -1,35 +1,32 @@
-"""Bytes that a rank holds, by kind, from what its blocks take and from what the schedule keeps in flight.
+"""Bytes that a rank holds, by kind, from what its blocks take and from what the schedule makes it hold at once.
 
-A stage holds a microbatch's activations from its forward to its backward; when the backward is split, some of them
-until the weight half. Of a block that swaps, only `SWAP_BUFFERS` microbatches are on the device at once: one in use,
-and one on its way out or back. Messages are what waits to be sent, and gradients that have arrived.
+What its stages hold at any moment is in `vpipe.plan.loads`; the peak is the worst moment. On top of that comes what an
+action needs while it runs, for which a backward is followed from the last block to the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
+from typing import NamedTuple
 
+from vpipe.plan.loads import COUNTED, Moment, Replay, StageLoad
 from vpipe.plan.profile import BlockProfile
-from vpipe.schedule.action import Kind
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.weights import weight_usage
 
 __all__ = [
-    "SWAP_BUFFERS",
     "Policy",
     "RankMemory",
     "StageBytes",
-    "StageLoad",
+    "Transient",
+    "each_bytes",
     "held_bytes",
     "rank_memory",
     "stage_bytes",
-    "stage_loads",
-    "transient_bytes",
+    "stage_transient",
+    "transient_of",
 ]
-
-SWAP_BUFFERS = 2
 
 
 class Policy(str, Enum):
@@ -41,30 +38,25 @@ class Policy(str, Enum):
 
 
 @dataclass(frozen=True)
-class StageLoad:
-    """What a schedule makes one stage hold at once."""
-
-    held: tuple[tuple[int, int], ...]
-    """Microbatches (before their backward, between the halves of a split one): every combination that may be a peak."""
-    num_versions: int
-    """Parameter sets on the device."""
-
-
-@dataclass(frozen=True)
 class StageBytes:
     """What the blocks of one stage take; activations are those of one microbatch."""
 
     parameters: int
     optimizer: int
     buffers: int
-    messages: int
+    arriving: int
+    """One message of the cut in front of the stage."""
+    leaving: int
     held: int
     """From the forward to the backward."""
     swapped: int
     """Of each microbatch that is on the device; the others are in host memory."""
+    moved_message: int
+    """A message that arrived, and is needed no more because its content went to host memory."""
     weight_held: int
     """Between the halves of a split backward."""
-    workspace: int
+    transient: Transient
+    step_workspace: int
 
 
 @dataclass(frozen=True)
@@ -87,115 +79,154 @@ class RankMemory:
         return sum(getattr(self, item.name) for item in fields(self))
 
 
-def held_bytes(block: BlockProfile, policy: Policy, full: int) -> int:
-    """Return what a block holds of `full` microbatches that are between forward and backward."""
+def each_bytes(block: BlockProfile, policy: Policy) -> tuple[int, int]:
+    """Return what a block holds of every microbatch in flight, and of those that are on the device besides."""
     if policy is Policy.SWAP:
-        return min(full, SWAP_BUFFERS) * block.activation_bytes
-    return full * (block.input_bytes if policy is Policy.RECOMPUTE else block.activation_bytes)
+        return block.small_bytes, block.activation_bytes - block.small_bytes
+    return (block.input_bytes if policy is Policy.RECOMPUTE else block.activation_bytes), 0
 
 
-def transient_bytes(block: BlockProfile, policy: Policy) -> int:
-    """Return what a block needs for a moment; one that recomputes has all of its activations again by then."""
-    again = block.activation_bytes - block.input_bytes if policy is Policy.RECOMPUTE else 0
-    return block.workspace_bytes + max(0, again)
+def held_bytes(block: BlockProfile, policy: Policy, moment: Moment) -> int:
+    """Return what a block holds of all microbatches that are between forward and backward."""
+    each, swapped = each_bytes(block, policy)
+    return moment.full * each + moment.copies * swapped
+
+
+class Transient(NamedTuple):
+    """Bytes that a stage or a block needs for a moment, on top of what it holds when its backward begins."""
+
+    usually: int
+    first: int
+    """In the backward that makes the gradients, which stay."""
+
+    def after(self, later: BlockProfile, policy: Policy, *, is_split: bool) -> Transient:
+        """Return what is left of it, seen from the beginning of the backward of a later block, which comes first.
+
+        By then that block has released its activations, but for what its weight half needs, and made its gradients.
+        """
+        released = later.input_bytes if policy is Policy.RECOMPUTE else later.activation_bytes
+        if is_split:
+            released -= later.weight_grad_bytes
+        return Transient(self.usually - released, self.first - released + later.parameter_bytes)
+
+
+def transient_of(block: BlockProfile, policy: Policy, *, is_split: bool) -> Transient:
+    """Return what a block needs for a moment: one that recomputes has all of its activations again by then.
+
+    With it comes the gradient of what the block wrote.
+    """
+    again = max(0, block.activation_bytes - block.input_bytes) if policy is Policy.RECOMPUTE else 0
+    usually, first = block.workspace_bytes, block.first_workspace_bytes or block.workspace_bytes
+    if is_split and block.split_workspace_bytes:
+        usually = first = block.split_workspace_bytes
+    return Transient(usually + again + block.output_bytes, first + again + block.output_bytes)
+
+
+def stage_transient(inside: Iterable[tuple[BlockProfile, Policy]], *, is_split: bool) -> Transient:
+    """Return the most that the backward of a stage needs for a moment."""
+    most: Transient | None = None
+    for block, policy in inside:
+        own = transient_of(block, policy, is_split=is_split)
+        left = own if most is None else most.after(block, policy, is_split=is_split)
+        most = Transient(max(own.usually, left.usually), max(own.first, left.first))
+    return most or Transient(0, 0)
 
 
 def stage_bytes(
-    blocks: Sequence[BlockProfile], start: int, stop: int, policies: Sequence[Policy], *, is_ahead: bool = False
+    blocks: Sequence[BlockProfile],
+    start: int,
+    stop: int,
+    policies: Sequence[Policy],
+    *,
+    is_split: bool = False,
+    is_ahead: bool = False,
 ) -> StageBytes:
     """Add up blocks `start` to `stop - 1` of a chain; `policies` has one entry per block of the whole chain.
 
-    With `is_ahead` all blocks that recompute do so at once, before the gradient arrives.
+    With `is_split` backwards come in two halves; with `is_ahead` all blocks that recompute do so at once, before the
+    gradient arrives.
     """
     inside = [(blocks[index], policies[index]) for index in range(start, stop)]
-    arriving = blocks[start - 1].output_bytes if start else 0
-    kept = {Policy.KEEP: "activation_bytes", Policy.RECOMPUTE: "input_bytes"}
-    held = sum(getattr(block, kept[policy]) for block, policy in inside if policy in kept)
-    needs = [transient_bytes(block, policy) for block, policy in inside]
-    own = [block.workspace_bytes for block, _ in inside]
+    arriving, leaving = blocks[start - 1].output_bytes if start else 0, blocks[stop - 1].output_bytes
+    held, swapped = (sum(figures) for figures in zip(*(each_bytes(*pair) for pair in inside), strict=True))
+    if is_ahead:
+        # By the backward all is there, as if it had been kept.
+        again = sum(block.activation_bytes - each_bytes(block, policy)[0] for block, policy in inside) - swapped
+        kept = ((block, Policy.KEEP if policy is Policy.RECOMPUTE else policy) for block, policy in inside)
+        transient = Transient(*(most + again for most in stage_transient(kept, is_split=is_split)))
+    else:
+        transient = stage_transient(inside, is_split=is_split)
     return StageBytes(
         parameters=sum(block.parameter_bytes for block, _ in inside),
         optimizer=sum(block.optimizer_bytes for block, _ in inside),
         buffers=sum(block.buffer_bytes for block, _ in inside),
-        messages=arriving + 2 * blocks[stop - 1].output_bytes,
+        arriving=arriving,
+        leaving=leaving,
         held=held + max(0, arriving - blocks[start].input_bytes),  # values that only pass through
-        swapped=sum(block.activation_bytes for block, policy in inside if policy is Policy.SWAP),
+        swapped=swapped,
+        moved_message=arriving if policies[start] is Policy.SWAP else 0,
         weight_held=sum(block.weight_grad_bytes for block, _ in inside),
-        workspace=sum(needs) - sum(own) + max(own) if is_ahead else max(needs),
+        transient=transient,
+        # The gradient that arrived last is still there.
+        step_workspace=max(block.step_workspace_bytes for block, _ in inside) + leaving,
     )
-
-
-def stage_loads(schedule: Schedule) -> tuple[StageLoad, ...]:
-    """Replay each stage's order: what it holds at its peaks.
-
-    Raises:
-        ScheduleError: a forward or an update is missing.
-    """
-    usage = weight_usage(schedule)
-    return tuple(StageLoad(_peaks(schedule, stage), usage[stage].num_on_device) for stage in range(schedule.num_stages))
 
 
 def rank_memory(schedule: Schedule, loads: Sequence[StageLoad], stages: Sequence[StageBytes]) -> tuple[RankMemory, ...]:
     """Return what every rank holds at its peak; `loads` are `stage_loads(schedule)`, `stages` has one entry per stage.
 
-    Where a rank has several stages, their activations peak together, as its order has them.
+    Where a rank has several stages, what they hold is added up as its order has it.
     """
-    memories = []
-    held_by: list[dict[int, StageBytes]] = [{} for _ in range(schedule.num_ranks)]
-    for stage, item in enumerate(stages):
-        held_by[schedule.rank_of(stage)][stage] = item
-    for rank, own in enumerate(held_by):
-        memories.append(
-            RankMemory(
-                parameters=sum(item.parameters for item in own.values()),
-                versions=sum((loads[stage].num_versions - 1) * item.parameters for stage, item in own.items()),
-                gradients=sum(item.parameters for item in own.values()),
-                optimizer=sum(item.optimizer for item in own.values()),
-                activations=_peak_activations(schedule, rank, loads, stages),
-                buffers=sum(item.buffers + item.messages for item in own.values()),
-                workspace=max(item.workspace for item in own.values()),
-            )
-        )
-    return tuple(memories)
+    return tuple(_rank_memory(schedule, rank, loads, stages) for rank in range(schedule.num_ranks))
 
 
-def _peak_activations(schedule: Schedule, rank: int, loads: Sequence[StageLoad], stages: Sequence[StageBytes]) -> int:
-    if schedule.placement.stages_per_rank == 1:
-        return max(_activations(stages[rank], full, halves) for full, halves in loads[rank].held)
-    counts = dict.fromkeys(schedule.placement.stages_of(rank), (0, 0))
-    current = dict.fromkeys(counts, 0)
-    total = peak = 0
+class _Changing(NamedTuple):
+    """Bytes that come and go."""
+
+    activations: int
+    gradients: int
+    messages: int
+    workspace: int
+
+
+def _rank_memory(schedule: Schedule, rank: int, loads: Sequence[StageLoad], stages: Sequence[StageBytes]) -> RankMemory:
+    own = schedule.placement.stages_of(rank)
+    if len(own) == 1:
+        (stage,) = own
+        peak = max((_changing(moment, stages[stage]) for moment in loads[stage].moments), key=sum)
+    else:
+        peak = max(_together(schedule, rank, stages), key=sum)
+    held = [(loads[stage], stages[stage]) for stage in own]
+    always = [item.moved_message + load.arriving * item.arriving + load.leaving * item.leaving for load, item in held]
+    return RankMemory(
+        parameters=sum(item.parameters for _, item in held),
+        versions=sum((load.num_versions - 1) * item.parameters for load, item in held),
+        gradients=peak.gradients,
+        optimizer=sum(item.optimizer for _, item in held),
+        activations=peak.activations,
+        buffers=peak.messages + sum(always) + sum(item.buffers for _, item in held),
+        workspace=peak.workspace,
+    )
+
+
+def _changing(moment: Moment, stage: StageBytes) -> _Changing:
+    computing = stage.transient.usually if moment.gradients else stage.transient.first
+    return _Changing(
+        moment.full * stage.held + moment.copies * stage.swapped + moment.halves * stage.weight_held,
+        moment.gradients * stage.parameters,
+        moment.stale * (stage.arriving - stage.moved_message),
+        stage.step_workspace if moment.is_step else computing,
+    )
+
+
+def _together(schedule: Schedule, rank: int, stages: Sequence[StageBytes]) -> Iterator[_Changing]:
+    """Yield what all stages of a rank hold while one of them does something."""
+    replays = {stage: Replay(schedule, stage) for stage in schedule.placement.stages_of(rank)}
+    now = dict.fromkeys(replays, _Changing(0, 0, 0, 0))
     for action in schedule.orders[rank]:
-        if action.kind not in _CHANGES:
-            continue
-        stage, (more, waiting) = action.stage, _CHANGES[action.kind]
-        full, halves = counts[stage][0] + more, counts[stage][1] + waiting
-        counts[stage] = full, halves
-        now = _activations(stages[stage], full, halves)
-        total += now - current[stage]
-        current[stage] = now
-        peak = max(peak, total)
-    return peak
-
-
-def _activations(stage: StageBytes, full: int, halves: int) -> int:
-    return full * stage.held + min(full, SWAP_BUFFERS) * stage.swapped + halves * stage.weight_held
-
-
-_CHANGES = {Kind.F: (1, 0), Kind.B: (-1, 0), Kind.I: (-1, 1), Kind.W: (0, -1)}
-
-
-def _peaks(schedule: Schedule, stage: int) -> tuple[tuple[int, int], ...]:
-    """Return the combinations of counts that no other one exceeds."""
-    full = halves = 0
-    seen = set()
-    for action in schedule.stage_order(stage):
-        if action.kind in _CHANGES:
-            more, waiting = _CHANGES[action.kind]
-            full, halves = full + more, halves + waiting
-            seen.add((full, halves))
-    return tuple(sorted(one for one in seen if not any(one != other and _covers(other, one) for other in seen)))
-
-
-def _covers(large: tuple[int, int], small: tuple[int, int]) -> bool:
-    return large[0] >= small[0] and large[1] >= small[1]
+        if action.kind in COUNTED:
+            stage = action.stage
+            now[stage] = _changing(replays[stage].begin(action.kind), stages[stage])
+            activations, gradients, messages, _ = map(sum, zip(*now.values(), strict=True))
+            yield _Changing(activations, gradients, messages, now[stage].workspace)
+            now[stage] = _changing(replays[stage].end(action.kind), stages[stage])

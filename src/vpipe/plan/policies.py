@@ -1,21 +1,23 @@
 """Keep, recompute or swap: the ways of running a stage that no other way beats in both time and bytes.
 
-A multiple-choice knapsack over the blocks of a stage. A way is described by four sums that do not depend on the stage's
-place in the pipeline, all better when smaller: recompute time, bytes swapped and bytes held for each microbatch, and
-the largest bytes needed for a moment. Block after block is added, and what another way beats in all four is dropped.
-So one computation serves every stage, schedule and limit.
+A multiple-choice knapsack over the blocks of a stage. A way is described by figures that do not depend on the stage's
+place in the pipeline, all better when smaller: recompute time, bytes swapped and bytes held for each microbatch, bytes
+of messages whose content is moved, and bytes needed for a moment, usually and in the first backward. Block after block
+is added, and what another way beats in all of them is dropped. So one computation serves every stage, schedule and
+limit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vpipe.plan.costs import Array, ChainCosts, host_ms, swap_copies
-from vpipe.plan.memory import Policy, StageLoad, transient_bytes
+from vpipe.plan.costs import Array, ChainCosts, host_ms
+from vpipe.plan.loads import Moment, StageLoad
+from vpipe.plan.memory import Policy, Transient, each_bytes, transient_of
 from vpipe.plan.profile import BlockProfile
 
 __all__ = ["Frontier", "Frontiers", "StageFit"]
@@ -23,12 +25,16 @@ __all__ = ["Frontier", "Frontiers", "StageFit"]
 _EXACT_BLOCKS = 12
 _MANY = 1 << 20
 _FEW = 256
-_TIME, _SWAPPED, _HELD, _TRANSIENT = range(4)
+_TIME, _SWAPPED, _HELD, _MOVED, _USUALLY, _FIRST = range(6)
+_TRANSIENT = slice(_USUALLY, _FIRST + 1)
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The undominated ways to run one interval; `points` has a row each: recompute ms, swapped, held, transient."""
+    """The undominated ways to run one interval.
+
+    `points` has a row for each: recompute ms, swapped, held, messages moved, needed for a moment (usually, first).
+    """
 
     points: Array
     choices: NDArray[np.int8]
@@ -41,30 +47,40 @@ class Frontier:
 
 @dataclass(frozen=True)
 class StageFit:
-    """Stages that one question is about: arrays with a row per stage, and a column per peak of what it holds."""
+    """Stages that one question is about: arrays with a row per stage, and a column per moment that may be its peak."""
 
     full: Array
     copies: Array
     halves: Array
+    gradients: Array
+    stale: Array
+    is_step: NDArray[np.bool_]
     speeds: Array
     limits: Array
 
     @classmethod
     def of(cls, loads: Sequence[StageLoad], speeds: Sequence[float], limits: Sequence[float]) -> StageFit:
-        """Lay out the stages; a stage with fewer peaks than another repeats its last."""
-        width = max(len(load.held) for load in loads)
-        held = [[*load.held, *[load.held[-1]] * (width - len(load.held))] for load in loads]
+        """Lay out the stages; a stage with fewer moments than another repeats its last."""
+        width = max(len(load.moments) for load in loads)
+        rows = [[*load.moments, *[load.moments[-1]] * (width - len(load.moments))] for load in loads]
+
+        def column(figure: Callable[[Moment], int]) -> Array:
+            return np.array([[figure(moment) for moment in row] for row in rows], dtype=float)
+
         return cls(
-            full=np.array([[full for full, _ in peaks] for peaks in held], dtype=float),
-            copies=np.array([[swap_copies(full) for full, _ in peaks] for peaks in held], dtype=float),
-            halves=np.array([[halves for _, halves in peaks] for peaks in held], dtype=float),
+            full=column(lambda moment: moment.full),
+            copies=column(lambda moment: moment.copies),
+            halves=column(lambda moment: moment.halves),
+            gradients=column(lambda moment: moment.gradients),
+            stale=column(lambda moment: moment.stale),
+            is_step=column(lambda moment: moment.is_step).astype(bool),
             speeds=np.array(speeds, dtype=float),
             limits=np.array(limits, dtype=float),
         )
 
     def select(self, stages: NDArray[np.intp]) -> StageFit:
         """Return some of the stages."""
-        return StageFit(*(getattr(self, name)[stages] for name in ("full", "copies", "halves", "speeds", "limits")))
+        return StageFit(*(getattr(self, item.name)[stages] for item in fields(self)))
 
 
 class Frontiers:
@@ -73,9 +89,14 @@ class Frontiers:
     def __init__(self, chain: ChainCosts, policies: Sequence[Policy], max_points: int | None = None) -> None:
         self.chain = chain
         self.policies = tuple(policy for policy in policies if policy is not Policy.SWAP or chain.host is not None)
-        self._max_points = max_points or (_MANY if len(chain) <= _EXACT_BLOCKS else _FEW)
+        self._max_points = max_points or (_MANY if self.is_short else _FEW)
         self._rows: dict[int, list[Frontier]] = {}
         self._options = [self._options_of(block) for block in chain.blocks]
+
+    @property
+    def is_short(self) -> bool:
+        """Tell whether the chain is so short that all of its frontiers are quickly there, and exact."""
+        return len(self.chain) <= _EXACT_BLOCKS
 
     @property
     def is_exact(self) -> bool:
@@ -86,7 +107,7 @@ class Frontiers:
         """Return the frontier of blocks `start` to `stop - 1`."""
         row = self._rows.setdefault(start, [])
         while len(row) < stop - start:
-            row.append(self._extend(row[-1] if row else None, self._options[start + len(row)]))
+            row.append(self._extend(row[-1], start + len(row)) if row else self._begin(start))
         return row[stop - start - 1]
 
     def times(self, start: int, stop: int, fit: StageFit, static: Array) -> Array:
@@ -124,14 +145,21 @@ class Frontiers:
         return tuple(reversed(chosen))
 
     def _bytes(self, points: Array, start: int, stop: int, fit: StageFit) -> Array:
-        passing = self.chain.passing[start]
-        weight_held = self.chain.weight_held[start, stop]
-        peaks = (
-            fit.full[:, :, None] * (points[:, _HELD] + passing)
-            + fit.copies[:, :, None] * points[:, _SWAPPED]
-            + (fit.halves * weight_held)[:, :, None]
+        chain = self.chain
+        given = (
+            fit.full * chain.passing[start]
+            + fit.halves * chain.weight_held[start, stop]
+            + fit.gradients * chain.parameters[start, stop]
+            + fit.is_step * chain.step_workspace[start, stop]
         )
-        return np.asarray(peaks.max(axis=1) + points[:, _TRANSIENT])
+        chosen = (
+            fit.full[:, :, None] * points[:, _HELD]
+            + fit.copies[:, :, None] * points[:, _SWAPPED]
+            + fit.stale[:, :, None] * (chain.arriving[start] - points[:, _MOVED])
+        )
+        transient = np.where(fit.gradients[:, :, None] > 0, points[:, _USUALLY], points[:, _FIRST])
+        peaks = given[:, :, None] + chosen + np.where(fit.is_step[:, :, None], 0.0, transient)
+        return np.asarray(peaks.max(axis=1) + points[:, _MOVED])
 
     def _times(self, points: Array, start: int, stop: int, fit: StageFit) -> Array:
         chain = self.chain
@@ -140,23 +168,35 @@ class Frontiers:
         return np.asarray(np.maximum(np.maximum(compute, host), chain.transfer_ms[start, stop]))
 
     def _options_of(self, block: BlockProfile) -> Array:
-        rows = {
-            Policy.KEEP: (0.0, 0, block.activation_bytes),
-            Policy.RECOMPUTE: (block.recompute_ms, 0, block.input_bytes),
-            Policy.SWAP: (0.0, block.activation_bytes, 0),
-        }
-        return np.array([(*rows[policy], transient_bytes(block, policy)) for policy in self.policies], dtype=float)
+        rows = []
+        for policy in self.policies:
+            each, swapped = each_bytes(block, policy)
+            again = block.recompute_ms if policy is Policy.RECOMPUTE else 0.0
+            rows.append((again, swapped, each, 0, *transient_of(block, policy, is_split=self.chain.is_split)))
+        return np.array(rows, dtype=float)
 
-    def _extend(self, before: Frontier | None, options: Array) -> Frontier:
-        old = np.zeros((1, 4)) if before is None else before.points
+    def _begin(self, start: int) -> Frontier:
+        """Return the frontier of block `start` alone; when it swaps, the message that brought its input is free."""
+        options = self._options[start].copy()
+        if Policy.SWAP in self.policies:
+            options[self.policies.index(Policy.SWAP), _MOVED] = self.chain.arriving[start]
+        return self._frontier(options, 1, is_exact=True)
+
+    def _extend(self, before: Frontier, index: int) -> Frontier:
+        """Return the frontier with block `index` added, whose backward comes before that of all others."""
+        old, options = before.points, self._options[index]
         grown = old[None, :, :] + options[:, None, :]
-        grown[:, :, _TRANSIENT] = np.maximum(old[None, :, _TRANSIENT], options[:, None, _TRANSIENT])
-        candidates = grown.reshape(-1, 4)
+        nothing, block, is_split = Transient(0, 0), self.chain.blocks[index], self.chain.is_split
+        change = np.array([nothing.after(block, policy, is_split=is_split) for policy in self.policies], dtype=float)
+        left = old[None, :, _TRANSIENT] + change[:, None, :]
+        grown[:, :, _TRANSIENT] = np.maximum(left, options[:, None, _TRANSIENT])
+        return self._frontier(grown.reshape(-1, grown.shape[-1]), len(old), is_exact=before.is_exact)
+
+    def _frontier(self, candidates: Array, num_before: int, *, is_exact: bool) -> Frontier:
         kept = _undominated(candidates)
-        is_exact = before is None or before.is_exact
         if len(kept) > self._max_points:
             kept, is_exact = _thin(candidates, kept, self._max_points), False
-        choices, parents = np.divmod(kept, len(old))
+        choices, parents = np.divmod(kept, num_before)
         return Frontier(candidates[kept], choices.astype(np.int8), parents.astype(np.int32), is_exact)
 
 

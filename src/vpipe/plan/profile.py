@@ -42,7 +42,7 @@ class BlockProfile:
     input_bytes: int
     """The block's inputs: what is held when the block recomputes."""
     output_bytes: int
-    """All that crosses a cut right after the block, passed-through values included; 0 for the last block."""
+    """The message that crosses a cut right after the block, passed-through values included; 0 for the last block."""
     parameter_bytes: int
     """Trainable parameters; their gradients take as much."""
     input_grad_bytes: int = 0
@@ -50,11 +50,19 @@ class BlockProfile:
     weight_grad_bytes: int = 0
     """Held between the two halves of a split backward: what the weight half reads, gradients included."""
     workspace_bytes: int = 0
-    """Needed for a moment on top, at the peak of the block's forward or backward."""
+    """Needed for a moment on top, at the peak of the block's forward or backward, when gradients are there."""
+    first_workspace_bytes: int = 0
+    """The same when they are not, and stay; 0: not known, as when they are there."""
+    split_workspace_bytes: int = 0
+    """The same in the halves of a split backward; 0: not known, as in a full one."""
     buffer_bytes: int = 0
     """Buffers and frozen parameters: there once, whatever the number of weight versions."""
     optimizer_bytes: int = 0
     """State of the optimizer, master weights included."""
+    small_bytes: int = 0
+    """Of `activation_bytes`, tensors that stay when the block swaps, because they are too small to be worth moving."""
+    step_workspace_bytes: int = 0
+    """Needed for a moment on top by an optimizer update."""
     step_ms: float = 0.0
     """The block's share of one optimizer update."""
     spread: float = 0.0

@@ -16,7 +16,7 @@ from typing import Any
 from vpipe.errors import PlanError
 from vpipe.plan.bounds import lower_bound_ms
 from vpipe.plan.candidates import candidate_cuts, naive_cuts, neighbours
-from vpipe.plan.limits import smallest_limits
+from vpipe.plan.limits import needed_limit, smallest_limits, usable_bytes
 from vpipe.plan.memory import Policy
 from vpipe.plan.partition import validate_partition
 from vpipe.plan.policies import Frontiers
@@ -53,6 +53,8 @@ class Request:
     """Whether warmups deeper than the least are tried, where links take time."""
     policies: Sequence[Policy] = tuple(Policy)
     """What blocks may do."""
+    sockets: bool = False
+    """Whether ranks exchange messages through sockets, not in memory that both see."""
 
     @property
     def rank_limits(self) -> tuple[float, ...]:
@@ -72,6 +74,12 @@ class Request:
             if limit < 1:
                 raise PlanError(f"memory_limit of rank {rank} is {limit} bytes; a limit is at least 1 byte")
         return tuple(map(float, limits))
+
+    @property
+    def usable_limits(self) -> tuple[float, ...]:
+        """Return what every rank may be planned to hold."""
+        limits = self.rank_limits
+        return limits if self.limits is None else tuple(float(usable_bytes(int(limit))) for limit in limits)
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def plan_partition(request: Request, partition: Sequence[int], policies: Sequenc
             `judge_partition`.
     """
     plan = judge_partition(request, partition, policies)
-    if plan.fits(request.rank_limits):
+    if plan.fits(request.usable_limits):
         return plan
     situations = _situations(request)
     if policies is None:
@@ -174,7 +182,7 @@ def _needed(request: Request, plan: Plan) -> tuple[int, ...]:
     """Return the smallest limits that a plan keeps, in the proportion of those given."""
     limits = request.rank_limits
     factor = max(memory.total / limit for memory, limit in zip(plan.memory, limits, strict=True))
-    return tuple(math.ceil(factor * limit - 1e-6) for limit in limits)
+    return tuple(needed_limit(math.ceil(factor * limit - 1e-6)) for limit in limits)
 
 
 def _situations(request: Request) -> list[Situation]:
@@ -190,8 +198,11 @@ def _situations(request: Request) -> list[Situation]:
         is_eager=request.is_eager and (link.latency_ms > 0 or link.bytes_per_ms is not None),
     )
     cache: dict[tuple[int, bool], Frontiers] = {}
-    limits = request.rank_limits
-    situations = [Situation.of(request.profile, setting, limits, request.policies, cache) for setting in found]
+    limits = request.usable_limits
+    situations = [
+        Situation.of(request.profile, setting, limits, request.policies, cache, sockets=request.sockets)
+        for setting in found
+    ]
     able = [each for each in situations if each.schedule.num_stages <= len(each.chain)]
     if not able:
         least = min(each.schedule.num_stages for each in situations)
@@ -294,7 +305,7 @@ def _smallest(situations: Sequence[Situation], partition: Sequence[int] | None =
     """Return the smallest limits of any situation, or that a `partition` can keep, and a plan that keeps them."""
     found = [(*smallest_limits(situation, partition), index) for index, situation in enumerate(situations)]
     limits, cut, index = min(found)
-    return limits, _fixed(situations[index].under(limits), cut)
+    return limits, _fixed(situations[index].under([usable_bytes(limit) for limit in limits]), cut)
 
 
 def _refusal(request: Request, limits: Sequence[int], plan: Plan, given: str = "") -> str:

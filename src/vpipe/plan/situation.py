@@ -9,7 +9,8 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from vpipe.plan.costs import ChainCosts, simulator_costs, speeds_of
-from vpipe.plan.memory import Policy, RankMemory, StageLoad, rank_memory, stage_bytes, stage_loads
+from vpipe.plan.loads import StageLoad, stage_loads
+from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes
 from vpipe.plan.policies import Frontiers
 from vpipe.plan.profile import Profile
 from vpipe.plan.setting import Setting
@@ -77,9 +78,17 @@ class Situation:
     """A setting, what its microbatches cost, and bytes per rank that must not be exceeded."""
 
     def __init__(
-        self, profile: Profile, setting: Setting, limits: Sequence[float], frontiers: Frontiers, schedule: Schedule
+        self,
+        profile: Profile,
+        setting: Setting,
+        limits: Sequence[float],
+        frontiers: Frontiers,
+        schedule: Schedule,
+        *,
+        sockets: bool = False,
     ) -> None:
         """Use `schedule`, which shows the setting's steady state, and `frontiers` of its microbatch size."""
+        self.sockets = sockets
         self.profile = profile
         self.setting = setting
         self.limits = tuple(limits)
@@ -95,23 +104,28 @@ class Situation:
         limits: Sequence[float],
         policies: Sequence[Policy],
         cache: dict[tuple[int, bool], Frontiers],
+        *,
+        sockets: bool = False,
     ) -> Situation:
-        """Make a situation; those with the same microbatches share what `cache` holds."""
+        """Make a situation; those with the same microbatches share what `cache` holds.
+
+        `sockets` says how messages travel, which decides how many of them are in memory.
+        """
         schedule = setting.build() if setting.synchronous else setting.build(_num_steady(setting))
         key = (setting.microbatch_size, uses_split_backward(schedule))
         if key not in cache:
             blocks = profile.at(setting.microbatch_size).blocks
             cache[key] = Frontiers(ChainCosts(profile, blocks, split_backward=key[1]), policies)
-        return cls(profile, setting, limits, cache[key], schedule)
+        return cls(profile, setting, limits, cache[key], schedule, sockets=sockets)
 
     def under(self, limits: Sequence[float]) -> Situation:
         """Return the same with other limits."""
-        return Situation(self.profile, self.setting, limits, self._frontiers, self.schedule)
+        return Situation(self.profile, self.setting, limits, self._frontiers, self.schedule, sockets=self.sockets)
 
     @cached_property
     def loads(self) -> tuple[StageLoad, ...]:
         """What the schedule makes every stage hold."""
-        return stage_loads(self.schedule)
+        return stage_loads(self.schedule, sockets=self.sockets)
 
     @cached_property
     def speeds(self) -> tuple[float, ...]:
@@ -123,7 +137,7 @@ class Situation:
     def stage_shares(self) -> tuple[float, ...]:
         """The share of its rank's limit that each stage gets: all of it where it is alone, else by what it needs."""
         weights, activations = (float(self.chain.between(name)[0, -1]) for name in ("parameter_bytes", _HELD))
-        needs = [weights * (1 + load.num_versions) + activations * load.held[-1][0] + 1 for load in self.loads]
+        needs = [weights * (1 + load.num_versions) + activations * load.full + 1 for load in self.loads]
         placement = self.schedule.placement
         totals = [sum(needs[stage] for stage in placement.stages_of(rank)) for rank in range(placement.num_ranks)]
         return tuple(need / totals[placement.rank_of(stage)] for stage, need in enumerate(needs))
@@ -139,7 +153,7 @@ class Situation:
         blocks, placement = self.chain.blocks, self.schedule.placement
         cut = pairwise([0, *accumulate(partition)])
         stages = [
-            stage_bytes(blocks, start, stop, policies, is_ahead=stage in ahead)
+            stage_bytes(blocks, start, stop, policies, is_split=self.chain.is_split, is_ahead=stage in ahead)
             for stage, (start, stop) in enumerate(cut)
         ]
         memory = rank_memory(self.schedule, self.loads, stages)

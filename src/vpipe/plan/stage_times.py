@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from vpipe.plan.costs import Array, ChainCosts
-from vpipe.plan.memory import Policy, StageLoad, held_bytes
+from vpipe.plan.loads import StageLoad
+from vpipe.plan.memory import Policy, held_bytes
 from vpipe.plan.partition_exact import cut_minimax, useful_intervals
 from vpipe.plan.policies import Frontiers, StageFit
 
@@ -131,14 +132,8 @@ class StageTimes:
         """Return bytes that a stage cannot go below: each block at its cheapest, at each peak by itself."""
         chain, policies = self.chain, self.frontiers.policies
         peaks = []
-        for full, halves in load.held:
-            one = replace(load, held=((full, halves),))
-            least = [min(held_bytes(block, policy, full) for policy in policies) for block in chain.blocks]
+        for moment in load.moments:
+            least = [min(held_bytes(block, policy, moment) for policy in policies) for block in chain.blocks]
             sums = np.concatenate([[0.0], np.cumsum(least)])
-            peaks.append(
-                chain.static_bytes(one)
-                + (sums[None, :] - sums[:, None])
-                + full * chain.passing[:, None]
-                + halves * chain.weight_held
-            )
-        return np.asarray(np.maximum.reduce(peaks) + chain.workspace - _TOLERANCE)
+            peaks.append(chain.moment_bytes(moment) + (sums[None, :] - sums[:, None]) + chain.transient.at(moment))
+        return np.asarray(chain.static_bytes(load) + np.maximum.reduce(peaks) - _TOLERANCE)

@@ -161,12 +161,17 @@ class Executor:
 
     def _run_watched(self, watch: MemoryWatch, action: Action) -> None:
         handler, program = self._dispatch[action.kind], self._program
-        if watch.covers(program.first_iteration + action.microbatch // program.num_microbatches):
-            watch.run(handler, action, self._handed_over)
+        batch, position = divmod(action.microbatch, program.num_microbatches)
+        if watch.covers(program.first_iteration + batch):
+            watch.run(handler, action, program.first_iteration + batch, position, self._handed_over)
         else:
             watch.stop()
             self._watching = None
             handler(action)
+
+    @property
+    def _is_noting(self) -> bool:
+        return self._watching is not None and self._watching.is_noting
 
     def _handed_over(self) -> Iterator[Tensor]:
         for values in (*self._arrived.values(), *self._leaving.values()):
@@ -203,7 +208,7 @@ class Executor:
         ready = self._prepared.pop((action.stage, serial), None) or self._prepare(action)
         if self._program.training:
             outputs = stage.forward(
-                serial, ready.modules, inputs, ready.fields, ready.key, self._program.split, self._watching is not None
+                serial, ready.modules, inputs, ready.fields, ready.key, self._program.split, self._is_noting
             )
             if stage.is_last:
                 self.losses[serial] = stage.loss(serial, outputs, ready.totals, ready.num_samples)

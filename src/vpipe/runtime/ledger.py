@@ -143,6 +143,9 @@ class Ledger:
     def _hold(self, owner: Hashable, place: int, num_bytes: int) -> None:
         places = self._owned.setdefault(owner, set())
         if place in places:
+            # It may have been freed, and allocated again for something else.
+            self._now["activations"] += num_bytes - self._sizes[place]
+            self._sizes[place] = num_bytes
             return
         places.add(place)
         self._holders[place] = self._holders.get(place, 0) + 1

@@ -206,9 +206,9 @@ class Pipeline:
     def _watch_memory(self, limit: int | Sequence[int] | None, mode: WatchMode, directory: Path | None) -> None:
         """Open the account of what the rank holds, and the way to host memory."""
         self.ledger = Ledger(self.rank, limit_of(limit, self.rank, self.num_ranks))
-        count = None if mode == "all" or limit is not None else self.programs.num_batches_until_steady
         stages = {index: (item.stage, item.weights) for index, item in self.held.items()}
-        self._watch = MemoryWatch(self.ledger, stages, self.transport, self.device, count)
+        steady = self.programs.num_batches_until_steady
+        self._watch = MemoryWatch(self.ledger, stages, self.transport, self.device, steady, for_ever=mode == "all")
         self.host_link = connect(self.held, self.programs.swapping, self.device, directory, self._watch.moved)
 
     def _assemble(
@@ -367,9 +367,9 @@ class Pipeline:
         for index, item in self.held.items():
             item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
         self.transport.start(program.actions, crossing, program.num_serials, program.window)
+        self._watch.expect(crossing)
         readers = [item.stage.fields for item in self.held.values()]
-        every = concatenate([first], batches)
-        move = methodcaller("to", self.device, non_blocking=True)
+        every, move = concatenate([first], batches), methodcaller("to", self.device, non_blocking=True)
         return BatchFeed(every, program.num_microbatches, readers, move, self._executor.callers_turn)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -100,6 +100,11 @@ class Stage:
         self._owed = frozenset(spec.name for spec in outputs if spec.requires_grad)
 
     @property
+    def swaps(self) -> bool:
+        """Tell whether any of its blocks swaps."""
+        return bool(self._swaps)
+
+    @property
     def num_saved(self) -> int:
         """Count the microbatches whose activations are held."""
         return len(self._saved)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+from torch.autograd.profiler import record_function
 
 from vpipe.schedule.action import COMPUTE, Action, Kind
 
 __all__ = ["WorkspaceMeter"]
 
 _NUM_SAMPLES = 3
-"""Of each stage and kind of action; the second backward of a batch is the first that adds to gradients."""
+"""Of each stage and kind of action."""
+_NUM_FORWARDS = _NUM_SAMPLES + 1
+"""So many, because the first backward is another kind than the next ones."""
+_FREED = "vpipe frees bytes "
+
+_Key = tuple[int, Kind, bool]
 
 
 class WorkspaceMeter:
@@ -23,27 +31,53 @@ class WorkspaceMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._largest: dict[tuple[int, Kind], int] = {}
-        self._taken: Counter[tuple[int, Kind]] = Counter()
+        self._largest: dict[_Key, int] = {}
+        self._taken: Counter[_Key] = Counter()
+        self._key: _Key = (0, Kind.F, False)
         self._latest: tuple[int, int] | None = None
+        self._expected: list[weakref.ref[object]] = []
+        self._known: set[tuple[int, int]] = set()
+        """Stage and microbatch of the forwards that were watched."""
 
-    def run(self, handler: Callable[[Action], None], action: Action) -> None:
-        """Do an action, and watch it if that is still needed and nobody else profiles."""
-        key, self._latest = (action.stage, action.kind), None
-        is_due = action.kind in COMPUTE and self._taken[key] < _NUM_SAMPLES
-        if not is_due or torch._C._autograd._profiler_enabled():
+    def run(self, handler: Callable[[Action], None], action: Action, *, has_gradients: bool) -> None:
+        """Do an action, and watch it if that is still needed and nobody else profiles.
+
+        A backward that adds to gradients needs something else than one that makes them.
+        """
+        key, self._latest = (action.stage, action.kind, has_gradients), None
+        self._key = key
+        if not self._is_due(action, key) or torch._C._autograd._profiler_enabled():
             handler(action)
             return
         self._taken[key] += 1
         self._latest = self._on_gpu(handler, action) if self._device.type == "cuda" else _on_cpu(handler, action)
 
-    def excess(self, action: Action, growth: int) -> int:
-        """Return the bytes by which the action's peak exceeds both what was held before and what is held after it.
+    def _is_due(self, action: Action, key: _Key) -> bool:
+        owner, is_forward = (action.stage, action.microbatch), action.kind is Kind.F
+        is_due = action.kind in COMPUTE and self._taken[key] < (_NUM_FORWARDS if is_forward else _NUM_SAMPLES)
+        if is_forward:
+            (self._known.add if is_due else self._known.discard)(owner)
+        # The allocator only tells of frees whose allocation it was watched for.
+        return is_due and (owner in self._known or action.kind is Kind.STEP)
 
-        `growth` is by how much more is held since. What the allocator says of that differs where an action freed what
-        others had left, or read a batch: the larger of both counts.
+    def expect(self, owner: object, num_bytes: int) -> None:
+        """Say that memory was allocated elsewhere, where nobody watched, and is freed together with `owner`."""
+        if self._device.type != "cuda":
+            self._expected.append(weakref.ref(owner, lambda reference: self._see_freed(reference, num_bytes)))
+
+    def _see_freed(self, reference: weakref.ref[object], num_bytes: int) -> None:
+        self._expected.remove(reference)
+        if torch._C._autograd._profiler_enabled():
+            with record_function(f"{_FREED}{num_bytes}"):
+                pass
+
+    def excess(self, growth: int) -> int:
+        """Return the bytes by which the latest action's peak exceeds both what was held before and the most held since.
+
+        `growth` is by how much more that was, as far as the action did it. What the allocator says of the action's end
+        differs where it freed what others had left, or read a batch: the larger of both counts.
         """
-        key = action.stage, action.kind
+        key = self._key
         if self._latest is not None:
             peak, end = self._latest
             self._largest[key] = max(self._largest.get(key, 0), peak - max(0, end, growth))
@@ -65,7 +99,13 @@ def _on_cpu(handler: Callable[[Action], None], action: Action) -> tuple[int, int
         handler(action)
     finally:
         records = _disable_profiler_legacy()
-    # `kind` is text, whatever torch's stub says.
-    changes = [item.cpu_memory_usage() for thread in records for item in thread if str(item.kind()) == "memory_alloc"]
-    running = [0, *accumulate(changes)]
+    running = [0, *accumulate(change for thread in records for change in map(_change, thread))]
     return max(running), running[-1]
+
+
+def _change(record: Any) -> int:
+    """Return by how much a record of the profiler changed what is allocated."""
+    # `kind` is text, whatever torch's stub says.
+    if str(record.kind()) == "memory_alloc":
+        return int(record.cpu_memory_usage())
+    return -int(record.name().removeprefix(_FREED)) if record.name().startswith(_FREED) else 0

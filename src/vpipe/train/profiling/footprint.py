@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,7 +14,9 @@ from torch.autograd.profiler import profile
 
 from vpipe.runtime.activations import place_of
 from vpipe.runtime.executor import HeldStage
+from vpipe.runtime.message import MessageLayout
 from vpipe.runtime.split import held_tensors
+from vpipe.runtime.swap import SMALL_BYTES
 from vpipe.train.profiling.trial import BlockTrial
 
 __all__ = ["Footprint", "measure_footprint"]
@@ -31,24 +33,34 @@ class Footprint:
     input_grad_bytes: int
     weight_grad_bytes: int
     workspace_bytes: int
+    first_workspace_bytes: int
+    split_workspace_bytes: int
+    step_workspace_bytes: int
     buffer_bytes: int
+    small_bytes: int
 
 
 def measure_footprint(trial: BlockTrial) -> Footprint:
     """Run the block forward and backward, whole and in halves, and count what is held."""
     parameters, buffers = list(trial.module.parameters()), list(trial.module.buffers())
     kept = trial.stage()
-    activation_bytes = _held_bytes(trial, kept)
+    held = _held_sizes(trial, kept)
+    activation_bytes = sum(held)
     only_for_weights, weight_grad_bytes = _halves(trial, kept)
+    workspace = _workspace(trial, kept)
     return Footprint(
         activation_bytes=activation_bytes,
-        input_bytes=_held_bytes(trial, trial.stage(recomputes=True)),
-        output_bytes=sum(spec.num_bytes for spec in trial.leaving),
+        input_bytes=sum(_held_sizes(trial, trial.stage(recomputes=True))),
+        output_bytes=MessageLayout(trial.index, trial.leaving).num_bytes,
         parameter_bytes=_num_bytes(parameter for parameter in parameters if parameter.requires_grad),
         input_grad_bytes=max(0, activation_bytes - only_for_weights),
         weight_grad_bytes=weight_grad_bytes,
-        workspace_bytes=_workspace(trial, kept),
+        workspace_bytes=workspace.usually,
+        first_workspace_bytes=workspace.first,
+        split_workspace_bytes=workspace.split,
+        step_workspace_bytes=_step_workspace(trial),
         buffer_bytes=_num_bytes([*(parameter for parameter in parameters if not parameter.requires_grad), *buffers]),
+        small_bytes=sum(size for size in held if size <= SMALL_BYTES),
     )
 
 
@@ -56,14 +68,14 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({place_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _held_bytes(trial: BlockTrial, held: HeldStage) -> int:
-    """Count what a forward leaves; outputs, and what only passes through, belong to the block that reads them."""
+def _held_sizes(trial: BlockTrial, held: HeldStage) -> list[int]:
+    """List what a forward leaves; outputs, and what only passes through, belong to the block that reads them."""
     written = trial.forward(held.stage, is_watched=True)
     sizes = held.stage.held(0)
     read = {place_of(trial.inputs[name]) for name in trial.read}
     others = {place_of(value) for value in (*trial.inputs.values(), *([] if trial.is_last else written.values()))}
     trial.backward(held)
-    return sum(size for place, size in sizes.items() if place in read or place not in others)
+    return [size for place, size in sizes.items() if place in read or place not in others]
 
 
 def _halves(trial: BlockTrial, held: HeldStage) -> tuple[int, int]:
@@ -85,32 +97,79 @@ def _halves(trial: BlockTrial, held: HeldStage) -> tuple[int, int]:
     return _num_bytes(only), _num_bytes(waiting)
 
 
-def _workspace(trial: BlockTrial, held: HeldStage) -> int:
-    """Return by how much a forward and a backward, at their peak, exceed what is held before and after."""
-    if trial.device.type == "cuda":
-        return _cuda_workspace(trial, held)
-    # Gradients are there by now, as they are for most of a run's backwards.
-    with profile(profile_memory=True) as forward:
-        trial.forward(held.stage)
-    with profile(profile_memory=True) as backward:
-        trial.backward(held)
-    return max(_excess(forward), _excess(backward))
+@dataclass(frozen=True)
+class _Workspace:
+    usually: int
+    first: int
+    split: int
 
 
-def _excess(watched: profile) -> int:
-    assert watched.kineto_results is not None
-    events = [event for event in watched.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    # torch's stubs leave the method out; what is freed counts as negative.
-    running = [0, *accumulate(event.nbytes() for event in events)]  # type: ignore[attr-defined]
-    peak, left = max(running), running[-1]
-    return int(peak - max(0, left))
+def _workspace(trial: BlockTrial, held: HeldStage) -> _Workspace:
+    """Return by how much a forward and a backward, at their peak, exceed what is held before and after.
+
+    The first backward of an update makes gradients, which stay: what it takes is counted from its beginning alone.
+    """
+    meter = _Meter(trial.device)
+    most: dict[bool, int] = {}
+    for has_gradients in (False, True):
+        _set_gradients(trial, there=has_gradients)
+        forward = meter.excess(lambda: trial.forward(held.stage))
+        backward = meter.excess if has_gradients else meter.peak
+        most[has_gradients] = max(forward, backward(lambda: trial.backward(held)))
+    # The allocator only tells of frees whose allocation was watched.
+    forward = meter.excess(lambda: trial.forward(held.stage, split=True))
+    halves = meter.excess(lambda: trial.backward(held, split=True))
+    return _Workspace(most[True], most[False], max(forward, halves, meter.excess(lambda: trial.backward_weights(held))))
 
 
-def _cuda_workspace(trial: BlockTrial, held: HeldStage) -> int:
-    trial.forward(held.stage)
-    before = torch.cuda.memory_allocated(trial.device)
-    torch.cuda.reset_peak_memory_stats(trial.device)
-    trial.backward(held)
-    torch.cuda.synchronize(trial.device)
-    return max(0, torch.cuda.max_memory_allocated(trial.device) - before)
+def _step_workspace(trial: BlockTrial) -> int:
+    """Return by how much an update exceeds the weights, their gradients and the optimizer's state."""
+    for _ in range(2):  # the first one makes the state
+        _set_gradients(trial, there=True)
+        trial.weights.start([])
+        workspace = _Meter(trial.device).excess(trial.weights.step)
+    return workspace
+
+
+def _set_gradients(trial: BlockTrial, *, there: bool) -> None:
+    for parameter in trial.weights.parameters:
+        parameter.grad = torch.zeros_like(parameter) if there else None
+
+
+class _Meter:
+    """Watches what is allocated while something is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def peak(self, do: Callable[[], object]) -> int:
+        """Return by how much the peak exceeds the beginning."""
+        return self._watch(do)[0]
+
+    def excess(self, do: Callable[[], object]) -> int:
+        """Return by how much it exceeds both the beginning and the end."""
+        peak, end = self._watch(do)
+        return peak - max(0, end)
+
+    def _watch(self, do: Callable[[], object]) -> tuple[int, int]:
+        if self._device.type == "cuda":
+            return self._on_gpu(do)
+        with profile(profile_memory=True) as watched:
+            result = do()
+        del result  # what was computed is still there at the end
+        assert watched.kineto_results is not None
+        events = [event for event in watched.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        # torch's stubs leave the method out; what is freed counts as negative.
+        running = [0, *accumulate(event.nbytes() for event in events)]
+        return max(running), running[-1]
+
+    def _on_gpu(self, do: Callable[[], object]) -> tuple[int, int]:
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        result = do()
+        torch.cuda.synchronize(self._device)
+        end = torch.cuda.memory_allocated(self._device)
+        del result  # what was computed is still there at the end
+        return torch.cuda.max_memory_allocated(self._device) - before, end - before
