@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -30,8 +31,10 @@ __all__ = ["Outcome", "Request", "find_plan", "judge_partition", "plan_partition
 NUM_SIMULATED = 20
 _NEGLIGIBLE = 0.001
 """Share of the time below which a gain is not worth any memory."""
-_MAX_ACTIONS = 200_000
-"""Actions that moving boundaries may simulate, of one plan."""
+_MAX_ACTIONS = 50_000
+"""Actions that ranking may simulate, and moving the boundaries of one plan: what takes about a tenth of a second."""
+_FEWEST_SIMULATED = 4
+"""Plans that are simulated however many actions they have."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,33 @@ class Outcome:
     """Time that no plan of any of the settings needs less of, for one batch."""
     is_exact: bool
     """Whether each cut is the best there is for its busiest stage; False: among the policies that were looked at."""
-    smallest_limits: tuple[int, ...]
-    """Per rank, the smallest limits that any of the settings could be planned for."""
-    smallest: Plan
-    """A plan that keeps them."""
-    naive: Mapping[str, Plan]
-    """The `uniform`, `parameters` and `compute` cuts in the best plan's setting; they need not fit."""
+    situations: tuple[Situation, ...] = field(repr=False, compare=False)
+    """All settings that were looked at."""
 
     @property
     def gap(self) -> float:
         """How much longer the best plan takes than the lower bound, as a fraction of the bound."""
         return self.best.step_ms / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
+
+    @cached_property
+    def naive(self) -> Mapping[str, Plan]:
+        """The `uniform`, `parameters` and `compute` cuts in the best plan's setting; they need not fit."""
+        situation = next(each for each in self.situations if each.setting == self.best.setting)
+        return {name: _fixed(situation, cut) for name, cut in naive_cuts(situation.times).items()}
+
+    @property
+    def smallest_limits(self) -> tuple[int, ...]:
+        """Per rank, the smallest limits that any of the settings could be planned for."""
+        return self._smallest[0]
+
+    @property
+    def smallest(self) -> Plan:
+        """A plan that keeps them."""
+        return self._smallest[1]
+
+    @cached_property
+    def _smallest(self) -> tuple[tuple[int, ...], Plan]:
+        return _smallest(self.situations)
 
 
 def find_plan(request: Request) -> Outcome:
@@ -127,17 +146,13 @@ def find_plan(request: Request) -> Outcome:
     improved = [_improve(*pair) for pair in ranked[:2]]
     improved += [(situation, situation.recompute_ahead(plan)) for situation, plan in [*improved, *ranked[:2]]]
     ranked = _prefer_small(_distinct(sorted([*improved, *ranked], key=_merit)))
-    situation, best = ranked[0]
-    limits, smallest = _smallest(situations)
     return Outcome(
         request=request,
-        best=best,
+        best=ranked[0][1],
         ranked=tuple(plan for _, plan in ranked),
         lower_bound_ms=min(map(lower_bound_ms, situations)),
         is_exact=all(each.times.is_exact for each in situations),
-        smallest_limits=limits,
-        smallest=smallest,
-        naive={name: _fixed(situation, cut) for name, cut in naive_cuts(situation.times).items()},
+        situations=tuple(situations),
     )
 
 
@@ -239,7 +254,8 @@ def _simulate_best(drafts: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situa
         return situation.estimate(draft) * corrections[situation.setting] / situation.setting.batch_size
 
     known = [index for index, (situation, _) in enumerate(promising) if situation.setting in corrections]
-    for index in sorted(known, key=corrected)[:NUM_SIMULATED]:
+    most = max(_FEWEST_SIMULATED, min(NUM_SIMULATED, _MAX_ACTIONS // promising[0][0].num_actions))
+    for index in sorted(known, key=corrected)[:most]:
         if index not in done:
             situation, draft = promising[index]
             done[index] = situation, situation.judge(draft)
@@ -248,7 +264,7 @@ def _simulate_best(drafts: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situa
 
 def _improve(situation: Situation, plan: Plan) -> tuple[Situation, Plan]:
     """Move boundaries by one block while the simulator says that it helps, as far as the budget goes."""
-    left = max(1, _MAX_ACTIONS // sum(map(len, situation.schedule.orders)))
+    left = max(1, _MAX_ACTIONS // situation.num_actions)
     improving = True
     while improving and left > 0:
         improving = False
@@ -256,7 +272,9 @@ def _improve(situation: Situation, plan: Plan) -> tuple[Situation, Plan]:
         most = 1.1 * _busiest(situation, plan.partition)
         cuts = (cut for cut in neighbours(plan.partition) if _busiest(situation, cut) <= most)
         for draft in _drafts(situation, cuts):
-            if left <= 0 or not draft.fits(situation.limits):
+            if left <= 0:
+                break
+            if not draft.fits(situation.limits):
                 continue
             left -= 1
             judged = situation.judge(draft)

@@ -71,7 +71,8 @@ def arrange(schedule: Schedule, plan: Plan) -> Schedule:
     """Return the schedule with what the plan's policies need: recomputations ahead, and moves to host memory."""
     cuts = pairwise([0, *accumulate(plan.partition)])
     swapping = [stage for stage, (start, stop) in enumerate(cuts) if Policy.SWAP in plan.policies[start:stop]]
-    return insert_offloads(insert_recomputes(schedule, plan.ahead), swapping)
+    ahead = insert_recomputes(schedule, plan.ahead) if plan.ahead else schedule
+    return insert_offloads(ahead, swapping) if swapping else ahead
 
 
 class Situation:
@@ -121,6 +122,11 @@ class Situation:
     def under(self, limits: Sequence[float]) -> Situation:
         """Return the same with other limits."""
         return Situation(self.profile, self.setting, limits, self._frontiers, self.schedule, sockets=self.sockets)
+
+    @cached_property
+    def num_actions(self) -> int:
+        """Computations of the schedule: what simulating it once takes."""
+        return sum(map(len, self.schedule.orders))
 
     @cached_property
     def loads(self) -> tuple[StageLoad, ...]:

@@ -37,9 +37,13 @@ class StageTimes:
 
     @cached_property
     def kept(self) -> list[Array]:
-        """Times with all activations kept, infinite where they do not fit."""
+        """Times with all activations kept, infinite where they do not fit.
+
+        Stages without a limit on ranks of one speed share one matrix.
+        """
+        free = {speed: self.chain.kept_ms(speed) for speed in set(self.speeds)}
         return [
-            np.where(self.chain.kept_bytes(load) <= limit, self.chain.kept_ms(speed), np.inf)
+            free[speed] if limit == np.inf else np.where(self.chain.kept_bytes(load) <= limit, free[speed], np.inf)
             for load, speed, limit in zip(self.loads, self.speeds, self.limits, strict=True)
         ]
 
