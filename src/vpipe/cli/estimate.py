@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,9 @@ def command(
       unlimited_step_s   if memory were no limit; null where nothing is recomputed or swapped
       smallest_limit_bytes  the least memory per device that a plan exists for
     """
+    # Collecting garbage would walk through millions of simulated actions again and again, and there is none.
+    gc.disable()
+    click.get_current_context().call_on_close(gc.enable)
     machine = _machine(options)  # before torch is imported: mistakes are told at once
     schedules = _schedules(options["schedule"])
     limit = options["memory_limit"]
