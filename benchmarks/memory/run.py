@@ -1,6 +1,7 @@
 """Predict the peak of every configuration, then run it and compare with what its ledger says.
 
 python -m benchmarks.memory.run [--only WORDS] [--out FILE]
+python -m benchmarks.memory.run --again FILE      predict anew what the runs of a file of results held
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from vpipe.plan.units import format_bytes
 from vpipe.schedule.schedule import uses_split_backward
 
 Row = dict[str, Any]
+
+PROFILES = Path(__file__).parent / "results" / "profiles"
 
 
 def predict(configuration: Configuration, profile: Profile) -> tuple[RankMemory, ...]:
@@ -80,11 +83,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the configurations whose name has these words")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peaks.json")
-    parser.add_argument("--profiles", type=Path, help="a folder that keeps the two profiles")
+    parser.add_argument("--profiles", type=Path, help="a folder whose profiles are used, if it has them")
+    parser.add_argument("--again", type=Path, help="a file of results whose runs are not run again")
     arguments = parser.parse_args()
+    if arguments.again is not None:
+        predict_again(arguments.again, arguments.profiles or PROFILES)
+        return
     surroundings = environment()
     chosen = [each for each in CONFIGURATIONS if all(word in each.name for word in arguments.only.split())]
-    profiles = {model: _profile(model, chosen, arguments.profiles) for model in {each.model for each in chosen}}
+    if arguments.profiles is None:
+        for model in {each.model for each in chosen}:
+            (PROFILES / f"{model}.json").unlink(missing_ok=True)
+    folder = arguments.profiles or PROFILES
+    profiles = {model: _profile(model, chosen, folder) for model in {each.model for each in chosen}}
     rows = []
     for configuration in chosen:
         predicted = predict(configuration, profiles[configuration.model])
@@ -94,15 +105,28 @@ def main() -> None:
     show(rows)
 
 
-def _profile(model: str, chosen: list[Configuration], folder: Path | None) -> Profile:
-    kept = None if folder is None else folder / f"{model}.json"
-    if kept is not None and kept.exists():
+def predict_again(path: Path, folder: Path) -> None:
+    """Predict what the runs of a file of results held, from the profiles of then, and write that into the file."""
+    results, named = json.loads(path.read_text()), {each.name: each for each in CONFIGURATIONS}
+    for row in results["rows"]:
+        configuration = named[row["name"]]
+        predicted = predict(configuration, _profile(configuration.model, [configuration], folder))
+        for rank, memory in zip(row["ranks"], predicted, strict=True):
+            rank["predicted"] = {**asdict(memory), "total": memory.total}
+            rank["error"] = round(memory.total / rank["measured"]["total"] - 1, 4)
+        row["error"] = max((rank["error"] for rank in row["ranks"]), key=abs)
+    show(results["rows"])
+    write_results(path, results)
+
+
+def _profile(model: str, chosen: list[Configuration], folder: Path) -> Profile:
+    kept = folder / f"{model}.json"
+    if kept.exists():
         return Profile.from_json(kept.read_text())
     first = next(each for each in chosen if each.model == model)
     profile = measure_profile(first.config())
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(profile.to_json())
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(profile.to_json())
     return profile
 
 

@@ -99,8 +99,9 @@ def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sock
     """Count messages by how many microbatches each stage has in flight at most.
 
     In shared memory what was sent waits there until it is read, and stays for the next one. A stage gets ahead of the
-    next one by as much as it is deeper, and of the one before with the gradients; where both are equally deep, as in
-    GPipe, the gradients of a whole batch may wait. Through sockets two messages are awaited from either side, and what
+    next one by as much as it is deeper, and one more is read meanwhile; with the gradients it gets ahead of the one
+    before by as much as that is deeper. Where both are equally deep, as in GPipe, those of a whole batch may wait.
+    Through sockets two messages are awaited from either side, and what
     was sent is kept until an answer shows that it was received. The gradient that a backward begins with counts as what
     it needs for a moment.
     """
@@ -112,7 +113,7 @@ def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sock
     else:
         behind = max(0, most[stage - 1] - most[stage]) if crosses_before else 0
         deeper = max(0, most[stage] - most[stage + 1]) if crosses_after else 0
-        arriving = min(most[stage], 1 + behind) if behind or not schedule.synchronous else most[stage]
+        arriving = min(most[stage], behind or (most[stage] if schedule.synchronous else 1))
         leaving = 1 + deeper
     # Between stages of one rank values are handed over, one at a time.
     return _MessageCounts(arriving if crosses_before else 0, leaving if crosses_after else int(stage < last))
