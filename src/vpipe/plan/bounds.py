@@ -36,10 +36,10 @@ def lower_bound_ms(situation: Situation) -> float:
     if not setting.synchronous:
         return setting.num_microbatches * cut_minimax(known)[0]
     around, after = _elsewhere(situation)
-    work = {speed: _work(situation, speed) for speed in set(situation.speeds)}
+    per_speed = {speed: _work(situation, speed) for speed in set(situation.speeds)}
     bounds = []
     for stage, matrix in enumerate(known):
-        forward, whole = work[situation.speeds[stage]]
+        forward, whole = per_speed[situation.speeds[stage]]
         first_way = after[None, :] + forward + np.maximum(0.0, whole - _num_ahead(situation, stage) * forward)
         bounds.append(around[:, None] + np.maximum(setting.num_microbatches * matrix, first_way))
     return cut_minimax(bounds)[0]

@@ -1,4 +1,4 @@
-"""The blocks of a chain measured in order, each kind once, by all ranks at once and with one block in memory."""
+"""The blocks of a chain measured in order, each kind once, by all ranks at once and with few blocks in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ __all__ = ["MeasuredSize", "measure_size", "rank_speeds", "size_profile", "stage
 
 _BUDGET_MS = 1500.0
 """How long one block is measured, if a few rounds do not take longer than that."""
-_FLOAT_BYTES = 4
+_TOUCHED_BYTES = 32 << 20
+"""What the copies of a block touch together: more than the caches that a core has for itself."""
 _EMPTY = ("empty_forward", "empty_backward")
 _UNEQUAL = 1.5
 """Ranks whose speeds differ by less than this are the same device, on a machine that others use as well."""
@@ -62,14 +63,13 @@ def measure_size(setup: Setup, size: int, group: ProcessGroup, progress: Progres
     specs = chain.infer(range(len(chain)), sample.fields)
     signatures = [block_signature(chain, index, specs) for index in range(len(chain))]
     step, num_kinds = f"measuring blocks, microbatches of {size}", len(set(signatures))
-    weight_bytes = _FLOAT_BYTES * sum(chain.count_parameters())
     known: dict[str, _Kind] = {}
     values: dict[str, Tensor] = {}
     with seeded(setup.config.seed):
         for index, signature in enumerate(signatures):
             if signature not in known:
                 progress(step, len(known), num_kinds)
-                known[signature] = _measure(setup, index, specs, values, sample, group, weight_bytes)
+                known[signature] = _measure(setup, index, specs, values, sample, group, signatures.count(signature))
             pairs = zip(chain.blocks[index].outputs, known[signature].written, strict=True)
             values |= {name: value for name, value in pairs if value is not None}
             values = {spec.name: values[spec.name] for spec in specs.get(index + 1, ())}
@@ -97,16 +97,24 @@ def _measure(
     values: Mapping[str, Tensor],
     sample: Sample,
     group: ProcessGroup,
-    weight_bytes: int,
+    num_alike: int,
 ) -> _Kind:
-    """Measure one block of a chain whose weights take `weight_bytes`."""
-    trial = make_trial(
-        setup.chain, index, specs, values, sample, setup.optimizer, seed=setup.config.seed, device=group.device
+    """Measure one block, of which the chain has `num_alike`."""
+    make = partial(
+        make_trial,
+        setup.chain,
+        index,
+        specs,
+        values,
+        sample,
+        setup.optimizer,
+        seed=setup.config.seed,
+        device=group.device,
     )
+    trial = make()
     footprint = asdict(measure_footprint(trial))
-    # As if all blocks held as much as this one.
-    others = (weight_bytes + len(setup.chain) * footprint["activation_bytes"]) // group.num_ranks
-    timings = take_rounds(trial, group.device, partial(slowest, group=group), _BUDGET_MS, others)
+    copies = [trial, *(make() for _ in range(_num_copies(footprint, num_alike) - 1))]
+    timings = take_rounds(copies, group.device, partial(slowest, group=group), _BUDGET_MS)
     timings |= take_steps(trial, group.device)
     written = trial.forward(trial.stage().stage)
     names = setup.chain.blocks[index].outputs
@@ -115,6 +123,12 @@ def _measure(
         timings,
         tuple(None if trial.is_last else written.get(name) for name in names),
     )
+
+
+def _num_copies(footprint: Mapping[str, int], num_alike: int) -> int:
+    """Return how many blocks stand in for a stage: as many as there are of the kind, if they are not large."""
+    touched = 2 * footprint["parameter_bytes"] + footprint["activation_bytes"]
+    return min(num_alike, 1 + _TOUCHED_BYTES // max(1, touched))
 
 
 def rank_speeds(measured: MeasuredSize) -> tuple[float, ...]:
