@@ -128,8 +128,6 @@ def _rank_environment(run_directory: Path, threads_per_rank: int) -> dict[str, s
         RUN_DIRECTORY: str(run_directory.absolute()),
         LAUNCHER_PID: str(os.getpid()),
     }
-    # The ledger watches the allocator, which warns of every block that is older than the watch.
-    environment |= {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in (name for _, name in socket.if_nameindex()):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks what the host's name resolves to
     return environment

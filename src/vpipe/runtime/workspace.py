@@ -13,6 +13,7 @@ from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch.autograd.profiler import record_function
 
+from vpipe.runtime.torch_log import errors_only
 from vpipe.schedule.action import COMPUTE, Action, Kind
 
 __all__ = ["WorkspaceMeter"]
@@ -96,7 +97,8 @@ def _on_cpu(handler: Callable[[Action], None], action: Action) -> tuple[int, int
     # The newer profiler takes several times as long, and logs its own start and end to standard error.
     _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()))
     try:
-        handler(action)
+        with errors_only():  # the profiler warns of every thousandth block that is older than the watch
+            handler(action)
     finally:
         records = _disable_profiler_legacy()
     running = [0, *accumulate(change for thread in records for change in map(_change, thread))]
