@@ -228,3 +228,17 @@ def test_wording(folder: Path, changes: dict[str, Any], message: str) -> None:
 
 def test_flat_and_native_keys_do_not_collide() -> None:
     assert set(FLAT_KEYS).isdisjoint(native_keys())
+
+
+def test_a_mistyped_model_is_told_beside_a_model_section():
+    with pytest.raises(
+        ConfigError, match=r"model_type = 'bertt' is not known; did you mean 'bert'\?; the 'model:' sec"
+    ):
+        build_config({"model_type": "bertt", "batch_size": 4, "model": {"num_layers": 2}})
+    whole = {"model_type": "bert", "batch_size": 4, "iterations": 1, "synthetic_data": True, "model": {"num_layers": 2}}
+    assert build_config(whole).model.num_layers == 2
+
+
+def test_an_unknown_key_of_a_flat_file_is_answered_with_the_flat_keys():
+    with pytest.raises(ConfigError, match=r"zzz = 1 is not a known key; known here: .*seed, .*, learning_rate, .*"):
+        build_config({"batch_size": 4, "zzz": 1})

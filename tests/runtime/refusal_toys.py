@@ -68,6 +68,10 @@ def other_batch_size() -> None:
     build().step(**batch(4 + 2 * RANK))
 
 
+def other_batches() -> None:
+    build().step(**(batch() | {"target": batch()["target"] + RANK}))
+
+
 class Ragged(nn.Module):
     """Writes another shape than inference saw, once there are data."""
 
@@ -175,6 +179,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "not_a_number_asynchronous": partial(not_a_number, "pipedream"),
     "not_a_number_synchronous": partial(not_a_number, "1f1b"),
     "other_batch_size": other_batch_size,
+    "other_batches": other_batches,
     "other_blocks": other_blocks,
     "other_clipping": other_clipping,
     "other_depths": other_depths,

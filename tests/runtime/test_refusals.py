@@ -43,6 +43,15 @@ def test_a_plan_on_which_ranks_disagree_is_refused_by_all(found, name, text):
     assert found[name][0] == found[name][1]
 
 
+def test_different_batches_are_refused_by_all(found):
+    first, second = found["other_batches"]
+    assert first == second
+    assert first.startswith(
+        "ConfigError: rank 0 and rank 1 were given different batches: the field 'target' is not the same. Every rank "
+        "needs the same batches in the same order, so draw them with the same seed on all ranks (torch.manual_seed)"
+    )
+
+
 def test_an_output_of_another_shape_is_refused_and_the_other_rank_does_not_wait_for_ever(found):
     first, second = found["wrong_shape"]
     assert first == (

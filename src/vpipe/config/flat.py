@@ -103,6 +103,8 @@ def translate(flat: Mapping[str, Any], native: Mapping[str, Any], folder: Path) 
         result.settings["plan.partition"] = (str(place), "partition")
     if "model" not in native:
         _translate_model(flat, result)
+    elif unknown := _unknown_model_type(flat.get("model_type")):
+        result.problems.append(Problem(("model.type",), f"{unknown}; the 'model:' section says what is trained"))
     _translate_schedule(flat, result)
     _translate_stage_maps(flat, folder, result)
     if flat.get("container"):
@@ -124,8 +126,8 @@ def _translate_model(flat: Mapping[str, Any], result: Translation) -> None:
     mistake = ""
     if model_type in _PLANNED_MODELS:
         mistake = f"model_type = {show(model_type)} is not supported yet"
-    elif model_type not in (None, "bert"):
-        mistake = f"model_type = {show(model_type)} is not known{did_you_mean(model_type, ['bert', *_PLANNED_MODELS])}"
+    elif unknown := _unknown_model_type(model_type):
+        mistake = unknown
     elif directory is not None and Path(str(directory)).name != "bert":
         mistake = f"directory = {show(directory)} is model code that VPipe does not have"
     elif module is not None and not re.fullmatch(r"vgpus=\d+", str(module)):
@@ -136,6 +138,12 @@ def _translate_model(flat: Mapping[str, Any], result: Translation) -> None:
         return
     implied = {"model.type": "bert", "model.size": "large", "data.type": "bert", "optimizer.name": "lamb"}
     result.settings |= {key: (value, given[0]) for key, value in implied.items()}
+
+
+def _unknown_model_type(model_type: object) -> str:
+    if model_type in (None, "bert", *_PLANNED_MODELS):
+        return ""
+    return f"model_type = {show(model_type)} is not known{did_you_mean(model_type, ['bert', *_PLANNED_MODELS])}"
 
 
 def _translate_schedule(flat: Mapping[str, Any], result: Translation) -> None:

@@ -96,7 +96,7 @@ def _build(content: Mapping[Any, Any], folder: Path, overrides: Iterable[str], w
     make_paths_absolute(tree, folder)
     file_problems, file_warnings = read_partition(tree)
     file_problems += read_initial_model(tree)
-    run, broken = validate_tree(tree, FLAT_KEYS)
+    run, broken = validate_tree(tree, FLAT_KEYS, is_flat=bool(flat))
     run, run_warnings = resolve_run(run, tree, bool(flat))
     problems += [*file_problems, *broken]
     problems += without(check_config(run), problems)

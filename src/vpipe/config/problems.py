@@ -64,17 +64,20 @@ def raise_problems(problems: Iterable[Problem], where: str, origins: Mapping[str
         raise ConfigError("\n  ".join([f"{where}: {len(lines)} errors", *lines]))
 
 
-def validate_tree(tree: Tree, vocabulary: Iterable[str] = ()) -> tuple[RunConfig, list[Problem]]:
+def validate_tree(
+    tree: Tree, vocabulary: Iterable[str] = (), *, is_flat: bool = False
+) -> tuple[RunConfig, list[Problem]]:
     """Turn plain values into a run; broken ones are reported and replaced by their defaults.
 
-    `vocabulary` holds further keys that may be suggested at top level, beside the native ones.
+    `vocabulary` holds further keys that may be suggested at top level, beside the native ones; a file that `is_flat`
+    has such keys, so there they are listed where none is near.
     """
     try:
         return RunConfig.model_validate(tree), []
     except ValidationError as error:
         places = dict.fromkeys(tuple(str(part) for part in item["loc"][:2]) for item in error.errors())
     healthy = copy.deepcopy(tree)
-    problems = [_problem(tree, place, list(vocabulary)) for place in places]
+    problems = [_problem(tree, place, list(vocabulary), is_flat=is_flat) for place in places]
     for place in places:
         _remove(healthy, place)
     return RunConfig.model_validate(healthy), problems
@@ -87,7 +90,7 @@ def _rename(text: str, origins: Mapping[str, str]) -> str:
     return re.sub(rf"(?<![\w.])({names})(?!\w|\.\w)", lambda match: origins[match[1]], text)
 
 
-def _problem(tree: Tree, place: tuple[str, ...], vocabulary: list[str]) -> Problem:
+def _problem(tree: Tree, place: tuple[str, ...], vocabulary: list[str], *, is_flat: bool) -> Problem:
     """Say what is wrong at `place`, the path of a key that pydantic refused."""
     key, value = ".".join(place), tree[place[0]]
     if len(place) > 1:
@@ -95,7 +98,9 @@ def _problem(tree: Tree, place: tuple[str, ...], vocabulary: list[str]) -> Probl
     kinds = sections()
     fields = kinds[place[0]].model_fields if len(place) > 1 else RunConfig.model_fields
     if place[-1] not in fields:
-        return Problem((key,), f"{key} = {show(value)} is not a known key{_suggest(place, vocabulary)}")
+        return Problem(
+            (key,), f"{key} = {show(value)} is not a known key{_suggest(place, vocabulary, is_flat=is_flat)}"
+        )
     if len(place) == 1 and place[0] in kinds:
         inside = tuple(f"{key}.{field}" for field in kinds[key].model_fields)
         return Problem(inside, f"{key} = {show(value)} is not a section; write its keys below it, e.g. {inside[0]}")
@@ -104,7 +109,7 @@ def _problem(tree: Tree, place: tuple[str, ...], vocabulary: list[str]) -> Probl
     return Problem((key,), f"{key} = {show(value)} is not {expected}{near}")
 
 
-def _suggest(place: tuple[str, ...], vocabulary: list[str]) -> str:
+def _suggest(place: tuple[str, ...], vocabulary: list[str], *, is_flat: bool) -> str:
     """Suggest a key for an unknown one: a like name in its own section, else a like name elsewhere, else list them."""
     leaf, kinds = place[-1], sections()
     here = list(kinds[place[0]].model_fields) if len(place) > 1 else [*RunConfig.model_fields, *vocabulary]
@@ -114,7 +119,7 @@ def _suggest(place: tuple[str, ...], vocabulary: list[str]) -> str:
     close = difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.75)
     if close:
         return f"; did you mean '{elsewhere[close[0]]}'?"
-    return f"; known here: {', '.join(here if len(place) > 1 else RunConfig.model_fields)}"
+    return f"; known here: {', '.join(here if len(place) > 1 or is_flat else RunConfig.model_fields)}"
 
 
 def _remove(tree: Tree, place: tuple[str, ...]) -> None:

@@ -148,7 +148,8 @@ def read_meta(directory: Path) -> BertMeta:
             first = error.errors()[0]
             reason = " ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
         raise DataError(
-            f"{path} is damaged or from another version ({reason}); prepare it again with `{make} --force`"
+            f"{path} is damaged or from another version ({reason}); prepare it again with `{make} --force`, "
+            "and --input FILE for each text of your own"
         ) from error
 
 

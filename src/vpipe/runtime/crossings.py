@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from vpipe.data.source import FieldSpec
 from vpipe.model.chain import Chain, ValueSpec
-from vpipe.runtime.agreement import agree
+from vpipe.runtime.agreement import agree, agree_on_batch
 from vpipe.runtime.assembly import crossing_specs
 from vpipe.runtime.batch import Batch, field_tensors
 
@@ -38,7 +38,7 @@ class Crossings:
         """Return what crosses for microbatches of `num_samples` of such a batch; collective when the shape is new.
 
         Raises:
-            ConfigError: ranks do not infer the same.
+            ConfigError: ranks do not infer the same, or were given different batches.
             DataError, ModelError: a field is missing, or a block cannot run on such fields.
         """
         described = {} if self._specs is not None else batch.fields
@@ -48,5 +48,6 @@ class Crossings:
             fields = field_tensors(self._chain, batch, self._specs, num_samples)
             crossing = crossing_specs(self._chain, self._partition, fields, training=training)
             agree({"values between stages": crossing}, self._group)
+            agree_on_batch(batch.fields, self._group)
             self._known[shapes] = crossing
         return self._known[shapes]
