@@ -64,6 +64,8 @@ def main() -> None:
         dist.all_gather_object(everyone, mine)
         if pipeline.rank == 0:
             print(json.dumps({"ranks": everyone}))
+    # torch's threads may still drop that, for which they need the interpreter, which must not end before.
+    dist.barrier()
     dist.destroy_process_group()
 
 
