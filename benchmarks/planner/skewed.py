@@ -93,10 +93,11 @@ def show(chains: dict[str, Any]) -> None:
         found = row["summary"]
         for each, one in row["contestants"].items():
             error = found["prediction_error"][each]
+            words = ["", ""] if error is None else [f"{one['predicted_ms']:.1f}", f"{error:+.1%}"]
             over = "" if each == PLANNED else f"{found['speed_over'][each]['median']:.2f}"
             cut = " ".join(map(str, one["partition"]))
             measured = f"{found['measured_ms'][each]:.1f}"
-            rows.append([name, each, cut, f"{one['predicted_ms']:.1f}", measured, f"{error:+.1%}", over])
+            rows.append([name, each, cut, words[0], measured, words[1], over])
         best = found["speed_over"][found["best_naive"]]
         errors.append([name, found["best_naive"], f"{best['median']:.2f} ({best['min']:.2f} to {best['max']:.2f})"])
     header = ["chain", "cut", "blocks per stage", "predicted ms", "measured ms", "error", "planned is so much faster"]
