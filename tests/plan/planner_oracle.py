@@ -32,7 +32,7 @@ def problem(seed: int) -> tuple[Profile, Schedule, tuple[float, ...]]:
     ends = list(itertools.accumulate(partition_uniform(num_blocks, num_ranks)))
     cut = list(itertools.pairwise([0, *ends]))
     kept = _memory(profile, schedule, cut, [Policy.KEEP] * num_blocks, stage_loads(schedule))
-    largest = max(item.total for item in kept)
+    largest = max(item.most for item in kept)
     limits = tuple(round(largest * draw.uniform(0.6, 1.2)) for _ in kept)
     return profile, schedule, limits
 
@@ -49,7 +49,7 @@ def planned(seed: int, *, unlimited: bool = False) -> float:
     assert policies is not None
     cut = list(itertools.pairwise([0, *itertools.accumulate(partition)]))
     memory = _memory(profile, schedule, cut, policies, times.loads)
-    assert unlimited or all(item.total <= limit for item, limit in zip(memory, limits, strict=True))
+    assert unlimited or all(item.most <= limit for item, limit in zip(memory, limits, strict=True))
     split = uses_split_backward(schedule)
     reached = max(
         stage_ms(profile, start, stop, policies[start:stop], rank, split) for rank, (start, stop) in enumerate(cut)
@@ -80,7 +80,7 @@ def brute_force(seed: int) -> float:
             times = [math.inf]
             for own in itertools.product(_allowed(profile), repeat=stop - start):
                 policies = [Policy.KEEP] * start + list(own) + [Policy.KEEP] * (num_blocks - stop)
-                if _memory(profile, schedule, cut, policies, loads)[rank].total <= limits[rank]:
+                if _memory(profile, schedule, cut, policies, loads)[rank].most <= limits[rank]:
                     times.append(stage_ms(profile, start, stop, own, rank, split))
             slowest = max(slowest, min(times))
         best = min(best, slowest)

@@ -164,5 +164,7 @@ def test_messages(sockets: bool) -> None:
         messages = [memory.buffers // 7 for memory in memories]
         # The depths are 3, 2 and 1. Through sockets: three arriving, three leaving, and what is not answered.
         assert messages == ([6, 11, 6] if sockets else [2, 3, 1])
+        # As many as are in flight where they were sent, or where a gradient is waited for, and one more.
+        assert [memory.most - memory.total for memory in memories] == ([0, 0, 0] if sockets else [14, 28, 14])
     alone = predicted(build_schedule("1f1b", 1, 4), [block()] * 2, [Policy.KEEP] * 2, sockets=sockets)
     assert alone[0].buffers == 0

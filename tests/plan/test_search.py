@@ -79,7 +79,7 @@ def test_the_smallest_limit_that_is_named_can_be_kept_and_none_below(schedule: s
     smallest = find_plan(Request(profile, 3, 6, (schedule,))).smallest_limits[0]
     assert f"is {smallest} bytes" in str(caught.value)
     kept = find_plan(Request(profile, 3, 6, (schedule,), limits=[smallest]))
-    assert needed_limit(max(memory.total for memory in kept.best.memory)) == smallest
+    assert needed_limit(max(memory.most for memory in kept.best.memory)) == smallest
     with pytest.raises(PlanError, match="cannot be kept"):
         find_plan(Request(profile, 3, 6, (schedule,), limits=[smallest - 1]))
 
@@ -90,11 +90,11 @@ def test_one_per_cent_of_a_limit_is_left() -> None:
         limit = needed_limit(num_bytes)
         assert usable_bytes(limit) >= num_bytes > usable_bytes(limit - 1)
     profile = uniform_profile(8)
-    most = max(memory.total for memory in find_plan(Request(profile, 2, 8)).best.memory)
+    most = max(memory.most for memory in find_plan(Request(profile, 2, 8)).best.memory)
     kept = find_plan(Request(profile, 2, 8, limits=[needed_limit(most)])).best
     assert set(kept.policies) == {Policy.KEEP}
     tight = find_plan(Request(profile, 2, 8, limits=[most])).best
-    assert max(memory.total for memory in tight.memory) <= usable_bytes(most)
+    assert max(memory.most for memory in tight.memory) <= usable_bytes(most)
 
 
 def test_limits_per_rank() -> None:
@@ -220,7 +220,7 @@ def test_stages_recompute_ahead_where_that_saves_time_and_fits() -> None:
     assert best.fits(limits)
     # A limit that the recomputed blocks one by one keep, and all at once would not.
     again = [Policy.RECOMPUTE] * 8
-    held = max(memory.total for memory in judge_partition(Request(profile, 4, 8), [2, 2, 2, 2], again).memory)
+    held = max(memory.most for memory in judge_partition(Request(profile, 4, 8), [2, 2, 2, 2], again).memory)
     tight = find_plan(Request(profile, 4, 8, limits=[needed_limit(held)]))
     assert all(memory.total <= held for memory in tight.best.memory)
     assert 0 not in tight.best.ahead

@@ -129,8 +129,8 @@ class ChainCosts:
         return self.between("weight_grad_bytes")
 
     def static_bytes(self, load: StageLoad) -> Array:
-        """Return the bytes that are always there: weights, optimizer state, messages."""
-        messages = load.arriving * self.arriving[:, None] + load.leaving * self.arriving[None, :]
+        """Return the bytes that are always there: weights, optimizer state, messages, of these as many as may be."""
+        messages = load.most_arriving * self.arriving[:, None] + load.most_leaving * self.arriving[None, :]
         return self._once + load.num_versions * self.parameters + messages
 
     def moment_bytes(self, moment: Moment) -> Array:

@@ -61,6 +61,9 @@ class StageLoad:
     """Messages of the cut in front of the stage, besides the stale ones and those that are activations."""
     leaving: int = 0
     """Messages of the cut behind it."""
+    most_arriving: int = 0
+    """The same when neighbours are as far behind as they can be."""
+    most_leaving: int = 0
 
     @property
     def full(self) -> int:
@@ -89,10 +92,12 @@ def stage_loads(schedule: Schedule, *, sockets: bool = False) -> tuple[StageLoad
 
 
 class _MessageCounts(NamedTuple):
-    """Messages in memory, besides those that are activations or stale, at worst: ranks may be ahead of each other."""
+    """Messages in memory, besides those that are activations or stale: as is to be expected, and at most."""
 
     arriving: int
     leaving: int
+    most_arriving: int
+    most_leaving: int
 
 
 def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sockets: bool) -> _MessageCounts:
@@ -100,23 +105,29 @@ def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sock
 
     In shared memory what was sent waits there until it is read, and stays for the next one. A stage gets ahead of the
     next one by as much as it is deeper, and one more is read meanwhile; with the gradients it gets ahead of the one
-    before by as much as that is deeper. Where both are equally deep, as in GPipe, those of a whole batch may wait.
-    Through sockets two messages are awaited from either side, and what
-    was sent is kept until an answer shows that it was received. The gradient that a backward begins with counts as what
-    it needs for a moment.
+    before by as much as that is deeper. Where both are equally deep, as in GPipe, those of a whole batch may wait. No
+    more can than are in flight on the stage that sends an activation or waits for a gradient. Through sockets two
+    messages are awaited from either side, and what was sent is kept until an answer shows that it was received. The
+    gradient that a backward begins with counts as what it needs for a moment.
     """
     rank, last = schedule.rank_of(stage), schedule.num_stages - 1
     crosses_before = stage > 0 and schedule.rank_of(stage - 1) != rank
     crosses_after = stage < last and schedule.rank_of(stage + 1) != rank
     if sockets:
-        arriving, leaving = 3 + max(most), 3 + most[stage]
+        arriving = most_arriving = 3 + max(most)
+        leaving = most_leaving = 3 + most[stage]
     else:
         behind = max(0, most[stage - 1] - most[stage]) if crosses_before else 0
         deeper = max(0, most[stage] - most[stage + 1]) if crosses_after else 0
         arriving = min(most[stage], behind or (most[stage] if schedule.synchronous else 1))
-        leaving = 1 + deeper
+        leaving, most_leaving = 1 + deeper, 1 + most[stage]
+        most_arriving = 1 + most[stage - 1] if crosses_before else 0
+    before, after = (arriving, most_arriving), (leaving, most_leaving)
     # Between stages of one rank values are handed over, one at a time.
-    return _MessageCounts(arriving if crosses_before else 0, leaving if crosses_after else int(stage < last))
+    handed_over = int(stage < last)
+    before = before if crosses_before else (0, 0)
+    after = after if crosses_after else (handed_over, handed_over)
+    return _MessageCounts(before[0], after[0], before[1], after[1])
 
 
 class Replay:

@@ -72,11 +72,18 @@ class RankMemory:
     buffers: int
     """Buffers and frozen parameters of the model, and messages."""
     workspace: int
+    reserve: int = 0
+    """For messages that may be there besides, when ranks get far ahead of each other; no part of the total."""
 
     @property
     def total(self) -> int:
         """Sum up all kinds."""
-        return sum(getattr(self, item.name) for item in fields(self))
+        return sum(getattr(self, item.name) for item in fields(self)) - self.reserve
+
+    @property
+    def most(self) -> int:
+        """Return what a limit has to allow."""
+        return self.total + self.reserve
 
 
 def each_bytes(block: BlockProfile, policy: Policy) -> tuple[int, int]:
@@ -206,6 +213,10 @@ def _rank_memory(schedule: Schedule, rank: int, loads: Sequence[StageLoad], stag
         activations=peak.activations,
         buffers=peak.messages + sum(always) + sum(item.buffers for _, item in held),
         workspace=peak.workspace,
+        reserve=sum(
+            (load.most_arriving - load.arriving) * item.arriving + (load.most_leaving - load.leaving) * item.leaving
+            for load, item in held
+        ),
     )
 
 

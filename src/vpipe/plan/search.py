@@ -196,7 +196,7 @@ def plan_partition(request: Request, partition: Sequence[int], policies: Sequenc
 def _needed(request: Request, plan: Plan) -> tuple[int, ...]:
     """Return the smallest limits that a plan keeps, in the proportion of those given."""
     limits = request.rank_limits
-    factor = max(memory.total / limit for memory, limit in zip(plan.memory, limits, strict=True))
+    factor = max(memory.most / limit for memory, limit in zip(plan.memory, limits, strict=True))
     return tuple(needed_limit(math.ceil(factor * limit - 1e-6)) for limit in limits)
 
 

@@ -64,7 +64,7 @@ class Plan:
 
     def fits(self, limits: Sequence[float]) -> bool:
         """Tell whether every rank stays within its limit."""
-        return all(memory.total <= limit for memory, limit in zip(self.memory, limits, strict=True))
+        return all(memory.most <= limit for memory, limit in zip(self.memory, limits, strict=True))
 
 
 def arrange(schedule: Schedule, plan: Plan) -> Schedule:
