@@ -39,8 +39,8 @@ def command(
 
     Starts as many ranks as the run has, so that they contend for the machine as in the run. All of them measure the
     same block at the same time: forward, both halves of the backward, recomputation, optimizer step, and the bytes that
-    are kept. Blocks that are alike are measured once, and one block is in memory at a time. Then messages between ranks
-    and copies to host memory are measured. Times are medians; "spread" is half the distance between their quartiles.
+    are kept. Blocks that are alike are measured once, as a row of copies where they are small. Then messages between
+    ranks and copies to host memory are measured. Times are means; "spread" is half the distance of their quartiles.
 
     Results are kept in $XDG_CACHE_HOME/vpipe/profiles (by default ~/.cache) under a hash of model, code, data, sizes
     and machine, and used again by `vpipe plan` and by runs that plan themselves.
