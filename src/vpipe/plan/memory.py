@@ -78,7 +78,8 @@ class RankMemory:
     @property
     def total(self) -> int:
         """Sum up all kinds."""
-        return sum(getattr(self, item.name) for item in fields(self)) - self.reserve
+        kinds: list[int] = [getattr(self, item.name) for item in fields(self) if item.name != "reserve"]
+        return sum(kinds)
 
     @property
     def most(self) -> int:
