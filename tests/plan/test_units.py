@@ -30,3 +30,6 @@ def test_memory_is_named_largest_first() -> None:
     assert describe_memory(RankMemory(10, 0, 10, 20, 300, 0, 5)) == (
         "345 B (activations 300 B, optimizer 20 B, parameters 10 B, gradients 10 B, workspace 5 B)"
     )
+    assert describe_memory(RankMemory(10, 0, 0, 0, 0, 0, 0, reserve=7)) == (
+        "10 B (parameters 10 B) and room for 7 B of messages that may wait"
+    )

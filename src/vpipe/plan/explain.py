@@ -66,10 +66,10 @@ def compare_lines(outcome: Outcome, plan: Plan, name: str) -> list[str]:
     lines += [
         f"  it does not fit: rank {rank} needs {describe_memory(memory)}, its limit is {format_bytes(limit)}"
         for rank, (memory, limit) in enumerate(zip(plan.memory, limits, strict=True))
-        if memory.total > limit
+        if memory.most > outcome.request.usable_limits[rank]
     ]
     gain = plan.sample_ms / best.sample_ms - 1
-    if gain < 0.001 and plan.fits(limits):
+    if gain < 0.001 and plan.fits(outcome.request.usable_limits):
         return [*lines, "  the planner finds nothing better" if gain <= 0 else "  the planner gains under 0.1 %"]
     changes = _changes(plan, best)
     return [*lines, f"  the planner would {'; '.join(changes)}: {_versus(best, plan)}"]
@@ -162,8 +162,8 @@ def _alternative_lines(outcome: Outcome) -> list[str]:
     rows = [["instead", "partition", "ms/step", "ms/sample", "slower by", ""]]
     others: list[tuple[str, Plan]] = [("next best", plan) for plan in outcome.ranked[1:2]]
     for name, plan in [*others, *outcome.naive.items()]:
-        over = [rank for rank, limit in enumerate(outcome.request.rank_limits) if plan.memory[rank].total > limit]
-        notes = [f"does not fit rank {over[0]}: {format_bytes(plan.memory[over[0]].total)}"] if over else []
+        over = [rank for rank, limit in enumerate(outcome.request.usable_limits) if plan.memory[rank].most > limit]
+        notes = [f"does not fit rank {over[0]}: {format_bytes(plan.memory[over[0]].most)}"] if over else []
         if plan.setting != outcome.best.setting:
             notes.append(plan.setting.describe())
         elif plan.partition == outcome.best.partition:
@@ -180,10 +180,11 @@ def _short(partition: Sequence[int]) -> str:
 
 def _limit_line(outcome: Outcome) -> str:
     limits, plan = outcome.smallest_limits, outcome.smallest
-    rank = max(range(len(limits)), key=lambda each: plan.memory[each].total / limits[each])
+    rank = max(range(len(limits)), key=lambda each: plan.memory[each].most / limits[each])
     named = format_bytes(limits[0]) if len(set(limits)) == 1 else ", ".join(map(format_bytes, limits))
     return (
         f"Smallest limit that can be kept: {named} per rank, at {plan.sample_ms:.4g} ms per sample "
         f"({plan.setting.describe()}, {list(plan.partition)}). Less cannot: rank {rank} needs "
-        f"{describe_memory(plan.memory[rank])} even when every block holds as little as it can."
+        f"{describe_memory(plan.memory[rank])} even when every block holds as little as it can, and 1 % of a limit is "
+        "left to chance."
     )

@@ -327,12 +327,12 @@ def _smallest(situations: Sequence[Situation], partition: Sequence[int] | None =
 
 
 def _refusal(request: Request, limits: Sequence[int], plan: Plan, given: str = "") -> str:
-    rank = max(range(len(limits)), key=lambda each: plan.memory[each].total / limits[each])
+    rank = max(range(len(limits)), key=lambda each: plan.memory[each].most / limits[each])
     return (
         f"memory_limit {_all_bytes(request.limits or ())} cannot be kept{given}: the smallest that can is "
         f"{_all_bytes(limits)} per rank ({plan.setting.describe()}), where rank {rank} needs "
-        f"{describe_memory(plan.memory[rank])}; raise the limit, use more ranks, smaller microbatches, or a schedule "
-        "that holds less"
+        f"{describe_memory(plan.memory[rank])}, and 1 % of a limit is left to chance; raise the limit, use more ranks, "
+        "smaller microbatches, or a schedule that holds less"
     )
 
 

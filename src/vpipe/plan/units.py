@@ -41,7 +41,9 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def describe_memory(memory: RankMemory) -> str:
-    """Name the kinds of memory that are there, largest first."""
-    kinds = sorted(((getattr(memory, item.name), item.name) for item in fields(memory)), reverse=True)
+    """Name the kinds of memory that are there, largest first, and what has to be free besides."""
+    names = [item.name for item in fields(memory) if item.name != "reserve"]
+    kinds = sorted(((getattr(memory, name), name) for name in names), reverse=True)
     parts = ", ".join(f"{kind} {format_bytes(size)}" for size, kind in kinds if size)
-    return f"{format_bytes(memory.total)} ({parts})"
+    besides = f" and room for {format_bytes(memory.reserve)} of messages that may wait" if memory.reserve else ""
+    return f"{format_bytes(memory.total)} ({parts}){besides}"
