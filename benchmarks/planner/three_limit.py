@@ -69,6 +69,8 @@ def config_of(model: str, name: str, num_microbatches: int, num_blocks: int = 0,
         pipeline["recompute"] = "always"
     if name == "PipeDream":
         plan["policies"] = [Policy.KEEP.value] * num_blocks
+    if name != "VPipe":
+        plan["swap_versions"] = False
     return build_config(
         {
             **model_of(model),
