@@ -112,7 +112,7 @@ class Situation:
 
         `sockets` says how messages travel, which decides how many of them are in memory.
         """
-        schedule = setting.build() if setting.synchronous else setting.build(_num_steady(setting))
+        schedule = setting.build() if setting.synchronous else setting.build(setting.num_batches_until_steady)
         key = (setting.microbatch_size, uses_split_backward(schedule))
         if key not in cache:
             blocks = profile.at(setting.microbatch_size).blocks
@@ -191,7 +191,7 @@ class Situation:
     @cached_property
     def _longer(self) -> tuple[Schedule, int]:
         more = max(1, -(-2 * self.setting.num_ranks // self.setting.num_microbatches))
-        return self.setting.build(_num_steady(self.setting) + more), more
+        return self.setting.build(self.setting.num_batches_until_steady + more), more
 
     def estimate(self, draft: Plan) -> float:
         """Estimate the time of a batch without simulating: once through all stages, and the busiest rank's rest."""
@@ -208,9 +208,3 @@ class Situation:
 
 
 _HELD = "activation_bytes"
-
-
-def _num_steady(setting: Setting) -> int:
-    """Return a number of batches after which an asynchronous schedule repeats itself."""
-    deepest = max([setting.num_ranks, *(setting.depths or ())])
-    return 2 + -(-2 * deepest // setting.num_microbatches)

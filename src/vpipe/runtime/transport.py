@@ -335,12 +335,12 @@ class Transport:
         return places
 
     def finish(self) -> None:
-        """End a program: wait until all that was sent has been taken."""
+        """End a program: wait until all that was sent through sockets has been taken; shared memory outlives us."""
         self._answered.clear()
         self._flush(_SENDS)
 
     def finish_gradients(self) -> None:
-        """Wait until all gradients that were sent have been taken, which they are whatever comes after them."""
+        """Do so for gradients alone, which are taken whatever comes after them."""
         self._flush({Kind.SEND_B})
 
     def _flush(self, kinds: Iterable[Kind]) -> None:
