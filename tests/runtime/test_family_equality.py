@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from equality_cases import Case, _run, result_path
-from test_equality import assert_same, merged, reference
+from test_equality import assert_bits_of_one_process
 
 from vpipe.errors import ScheduleError
 from vpipe.launch.local import launch_local
@@ -86,26 +86,9 @@ def results(tmp_path_factory):
     return found
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the ranks
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_bits_are_those_of_one_process(results, name):
     case, ranks = CASES[name], results[name]
     # Whatever the order, one process computes the same.
     plain = replace(case, schedule="naive", options={}) if case.schedule.endswith(".csv") else case
-    expected, oracle = reference(plain)
-    for rank in ranks:
-        assert rank["losses"] == expected["losses"]
-        assert rank["held_out"] == expected["held_out"]
-        assert not any(rank["num_saved"])
-    gradients = merged(rank["gradients"] for rank in ranks)
-    assert sorted(gradients) == list(range(len(case.partition)))
-    for update, named in enumerate(expected["gradients"]):
-        assert_same(merged(gradients[stage][update] for stage in gradients), named)
-    assert_same(merged(rank["state"] for rank in ranks), oracle.parameters() | oracle.buffers())
+    assert_bits_of_one_process(ranks, plain)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from equality_cases import CLIP, Case, _run, result_path
-from test_equality import assert_same, merged, reference
+from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
 from vpipe.runtime.process_group import process_group
@@ -43,14 +43,6 @@ def results(tmp_path_factory):
     return {name: [torch.load(result_path(folder, name, rank)) for rank in range(2)] for name in CASES}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the ranks
-    yield
-    torch.set_num_threads(before)
-
-
 def schedule(case: Case):
     options = {key: case.options[key] for key in ("stages_per_rank", "memory_limit") if key in case.options}
     return build_schedule("searched", 2, case.num_microbatches, **options, **case.options.get("rank_times", {}))
@@ -58,15 +50,7 @@ def schedule(case: Case):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bits_are_those_of_one_process(results, name):
-    case, ranks = CASES[name], results[name]
-    expected, oracle = reference(case)
-    for rank in ranks:
-        assert rank["losses"] == expected["losses"]
-        assert rank["held_out"] == expected["held_out"]
-    gradients = merged(rank["gradients"] for rank in ranks)
-    for update, named in enumerate(expected["gradients"]):
-        assert_same(merged(gradients[stage][update] for stage in gradients), named)
-    assert_same(merged(rank["state"] for rank in ranks), oracle.parameters() | oracle.buffers())
+    assert_bits_of_one_process(results[name], CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)

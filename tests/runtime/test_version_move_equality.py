@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from equality_cases import CLIP, Case, _run, result_path
-from test_equality import assert_same, merged, reference
+from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
 from vpipe.runtime import swap
@@ -65,26 +65,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
     return find
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the ranks
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_bits_are_those_of_one_process(results: Callable[[str], list[dict[str, Any]]], name: str) -> None:
-    case, ranks = CASES[name], results(name)
-    expected, oracle = reference(case)
-    for rank in ranks:
-        assert rank["losses"] == expected["losses"]
-        assert rank["held_out"] == expected["held_out"]
-        assert not any(rank["num_saved"])
-    gradients = merged(rank["gradients"] for rank in ranks)
-    for update, named in enumerate(expected["gradients"]):
-        assert_same(merged(gradients[stage][update] for stage in gradients), named)
-    assert_same(merged(rank["state"] for rank in ranks), oracle.parameters() | oracle.buffers())
+    assert_bits_of_one_process(results(name), CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
