@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vpipe.cli import main
@@ -295,6 +296,23 @@ def test_what_a_rank_refuses_is_told_once_and_is_in_every_log(folder: Path) -> N
     for rank in range(2):
         log = (folder / "runs" / "latest" / f"output.log.{rank}").read_text()
         assert "input_ids.npy is truncated" in log
+        assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(("array", "culprit"), [("input_ids", 0), ("labels", 1)])
+def test_ids_that_were_damaged_in_a_file_of_the_right_size(folder: Path, array: str, culprit: int) -> None:
+    np.load(folder / "set" / "train" / f"{array}.npy", mmap_mode="r+")[:, 1] = 30000
+    result = run("vpipe", "train", folder / "bert.yml")
+    assert result.returncode == 1
+    message = (
+        rf"{folder}/set/train/{array}.npy is damaged: sample \d+ has the value 30000, and the vocabulary has \d+ "
+        r"tokens, so 0 to \d+ can be there; prepare it again with `vpipe data prepare bert --out "
+    )
+    assert re.match(rf"error: rank {culprit} stopped: {message}", result.stderr)
+    assert "Traceback" not in result.stderr
+    for rank in range(2):
+        log = (folder / "runs" / "latest" / f"output.log.{rank}").read_text()
+        assert re.search(message, log)
         assert "Traceback" not in log
 
 

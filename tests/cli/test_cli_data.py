@@ -131,7 +131,7 @@ def test_mistakes_end_with_one_message_and_code_1(
 def test_force_replaces_a_set(text: Path, tmp_path: Path) -> None:
     words = ["prepare", "bert", "--input", text, "--out", tmp_path / "set", "--limit-samples"]
     assert _run(*words, 5).exit_code == 0
-    assert "already holds a prepared set" in str(_run(*words, 6).exception)
+    assert "already holds a set prepared with other options" in str(_run(*words, 6).exception)
     assert open_bert(tmp_path / "set").num_samples == 5
     assert _run(*words, 6, "--force").exit_code == 0
     assert open_bert(tmp_path / "set").num_samples == 6

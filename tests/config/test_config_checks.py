@@ -51,6 +51,7 @@ def with_changes(changes: dict[str, Any]) -> dict[str, Any]:
         {"plan.partition": "parameters"},
         {"pipeline.schedule": "naive", "pipeline.stages_per_rank": 2, "plan.partition": "uniform"},
         {"optimizer.learning_rate_policy": "step", "optimizer.step_size_iterations": 5},
+        {"optimizer.learning_rate_policy": "step", "optimizer.step_size_epochs": 5},
         {"data": {"type": "custom", "entry": "here.py:make", "options": {"rows": 3}}},
     ],
     ids=str,
@@ -69,6 +70,11 @@ def test_legal(changes: dict[str, Any]) -> None:
             {"train.batch_size": 10},
             "train.batch_size = 10 cannot be cut into pipeline.num_microbatches = 4 equal microbatches; use a batch "
             "size of 8 or 12, or 2 or 5 microbatches",
+        ),
+        (
+            {"train.batch_size": 32, "pipeline.num_microbatches": 1_000_000_000},
+            "train.batch_size = 32 cannot be cut into pipeline.num_microbatches = 1000000000 equal microbatches; use a "
+            "batch size of 1000000000, or 32 microbatches",
         ),
         (
             {"train.batch_size": 3},
@@ -246,7 +252,13 @@ def test_legal(changes: dict[str, Any]) -> None:
         ),
         (
             {"optimizer.learning_rate_policy": "step"},
-            "optimizer.step_size_iterations is missing; optimizer.learning_rate_policy = 'step' needs it",
+            "optimizer.step_size_iterations and optimizer.step_size_epochs are both missing; "
+            "optimizer.learning_rate_policy = 'step' needs one of them",
+        ),
+        (
+            {"optimizer.step_size_iterations": 5, "optimizer.step_size_epochs": 2},
+            "optimizer.step_size_iterations = 5 and optimizer.step_size_epochs = 2 both say how far steps are apart; "
+            "keep one",
         ),
     ],
     ids=lambda value: str(value)[:60],

@@ -153,6 +153,23 @@ def test_native_sections_beside_flat_keys(folder: Path) -> None:
     assert (run.optimizer.name, run.optimizer.eps, run.optimizer.learning_rate) == ("adamw", 1e-6, 0.03)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        ((), (None, 30)),
+        (("optimizer.step_size_iterations=5",), (5, None)),
+        (("optimizer.step_size_epochs=2",), (None, 2)),
+        (("learning_rate_policy=polynomial",), (None, None)),
+    ],
+)
+def test_steps_are_as_far_apart_as_the_original_had_them_unless_given(
+    folder: Path, overrides: tuple[str, ...], steps: tuple[int | None, int | None]
+) -> None:
+    optimizer = load(folder, *overrides, learning_rate_policy="step").config.optimizer
+    assert (optimizer.step_size_iterations, optimizer.step_size_epochs) == steps
+    assert optimizer.step_gamma == 0.1
+
+
 def test_macrobatch_flows_as_many_microbatches_as_stages(folder: Path) -> None:
     run, warnings = load(folder, macrobatch=True, config_file="absent")
     assert (run.pipeline.num_microbatches, run.schedule_options) == (4, {"microbatches_per_update": 4})

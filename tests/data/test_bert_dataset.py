@@ -169,7 +169,7 @@ def test_damaged_meta(copy: Path, damage: Callable[[Path], None], reason: str) -
         open_bert(copy)
 
 
-FIX = r"; prepare it again with `vpipe data prepare bert --out \S+copy --input rain.txt --vocab-size 400 .*--force`"
+FIX = r"; prepare it again with `vpipe data prepare bert --out \S+copy --input \S+/rain.txt --vocab-size 400 .*--force`"
 
 
 @pytest.mark.parametrize("name", ["train/labels.npy", "eval/spans.npy", "vocab.txt"])
@@ -192,6 +192,53 @@ def test_swapped_arrays(copy: Path) -> None:
     path = copy / "train" / "labels.npy"
     np.save(path, np.load(path).astype(np.uint16))
     with pytest.raises(DataError, match=rf"labels.npy holds uint16 of shape .* meta.json says int16 .*{FIX}"):
+        open_bert(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "why"),
+    [
+        ("input_ids", "input_ids", 65535, r"the vocabulary has (\d+) tokens, so 0 to"),
+        ("input_ids", "attention_mask", 65535, None),
+        ("labels", "labels", 32767, r"the vocabulary has (\d+) tokens, so 0 to"),
+        ("labels", "labels", -7, r"the vocabulary has (\d+) tokens, so 0 to"),
+        ("spans", "attention_mask", 33, "sequences have 32 tokens, so 0 to 32 can be there"),
+        ("spans", "token_type_ids", -1, "sequences have 32 tokens, so 0 to 32 can be there"),
+        ("next_sentence_label", "next_sentence_label", 2, "so 0 to 1 can be there"),
+    ],
+)
+def test_values_that_no_set_has_are_refused_when_they_are_read(
+    copy: Path, name: str, field: str, value: int, why: str | None
+) -> None:
+    path = copy / "train" / f"{name}.npy"
+    np.load(path, mmap_mode="r+").reshape(len(np.load(path)), -1)[4, 0] = value
+    data = open_bert(copy)
+    data.batch([0, 1, 2, 3, 5], FIELDS)
+    if why is None:
+        data.batch([4], [field])
+        return
+    with pytest.raises(DataError, match=f"{name}.npy is damaged: sample 4 has the value {value}, and .*{why}.*{FIX}"):
+        data.batch([5, 4], [field])
+
+
+def test_damaged_tokens_of_a_dynamic_set_are_refused(dynamic: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(dynamic, tmp_path / "copy")
+    np.load(copy / "train" / "tokens.npy", mmap_mode="r+")[2, 1] = 40000
+    with pytest.raises(DataError, match=r"tokens.npy is damaged: sample 2 has the value 40000, and the vocabulary"):
+        open_bert(copy).batch([0, 1, 2], ["labels"])
+
+
+@pytest.mark.parametrize(
+    ("position", "byte"),
+    [(0, b"P"), (8, b"\x01"), (21, b","), (26, b"B")],
+    ids=["not an array", "a head of one byte", "no type", "a key of bytes"],
+)
+def test_a_damaged_head_of_an_array_is_told(copy: Path, position: int, byte: bytes) -> None:
+    path = copy / "train" / "input_ids.npy"
+    content = bytearray(path.read_bytes())
+    content[position : position + 1] = byte
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"input_ids.npy is no array file \(.*\){FIX}"):
         open_bert(copy)
 
 
@@ -222,7 +269,7 @@ def test_vocabulary_must_fit_the_model(prepared: tuple[Path, BertMeta]) -> None:
         open_bert(prepared[0], vocab_size=100)
 
 
-def test_the_command_in_a_message_works(prepared: tuple[Path, BertMeta]) -> None:
+def test_the_command_in_a_message_works(prepared: tuple[Path, BertMeta], text_file: Path) -> None:
     command = prepared[1].command(Path("my data"))
-    assert command.startswith("vpipe data prepare bert --out 'my data' --input rain.txt --vocab-size 400 ")
+    assert command.startswith(f"vpipe data prepare bert --out 'my data' --input {text_file} --vocab-size 400 ")
     assert command.endswith("--eval-fraction 0.2 --seed 3 --force")

@@ -119,7 +119,9 @@ def test_limit_and_passes(text_file: Path, tmp_path: Path) -> None:
 def test_no_evaluation_split(text_file: Path, tmp_path: Path) -> None:
     meta = prepare_bert([text_file], tmp_path / "set", replace(SMALL, eval_fraction=0))
     assert list(meta.splits) == ["train"]
-    with pytest.raises(DataError, match=r"without 'eval'; run `vpipe data prepare bert --out \S+set --input rain.txt"):
+    with pytest.raises(
+        DataError, match=r"without 'eval'; run `vpipe data prepare bert --out \S+set --input \S+/rain.txt"
+    ):
         open_bert(tmp_path / "set", "eval")
 
 
@@ -168,17 +170,17 @@ def test_too_short_texts(tmp_path: Path) -> None:
 
 def test_one_document(tmp_path: Path) -> None:
     text = _write(tmp_path / "a.txt", "One line. It has two sentences.")
-    message = r"the text has 1 different documents, at least 4 are needed .* or use --eval-fraction 0"
+    message = r"the text has 1 different documents with words, at least 4 are needed .* or use --eval-fraction 0"
     with pytest.raises(DataError, match=message):
         prepare_bert([text], tmp_path / "set", SMALL)
     with pytest.raises(
-        DataError, match=r"1 different documents, at least 2 are needed .*--documents line or blank-line$"
+        DataError, match=r"1 different documents with words, at least 2 are needed .*--documents line or blank-line$"
     ):
         prepare_bert([text], tmp_path / "set", replace(SMALL, eval_fraction=0))
 
 
 def test_text_of_rules_only(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the text has 0 different documents"):
+    with pytest.raises(DataError, match="the text has 0 different documents with words"):
         prepare_bert([_write(tmp_path / "a.txt", "----", "====")], tmp_path / "set", SMALL)
 
 
@@ -193,7 +195,9 @@ def test_interrupted_preparation_leaves_nothing(text_file: Path, tmp_path: Path)
 
 
 def test_existing_set_is_refused_before_any_work(prepared: tuple[Path, BertMeta], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="already holds a prepared set; add --force"):
+    with pytest.raises(
+        DataError, match=r"already holds a set prepared from other text .*no such file\).*; add --force"
+    ):
         prepare_bert([tmp_path / "no such file"], prepared[0], SMALL)
 
 
@@ -208,6 +212,8 @@ def test_progress_is_told(text_file: Path, tmp_path: Path) -> None:
     ("option", "message"),
     [
         ({"vocab_size": 10}, "--vocab-size must be at least 64, got 10"),
+        ({"vocab_size": 10**11}, "--vocab-size must be at most 1000000, got 100000000000"),
+        ({"sequence_length": 10**9}, "--sequence-length must be at most 131072, got 1000000000"),
         ({"sequence_length": 4}, "--sequence-length must be at least 8, got 4"),
         ({"eval_fraction": 1.0}, "--eval-fraction must be at least 0 and below 1, got 1.0"),
         ({"limit_samples": 0}, "--limit-samples must be at least 1, got 0"),

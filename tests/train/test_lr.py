@@ -18,6 +18,7 @@ class Settings:
     end_learning_rate: float = 0.5
     polynomial_power: float = 2.0
     step_size_iterations: int | None = 10
+    step_size_epochs: int | None = None
     step_gamma: float = 0.1
 
 
@@ -65,6 +66,15 @@ def test_fractions_of_an_iteration_move_the_rate() -> None:
 def test_unknown_policy_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="'exponential' is unknown; choose one of constant, cosine"):
         learning_rate(Settings("exponential"), 0, 1)
+
+
+def test_steps_counted_in_epochs_as_the_original_did() -> None:
+    settings = Settings("step", warmup_iterations=0, step_size_iterations=None, step_size_epochs=30)
+    per_epoch = 7
+    for iteration in (0, 30 * per_epoch - 1, 30 * per_epoch, 59 * per_epoch, 61 * per_epoch):
+        epoch = iteration // per_epoch
+        rate = learning_rate(settings, iteration, 90 * per_epoch, per_epoch)
+        assert rate == pytest.approx(2.0 * 0.1 ** (epoch // 30), rel=1e-15)
 
 
 def test_step_needs_its_size() -> None:

@@ -27,7 +27,7 @@ def prepare() -> None:
     """Turn text into memory-mapped training arrays."""
 
 
-@prepare.command(epilog="Equal text, options and seed give equal bytes.")
+@prepare.command(epilog="Equal text, options and seed give equal arrays.")
 @click.option(
     "--input",
     "inputs",

@@ -276,17 +276,26 @@ def _check_length(run: RunConfig) -> Iterator[Problem]:
 
 
 def _check_optimizer(run: RunConfig) -> Iterator[Problem]:
-    optimizer = run.optimizer
-    if optimizer.learning_rate_policy == "step" and optimizer.step_size_iterations is None:
+    iterations, epochs = run.optimizer.step_size_iterations, run.optimizer.step_size_epochs
+    keys = ("optimizer.step_size_iterations", "optimizer.step_size_epochs", "optimizer.learning_rate_policy")
+    if iterations is not None and epochs is not None:
         yield Problem(
-            ("optimizer.step_size_iterations", "optimizer.learning_rate_policy"),
-            "optimizer.step_size_iterations is missing; optimizer.learning_rate_policy = 'step' needs it",
+            keys,
+            f"optimizer.step_size_iterations = {iterations} and optimizer.step_size_epochs = {epochs} both say how far "
+            "steps are apart; keep one",
+        )
+    elif run.optimizer.learning_rate_policy == "step" and iterations is None and epochs is None:
+        yield Problem(
+            keys,
+            "optimizer.step_size_iterations and optimizer.step_size_epochs are both missing; "
+            "optimizer.learning_rate_policy = 'step' needs one of them",
         )
 
 
 def _nearest_divisors(number: int, near: int) -> list[int]:
     """Return the divisors of `number` next below and next above `near`, as far as a short search finds them."""
-    below = (divisor for divisor in range(min(near - 1, number), max(0, near - _SEARCH), -1) if number % divisor == 0)
+    top = min(near - 1, number)
+    below = (divisor for divisor in range(top, max(0, top - _SEARCH), -1) if number % divisor == 0)
     above = (divisor for divisor in range(near + 1, min(number, near + _SEARCH) + 1) if number % divisor == 0)
     return [next(below, 1), *itertools.islice(above, 1)]
 

@@ -24,6 +24,7 @@ _PARTITIONS = ("auto", "uniform", "parameters", "compute")
 _ENTRIES = ("model.entry", "data.entry")
 _VOCABULARIES = {"bert": 30522, "gpt": 50257, "llama": 32000}
 _SYNTHETIC_LENGTH = 128
+_ORIGINAL_STEP_EPOCHS = 30
 # Our names, and those in the config.json of a transformers BERT.
 _TRANSFORMERS_NAMES = {
     "hidden_size": "hidden_size",
@@ -141,7 +142,7 @@ def _resolve_recompute(pipeline: Tree, wanted: bool) -> list[str]:
 
 
 def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, list[str]]:
-    """Fill in the ranks, the microbatches that a flat file did not give, and the vocabulary of synthetic data.
+    """Fill in the ranks, the vocabulary of synthetic data, and microbatches and steps that a flat file did not give.
 
     Returns:
         The run, and what to warn of.
@@ -165,8 +166,16 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
         "pipeline": run.pipeline.model_copy(update=pipeline),
         "model": run.model.model_copy(update=_synthetic_vocabulary(run)),
         "data": run.data.model_copy(update=_synthetic_length(run)),
+        "optimizer": run.optimizer.model_copy(update=_original_steps(run) if is_flat else {}),
     }
     return run.model_copy(update=sections), warnings
+
+
+def _original_steps(run: RunConfig) -> dict[str, int]:
+    """Return the step size that the original had in its code (PipeDream's `adjust_learning_rate`)."""
+    optimizer = run.optimizer
+    given = optimizer.step_size_iterations is not None or optimizer.step_size_epochs is not None
+    return {} if given or optimizer.learning_rate_policy != "step" else {"step_size_epochs": _ORIGINAL_STEP_EPOCHS}
 
 
 def _is_synthetic(run: RunConfig) -> bool:

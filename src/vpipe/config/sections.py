@@ -221,7 +221,9 @@ class OptimizerConfig(Section):
     polynomial_power: Positive = 1.0
     """Exponent of the polynomial policy; 1 is linear."""
     step_size_iterations: Count | None = None
-    """For the step policy: iterations between two steps."""
+    """For the step policy: iterations between two steps. Give this or `step_size_epochs`."""
+    step_size_epochs: Count | None = None
+    """For the step policy: epochs between two steps. A flat file that gives neither has the original's 30."""
     step_gamma: Positive = 0.1
     """For the step policy: what the learning rate is multiplied by at each step."""
     weight_decay: NonNegative = 0.0

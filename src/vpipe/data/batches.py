@@ -43,7 +43,7 @@ def num_iterations(num_samples: int, batch_size: int) -> int:
     if num_samples < batch_size:
         raise DataError(
             f"train.batch_size is {batch_size} but the data has {num_samples} samples; "
-            f"use a batch_size of at most {num_samples}, or prepare more text"
+            f"use a batch_size of at most {num_samples}, or more data (more text, or data.synthetic_samples)"
         )
     return num_samples // batch_size
 

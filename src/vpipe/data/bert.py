@@ -93,6 +93,7 @@ class BertDataset(BatchSource):
     def __init__(self, directory: Path, meta: BertMeta, split: Split, masking: Masking, seed: int) -> None:
         self.meta = meta
         self.split = split
+        self._directory = directory
         self.masking: Masking = "static" if split == "eval" else masking
         self._seed = seed if self.masking == "dynamic" else meta.options.seed
         self._stored = meta.splits[split].arrays
@@ -111,7 +112,11 @@ class BertDataset(BatchSource):
         return bert_fields(self.meta.options.sequence_length)
 
     def batch(self, indices: Indices, fields: Sequence[str], *, epoch: int = 0) -> dict[str, Tensor]:
-        """Return `fields` of the samples `indices`; with dynamic masking, as they are in `epoch`."""
+        """Return `fields` of the samples `indices`; with dynamic masking, as they are in `epoch`.
+
+        Raises:
+            DataError: a field or sample that is not there, or a value that the set cannot have: its file is damaged.
+        """
         check_fields(self.fields, fields)
         rows = row_numbers(indices, self.num_samples)
         found: dict[str, NDArray[np.int64]] = {}
@@ -124,7 +129,26 @@ class BertDataset(BatchSource):
         return {name: torch.from_numpy(found[name]) for name in fields}
 
     def _read(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.asarray(self._arrays[name][rows]).astype(np.int64)
+        values = np.asarray(self._arrays[name][rows]).astype(np.int64)
+        largest, why = self._largest(name)
+        is_wrong = (values < 0) | (values > largest)
+        if name == "labels":
+            is_wrong &= values != IGNORED
+        if is_wrong.any():
+            first = tuple(np.argwhere(is_wrong)[0])
+            raise DataError(
+                f"{self._directory / self._stored[name].file} is damaged: sample {rows[first[0]]} has the value "
+                f"{values[first]}, and {why}, so 0 to {largest} can be there; {_fix(self.meta, self._directory)}"
+            )
+        return values
+
+    def _largest(self, name: str) -> tuple[int, str]:
+        """Return the largest value that a stored array can have, and why."""
+        if name == "spans":
+            return self.meta.options.sequence_length, f"sequences have {self.meta.options.sequence_length} tokens"
+        if name == "next_sentence_label":
+            return 1, "a second segment is the next one or is not"
+        return self.meta.vocab_size - 1, f"the vocabulary has {self.meta.vocab_size} tokens"
 
     def _masked(self, rows: NDArray[np.int64], wanted: set[str], epoch: int) -> dict[str, NDArray[np.int64]]:
         stored_static = "labels" in self._stored

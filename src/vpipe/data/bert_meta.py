@@ -34,6 +34,7 @@ Split = Literal["train", "eval"]
 MASK_STREAMS: dict[Split, Stream] = {"train": Stream.MASK_TRAIN, "eval": Stream.MASK_EVAL}
 
 _COMMAND = "vpipe data prepare bert"
+_MOST = {"vocab_size": 1_000_000, "sequence_length": 131_072}  # far beyond what is in use, and memory for it is there
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class BertOptions:
         for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{_flag(name)} must be at least {least}, got {getattr(self, name)}")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{_flag(name)} must be at most {most}, got {getattr(self, name)}")
         if self.limit_samples is not None and self.limit_samples < 1:
             raise ConfigError(f"--limit-samples must be at least 1, got {self.limit_samples}")
         if not 0 <= self.eval_fraction < 1:
@@ -96,7 +100,7 @@ class SplitMeta(BaseModel):
 
 
 class BertMeta(BaseModel):
-    """A prepared set. Nothing in it depends on where or when the set was made."""
+    """A prepared set. Nothing but the paths of its texts depends on where or when the set was made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -119,7 +123,7 @@ class BertMeta(BaseModel):
         """Return the command that prepares the set anew, with `changes` to its options."""
         words = [*_COMMAND.split(), "--out", str(directory)]
         if self.from_files:
-            words += [word for origin in self.origins for word in ("--input", origin.name)]
+            words += [word for origin in self.origins for word in ("--input", origin.path or origin.name)]
         known: Mapping[str, object] = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         options = BertOptions(**{**known, **changes})  # type: ignore[arg-type]
         return shlex.join([*words, *options.flags(), "--force"])

@@ -24,13 +24,18 @@ _TWO_BLANK = re.compile(r"\n(?:[^\S\n]*\n){2,}")
 
 @dataclass(frozen=True)
 class TextOrigin:
-    """Where documents came from and how they were told apart; `sha256` is that of the text."""
+    """Where documents came from and how they were told apart; `sha256` is that of the text.
+
+    `path` is the file's own, from the root on, so that another file of this name is not mistaken for it; it is None for
+    the text that comes with Python, and in sets of earlier versions.
+    """
 
     name: str
     num_bytes: int
     sha256: str
     rule: str
     num_documents: int
+    path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def read_files(paths: Sequence[Path], rule: DocumentRule = "auto", progress: Pro
         if not found:
             raise DataError(f"{path} has no text; leave it out of --input or fill it")
         documents += found
-        origins.append(TextOrigin(path.name, num_bytes, origin_hash, used, len(found)))
+        origins.append(TextOrigin(path.name, num_bytes, origin_hash, used, len(found), str(path.absolute())))
     progress("read", len(paths), len(paths))
     return Corpus(tuple(documents), tuple(origins))
 

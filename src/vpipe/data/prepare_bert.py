@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from vpipe.data.bert_meta import META_FILE, BertMeta, BertOptions, Split, SplitMeta, fingerprint
 from vpipe.data.corpus import Corpus, read_files, without_duplicates
 from vpipe.data.draws import Stream
+from vpipe.data.existing import refuse_existing
 from vpipe.data.order import shuffled
 from vpipe.data.progress import Progress, no_progress
 from vpipe.data.sentences import split_sentences
@@ -36,16 +37,19 @@ def prepare_bert(
 ) -> BertMeta:
     """Prepare a training set from text files, or without any from the text that comes with Python.
 
-    Equal text and options give equal bytes. Documents are dealt to the splits whole; the tokenizer learns from the
-    training documents only. `out` appears when everything is in it. Text is held in memory.
+    Equal text and options give equal arrays, and equal bytes where the text is in the same files. Documents are dealt
+    to the splits whole; the tokenizer learns from the training documents only. `out` appears when everything is in it.
+    Text is held in memory.
 
     Raises:
         ConfigError: an option is out of range.
         DataError: the text is missing, unreadable or too little, or `out` cannot be written.
     """
     options, out = options or BertOptions(), Path(out)
-    check_destination(out, force, META_FILE)
     paths = [Path(path) for path in inputs]
+    if not force:
+        refuse_existing(out, paths, options)
+    check_destination(out, force, META_FILE)
     corpus = read_files(paths, options.documents, progress) if paths else stdlib_corpus(progress)
     unique = without_duplicates(corpus.documents)
     splits = _deal(_sentences(unique, progress), options)
@@ -79,8 +83,8 @@ def _deal(documents: list[_Document], options: BertOptions) -> dict[Split, list[
     smallest = MIN_DOCUMENTS * (2 if options.eval_fraction else 1)
     if len(documents) < smallest:
         raise DataError(
-            f"the text has {len(documents)} different documents, at least {smallest} are needed (random next sentences "
-            f"come from another document of the same split); give more text, tell documents apart with "
+            f"the text has {len(documents)} different documents with words, at least {smallest} are needed (random "
+            f"next sentences come from another document of the same split); give more text, tell documents apart with "
             f"--documents line or blank-line{', or use --eval-fraction 0' if options.eval_fraction else ''}"
         )
     if not options.eval_fraction:

@@ -22,7 +22,7 @@ from vpipe.errors import DataError
 
 __all__ = ["SplitWriter"]
 
-_ROWS_PER_WRITE = 2048
+_TOKENS_PER_WRITE = 1 << 18
 _NAMES: dict[Split, str] = {"train": "training", "eval": "evaluation"}
 _PAIRS: dict[Split, Stream] = {"train": Stream.PAIRS_TRAIN, "eval": Stream.PAIRS_EVAL}
 _SHUFFLE: dict[Split, Stream] = {"train": Stream.SHUFFLE_TRAIN, "eval": Stream.SHUFFLE_EVAL}
@@ -82,9 +82,10 @@ class SplitWriter:
         """Write block after block, so that memory does not grow with the number of samples."""
         (self._root / split).mkdir()
         writers: dict[str, ArrayWriter] = {}
-        for start in range(0, len(pairs), _ROWS_PER_WRITE):
+        rows_per_write = max(1, _TOKENS_PER_WRITE // self._options.sequence_length)
+        for start in range(0, len(pairs), rows_per_write):
             self._progress(f"write {_NAMES[split]} samples", start, len(pairs))
-            rows = np.arange(start, min(start + _ROWS_PER_WRITE, len(pairs)))
+            rows = np.arange(start, min(start + rows_per_write, len(pairs)))
             for name, block in self._block(split, text, pairs[rows], rows).items():
                 if name not in writers:
                     writers[name] = ArrayWriter(self._root / split / f"{name}.npy", len(pairs), block)

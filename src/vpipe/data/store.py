@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ __all__ = [
     "describe_file",
     "open_array",
 ]
+
+_DAMAGED_HEAD = (ValueError, TokenError, SyntaxError, TypeError, OverflowError)
+"""What `numpy.load` raises for an array file whose first bytes are damaged: it evaluates them as Python text."""
 
 
 class StoredFile(BaseModel):
@@ -148,7 +152,7 @@ def open_array(root: Path, stored: StoredFile, fix: str) -> NDArray[np.generic]:
     path = check_file(root, stored, fix)
     try:
         array: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except _DAMAGED_HEAD as error:
         raise DataError(f"{path} is no array file ({error}); {fix}") from error
     if array.dtype.name != stored.dtype or array.shape != stored.shape:
         raise DataError(

@@ -45,20 +45,26 @@ class LearningRateSettings(Protocol):
         """Iterations between two steps of the policy `step`."""
 
     @property
+    def step_size_epochs(self) -> int | None:
+        """Epochs between two such steps, instead of iterations."""
+
+    @property
     def step_gamma(self) -> float:
         """Factor of each such step."""
 
 
-def learning_rate(settings: LearningRateSettings, iteration: float, total_iterations: int) -> float:
+def learning_rate(
+    settings: LearningRateSettings, iteration: float, total_iterations: int, iterations_per_epoch: int = 0
+) -> float:
     """Return the learning rate at `iteration` (from 0) of `total_iterations`.
 
     With W warmup iterations the rate rises as ``(iteration + 1) / (W + 1)``, so the first update already moves and
     iteration W is the first with the full rate. From there linear, polynomial and cosine fall to `end_learning_rate`,
     which they would reach at iteration `total_iterations`. The policy step multiplies by `step_gamma` every
-    `step_size_iterations`, counted from iteration 0.
+    `step_size_iterations`, or every `step_size_epochs` of `iterations_per_epoch`, counted from iteration 0.
 
     Raises:
-        ConfigError: the policy is unknown, or is step without `step_size_iterations`.
+        ConfigError: the policy is unknown, or is step without a step size.
     """
     policy, warmup = settings.learning_rate_policy, settings.warmup_iterations
     if policy not in POLICIES:
@@ -68,18 +74,19 @@ def learning_rate(settings: LearningRateSettings, iteration: float, total_iterat
     if policy == "constant":
         return settings.learning_rate
     if policy == "step":
-        return settings.learning_rate * settings.step_gamma ** _num_steps(settings, iteration)
+        return settings.learning_rate * settings.step_gamma ** _num_steps(settings, iteration, iterations_per_epoch)
     left = _share_left(iteration - warmup, total_iterations - warmup)
     return settings.end_learning_rate + (settings.learning_rate - settings.end_learning_rate) * _shape(settings, left)
 
 
-def _num_steps(settings: LearningRateSettings, iteration: float) -> int:
-    if not settings.step_size_iterations:
+def _num_steps(settings: LearningRateSettings, iteration: float, iterations_per_epoch: int) -> int:
+    step_size = settings.step_size_iterations or (settings.step_size_epochs or 0) * iterations_per_epoch
+    if not step_size:
         raise ConfigError(
-            f"optimizer.step_size_iterations is {settings.step_size_iterations}; "
-            "the policy step needs it to be at least 1"
+            f"optimizer.step_size_iterations is {settings.step_size_iterations} and optimizer.step_size_epochs is "
+            f"{settings.step_size_epochs}; the policy step needs one of them to be at least 1"
         )
-    return math.floor(iteration / settings.step_size_iterations)
+    return math.floor(iteration / step_size)
 
 
 def _share_left(done: float, total: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -68,7 +69,7 @@ class Setup:
 
     def learning_rate(self, iteration: float) -> float:
         """Return the learning rate after `iteration` iterations."""
-        return learning_rate(self.config.optimizer, iteration, self.total_iterations)
+        return learning_rate(self.config.optimizer, iteration, self.total_iterations, self.iterations_per_epoch)
 
     @property
     def partition(self) -> tuple[int, ...]:
@@ -92,6 +93,7 @@ def build_setup(config: RunConfig) -> Setup:
         raise ConfigError("data: there is no training data; the entry function returned nothing for the split 'train'")
     held_out = _open(config, "eval") if _wants_evaluation(config, source) else None
     vocab_size = source.meta.vocab_size if isinstance(source, BertDataset) else _synthetic_vocab_size(config)
+    _check_positions(config, source)
     chain = build_chain(config.model, data_vocab_size=vocab_size)
     source, held_out = _as_read(config, source), held_out and _as_read(config, held_out)
     if config.num_stages > len(chain):
@@ -120,6 +122,18 @@ def _check_fields(chain: Chain, source: BatchSource) -> None:
         raise DataError(
             f"the model reads the batch fields {', '.join(chain.fields)}, but the data has no '{missing[0]}', only "
             f"{', '.join(source.fields)}; give the data that field, or rename it in the model's Chain(fields=...)"
+        )
+
+
+def _check_positions(config: RunConfig, source: BatchSource) -> None:
+    """Check that a built-in model has positions for the samples; where no key does, a prepared set tells how long."""
+    if config.model.type == "custom" or "input_ids" not in source.fields:
+        return
+    length, positions = math.prod(source.fields["input_ids"].shape_per_sample), config.model.max_position_embeddings
+    if length > positions:
+        raise ConfigError(
+            f"model.max_position_embeddings is {positions}, and the data has sequences of {length} tokens; raise the "
+            "former to that, or prepare shorter sequences"
         )
 
 
