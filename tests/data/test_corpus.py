@@ -71,5 +71,11 @@ def test_file_in_another_encoding(tmp_path: Path) -> None:
         read_files([tmp_path / "gbk.txt"])
 
 
+def test_a_file_with_zero_bytes_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "wide.txt").write_bytes("rain falls".encode("utf-16-le"))  # valid UTF-8, as it happens
+    with pytest.raises(DataError, match=r"wide.txt is not UTF-8 text: byte 1 is 0x00; .* iconv -f ENCODING -t UTF-8"):
+        read_files([tmp_path / "wide.txt"])
+
+
 def test_duplicates_differ_in_more_than_white_space() -> None:
     assert without_duplicates(["a  b", "c", "a b", "a b\n", "C"]) == ["a  b", "c", "C"]

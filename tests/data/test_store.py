@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +65,17 @@ def test_old_set_is_kept_without_force(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="already holds a prepared set; add --force to replace it"):
         _write(tmp_path / "set", "new")
     assert (tmp_path / "set" / "meta.json").read_text() == "old"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in (f"partial-{ended.pid}", f"partial-{os.getpid()}", f"partial-{os.getppid()}", "partial-1.old"):
+        (tmp_path / f".set.{name}").mkdir()
+    (tmp_path / f".other.partial-{ended.pid}").mkdir()
+    _write(tmp_path / "set", "new")
+    kept = {f".set.partial-{os.getppid()}", ".set.partial-1.old", f".other.partial-{ended.pid}", "set"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize("force", [False, True])

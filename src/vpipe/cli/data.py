@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -75,9 +80,26 @@ def bert(inputs: tuple[Path, ...], out: Path, cased: bool, force: bool, **option
 
     start = time.monotonic()
     chosen = BertOptions(lowercase=not cased, **options)  # type: ignore[arg-type]
-    with show_progress() as progress:
+    with _leaving_nothing_behind(), show_progress() as progress:
         meta = prepare_bert(inputs, out, chosen, force=force, progress=progress)
     click.echo("\n".join(_summary(meta, out, time.monotonic() - start)))
+
+
+@contextmanager
+def _leaving_nothing_behind() -> Iterator[None]:
+    """Let signals that ask a process to end do so as Ctrl-C does, by way of all that tidies up."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, _end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    click.echo(f"ended by signal {number} ({signal.Signals(number).name})", err=True)
+    sys.exit(128 + number)
 
 
 def _summary(meta: BertMeta, out: Path, seconds: float) -> list[str]:

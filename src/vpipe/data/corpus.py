@@ -102,8 +102,14 @@ def _read_text(path: Path) -> tuple[str, str, int]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}; "
-            f"convert it first, for example: iconv -f ENCODING -t UTF-8 {path}"
-        ) from error
+        raise _not_text(path, raw, error.start) from error
+    if b"\0" in raw:  # binary, or UTF-16 without its mark
+        raise _not_text(path, raw, raw.index(b"\0"))
     return text, hashlib.sha256(raw).hexdigest(), len(raw)
+
+
+def _not_text(path: Path, raw: bytes, position: int) -> DataError:
+    return DataError(
+        f"{path} is not UTF-8 text: byte {position} is {raw[position]:#04x}; "
+        f"convert it first, for example: iconv -f ENCODING -t UTF-8 {path}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -66,6 +67,8 @@ def check_destination(out: Path, force: bool, marker: str) -> None:
 def atomic_directory(out: Path, *, force: bool, marker: str) -> Iterator[Path]:
     """Give a new directory beside `out`, and make it `out` when the block ends without an error; else remove it.
 
+    What earlier processes left there when they were killed is removed too.
+
     Raises:
         DataError: see `check_destination`, or writing failed (no permission, no space).
     """
@@ -73,6 +76,7 @@ def atomic_directory(out: Path, *, force: bool, marker: str) -> Iterator[Path]:
     out = out.resolve()
     staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
+        _remove_abandoned(out)
         staging.mkdir(parents=True)
         yield staging
         check_destination(out, force, marker)  # somebody may have written it meanwhile
@@ -83,6 +87,13 @@ def atomic_directory(out: Path, *, force: bool, marker: str) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    for path in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        owner = path.name.rpartition("-")[2]  # one that ends in .old holds a set that was there before, and stays
+        if owner.isdigit() and (int(owner) == os.getpid() or not Path("/proc", owner).exists()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _move(staging: Path, out: Path) -> None:
