@@ -56,6 +56,7 @@ def random_block(draw: random.Random) -> BlockProfile:
         workspace_bytes=draw.randint(0, 10),
         optimizer_bytes=draw.randint(0, 30),
         buffer_bytes=draw.randint(0, 3),
+        swap_ms=float(activation % 3),
     )
 
 
@@ -66,5 +67,6 @@ def random_profile(draw: random.Random, num_blocks: int, num_ranks: int, **chang
         "host": draw.choice([None, LinkProfile(0.0, 2.0), LinkProfile(0.0, 8.0)]),
         "link": draw.choice([LinkProfile(), LinkProfile(0.5, 2.0)]),
         "dispatch_ms": draw.choice([0.0, 0.25]),
+        "host_share": (0.0, 0.5, 1.0)[num_blocks % 3],
     }
     return profile_of([random_block(draw) for _ in range(num_blocks)], **(options | changes))

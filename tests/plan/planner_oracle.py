@@ -92,15 +92,14 @@ def stage_ms(profile: Profile, start: int, stop: int, policies: Sequence[Policy]
     blocks = profile.sizes[0].blocks
     inside = list(zip(blocks[start:stop], policies, strict=True))
     compute = sum(item.forward_ms + item.input_grad_ms + item.weight_grad_ms for item, _ in inside)
-    again = sum(item.recompute_ms for item, policy in inside if policy is Policy.RECOMPUTE)
+    more = sum(item.recompute_ms for item, policy in inside if policy is Policy.RECOMPUTE)
+    more += sum(item.swap_ms for item, policy in inside if policy is Policy.SWAP)
     out = sum(item.activation_bytes for item, policy in inside if policy is Policy.SWAP)
     crossing = max(blocks[start - 1].output_bytes if start else 0, blocks[stop - 1].output_bytes)
     rates = profile.link.bytes_per_ms, profile.host.bytes_per_ms if profile.host else None
-    return max(
-        (compute + again) / profile.rank_speeds[rank] + (3 if split else 2) * profile.dispatch_ms,
-        crossing / rates[0] if rates[0] else 0.0,
-        2 * out / rates[1] if rates[1] else 0.0,
-    )
+    copying = 2 * out / rates[1] if rates[1] else 0.0
+    own = (compute + more) / profile.rank_speeds[rank] + (3 if split else 2) * profile.dispatch_ms
+    return max(own + profile.host_share * copying, crossing / rates[0] if rates[0] else 0.0, copying)
 
 
 def _allowed(profile: Profile) -> list[Policy]:

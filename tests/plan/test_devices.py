@@ -102,3 +102,13 @@ def test_an_unknown_link_is_told(text: str) -> None:
     with pytest.raises(PlanError) as error:
         find_link(text)
     assert str(error.value).startswith(f"unknown link '{text}'{near}; known are nvlink2, ")
+
+
+def test_what_copies_to_the_host_take_from_computations_may_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    content = asdict(DEVICES["a100-80gb"])
+    path.write_text(json.dumps({**content, "host_share": 0.25}))
+    assert find_device(str(path)).host_share == 0.25
+    path.write_text(json.dumps({**content, "host_share": -1}))
+    with pytest.raises(PlanError, match="host_share = -1 is not a finite number of at least 0"):
+        find_device(str(path))

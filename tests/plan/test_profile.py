@@ -45,7 +45,7 @@ def _set(content: Any, path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("format", 7, "format is 7, not 1"),
+        ("format", 7, "format is 7, not 2"),
         ("sizes/0/blocks/1/forward_ms", -1, "'block.1' for 1 samples has forward_ms = -1"),
         ("sizes/0/blocks/1/forward_ms", "fast", "sizes[0].blocks[1]: forward_ms = 'fast' is not a number"),
         ("sizes/0/blocks/1/activation_bytes", 1.5, "activation_bytes = 1.5 is not a whole number"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from plan_toys import block, profile_of, random_profile, uniform_profile
 from vpipe.errors import PlanError, ScheduleError
 from vpipe.plan.limits import needed_limit, usable_bytes
 from vpipe.plan.memory import Policy
-from vpipe.plan.profile import LinkProfile, Profile, SizeProfile
+from vpipe.plan.profile import BlockProfile, LinkProfile, Profile, SizeProfile
 from vpipe.plan.search import Outcome, Request, find_plan, judge_partition
 
 
@@ -224,3 +225,32 @@ def test_stages_recompute_ahead_where_that_saves_time_and_fits() -> None:
     tight = find_plan(Request(profile, 4, 8, limits=[needed_limit(held)]))
     assert all(memory.total <= held for memory in tight.best.memory)
     assert 0 not in tight.best.ahead
+
+
+def test_it_recomputes_where_swapping_takes_the_time_of_the_rank() -> None:
+    swaps = uniform_profile(8, host=LinkProfile(0.0, 200.0))
+    limit = find_plan(Request(swaps, 4, 16)).best.memory[0].total - 1
+    counts = {}
+    for share in (0.0, 0.5, 2.0):
+        plan = find_plan(Request(replace(swaps, host_share=share), 4, 16, limits=[limit])).best
+        counts[share] = plan.policies.count(Policy.SWAP), plan.policies.count(Policy.RECOMPUTE)
+    # A swapped block is a millisecond on the link, and recomputing it takes one, too.
+    assert counts[0.0] == (1, 0)
+    assert counts[0.5] == (1, 0)
+    assert counts[2.0] == (0, 1)
+    handled = replace(swaps, sizes=(replace(swaps.sizes[0], blocks=_handled(swaps.sizes[0].blocks, 1.5)),))
+    assert Policy.SWAP not in find_plan(Request(handled, 4, 16, limits=[limit])).best.policies
+
+
+def _handled(blocks: Sequence[BlockProfile], swap_ms: float) -> tuple[BlockProfile, ...]:
+    return tuple(replace(block, swap_ms=swap_ms) for block in blocks)
+
+
+def test_a_plan_counts_what_moves_take_from_the_rank() -> None:
+    profile = uniform_profile(8, host=LinkProfile(0.0, 200.0), host_share=0.5)
+    request = Request(profile, 4, 16)
+    swapping = judge_partition(request, [2] * 4, [Policy.SWAP] * 8)
+    free = judge_partition(Request(replace(profile, host_share=0.0), 4, 16), [2] * 4, [Policy.SWAP] * 8)
+    assert swapping.lost_ms == (1.0,) * 4
+    assert [own - other for own, other in zip(swapping.stage_ms, free.stage_ms, strict=True)] == [1.0] * 4
+    assert swapping.step_ms > free.step_ms

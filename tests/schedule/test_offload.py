@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -21,6 +22,7 @@ from vpipe.schedule.render import legend, text_grid
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate import Simulation, simulate
 from vpipe.schedule.validate import check_schedule, validate_schedule
+from vpipe.schedule.version_moves import insert_version_moves
 
 FAMILIES = ["gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-h2", "zb-v", "v-half", "pipedream"]
 
@@ -104,6 +106,36 @@ def test_moves_that_fit_beside_the_computation_cost_nothing() -> None:
     assert slow.makespan > 6 * 3
     assert len(slow.moves[0]) == 12
     assert all(first.end <= second.start for first, second in pairwise(slow.moves[0]))
+
+
+def test_what_is_computed_beside_a_move_takes_its_share_longer() -> None:
+    schedule = swapping("gpipe", 1, 6)
+    for share in (0.5, 1.0, 1.5):
+        costs = Costs.from_rank_shares(schedule.placement, move=0.5, move_share=share)
+        simulation = simulate(schedule, costs)
+        assert simulation.makespan == pytest.approx(6 * 3 + share * 12 * 0.5)
+        assert simulation.work == pytest.approx((simulation.makespan,))
+
+
+def test_what_is_moved_while_the_rank_waits_takes_nothing_from_it() -> None:
+    schedule = swapping("1f1b", 4, 8)
+    free = Costs.from_rank_shares(schedule.placement, move=0.5)
+    charged = simulate(schedule, replace(free, move_share=1.0))
+    ends = {event.action: event.end - event.start for event in charged.events[0]}
+    # The fourth microbatch leaves while rank 0 waits for its first gradient; the last one comes back in a wait, too.
+    assert ends[Action(0, Kind.F, 0)] == 1.0
+    assert ends[Action(0, Kind.F, 1)] == 1.5
+    assert ends[Action(0, Kind.B, 0)] == 2.0
+    assert ends[Action(0, Kind.B, 6)] == 2.0
+    assert simulate(schedule, free).makespan < charged.makespan < simulate(schedule, free).makespan + 14 * 0.5
+
+
+def test_weight_versions_are_charged_the_same_way() -> None:
+    schedule = insert_version_moves(build_schedule("pipedream", 4, 12), [0])
+    free = Costs.from_rank_shares(schedule.placement, move_versions=0.25)
+    moves = sum(action.kind in MOVES for action in schedule.orders[0])
+    more = simulate(schedule, replace(free, move_share=1.0)).work[0] - simulate(schedule, free).work[0]
+    assert 0 < more <= moves * 0.25 + 1e-9
 
 
 def test_a_backward_waits_for_what_is_fetched() -> None:

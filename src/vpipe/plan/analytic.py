@@ -174,6 +174,7 @@ def analytic_profile(model: ModelWork, machine: Machine) -> Profile:
         sizes,
         link=LinkProfile(link.latency_us / 1e3, link.gb_per_s * 1e6),
         host=LinkProfile(0.0, device.host_gb_per_s * 1e6) if machine.swaps else None,
+        host_share=device.host_share,
     )
 
 

@@ -32,7 +32,8 @@ def lower_bound_ms(situation: Situation) -> float:
         largest = float(np.diagonal(chain.compute_ms, 1).max()) / max(speeds)
         return setting.num_microbatches * max(work, largest)
     # Times that depend on choices which may have been left out would be no bound.
-    known = _with_unknown(situation) if times.is_exact else times.optimistic
+    # Nor is it known beside how many of a stage's copies it computes.
+    known = _with_unknown(situation) if times.is_exact and not chain.host_share else times.optimistic
     if not setting.synchronous:
         return setting.num_microbatches * cut_minimax(known)[0]
     around, after = _elsewhere(situation)

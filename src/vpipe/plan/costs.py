@@ -45,6 +45,7 @@ class ChainCosts:
     def __init__(self, profile: Profile, blocks: Sequence[BlockProfile], *, split_backward: bool) -> None:
         self.blocks = tuple(blocks)
         self.host = profile.host
+        self.host_share = profile.host_share
         self._link = profile.link
         self.is_split = split_backward
         self.dispatch_ms = profile.dispatch_ms * (3 if split_backward else 2)
@@ -191,8 +192,12 @@ def simulator_costs(
     for stage, (start, stop) in enumerate(pairwise([0, *ends])):
         speed = speeds[placement.rank_of(stage)]
         inside = [(blocks[index], policies[index]) for index in range(start, stop)]
+        # What is saved is noted forward and found again backward, which take about the same time.
+        noting = {"forward": 0.5, "input_grad": 0.5}
+        handling = math.fsum(block.swap_ms for block, policy in inside if policy is Policy.SWAP)
         for name in ("forward", "input_grad", "weight_grad", "step"):
-            times[name].append(math.fsum(getattr(block, f"{name}_ms") for block, _ in inside) / speed)
+            own = math.fsum(getattr(block, f"{name}_ms") for block, _ in inside)
+            times[name].append((own + noting.get(name, 0.0) * handling) / speed)
         again = math.fsum(block.recompute_ms for block, policy in inside if policy is Policy.RECOMPUTE)
         times["recompute"].append(again / speed)
         swapped = sum(each_bytes(block, policy)[1] for block, policy in inside)
@@ -204,6 +209,7 @@ def simulator_costs(
         latency=profile.link.latency_ms,
         bandwidth=profile.link.bytes_per_ms or math.inf,
         message_bytes=tuple(float(blocks[stop - 1].output_bytes) for stop in ends),
+        move_share=profile.host_share,
         dispatch=profile.dispatch_ms,
         links={
             (pair.sender, pair.receiver): Link(pair.link.latency_ms, pair.link.bytes_per_ms or math.inf)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -46,6 +47,8 @@ class Device:
     kernel_us: float = 4.0
     """The least that any operation takes: starting a kernel."""
     source: str = ""
+    host_share: float = 0.0
+    """Of the time of a copy to or from the host, what computations beside it lose: 0 where copy engines do it."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +197,16 @@ def _bad_values(content: Mapping[str, Any]) -> list[str]:
     shares = {f"matmul_fraction.{name}": value for name, value in fractions.items()}
     shares |= {key: content[key] for key in ("memory_fraction",) if key in content}
     numbers = {f"peak_tflops.{name}": value for name, value in peaks.items()} | shares
-    texts = ("name", "link", "source", "peak_tflops", "matmul_fraction")
-    numbers |= {key: value for key, value in content.items() if key not in texts}
+    others = ("name", "link", "source", "peak_tflops", "matmul_fraction", "host_share")
+    numbers |= {key: value for key, value in content.items() if key not in others}
     reasons = [
         f"{key} = {value!r} is not a number above 0"
         for key, value in numbers.items()
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0
     ]
+    share = content.get("host_share", 0.0)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < math.inf:
+        reasons.append(f"host_share = {share!r} is not a finite number of at least 0")
     reasons += [f"{key} = {value} is above 1" for key, value in shares.items() if not reasons and value > 1]
     if content["link"] not in LINKS:
         reasons.append(f"link = {content['link']!r} is not one of {', '.join(LINKS)}")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import accumulate, pairwise
 
-from vpipe.plan.costs import host_ms
+from vpipe.plan.costs import host_ms, speeds_of
 from vpipe.plan.memory import Policy, RankMemory
-from vpipe.plan.profile import BlockProfile
+from vpipe.plan.profile import BlockProfile, Profile
 from vpipe.plan.search import Outcome, Request
 from vpipe.plan.situation import Plan
 from vpipe.plan.table import format_table
@@ -112,7 +112,7 @@ def _stage_table(request: Request, plan: Plan) -> list[str]:
                 f"{costs.forward[stage]:.4g} ms",
                 f"{backward:.4g} ms",
                 f"{work / plan.step_ms:.0%}" if plan.step_ms else "",
-                _policy_words(request, plan, stage, start, stop),
+                _policy_words(request, plan, stage, placement.rank_of(stage), start, stop),
             ]
         )
     return format_table(rows, left={3, 7})
@@ -122,7 +122,7 @@ def _names(blocks: Sequence[BlockProfile]) -> str:
     return blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} to {blocks[-1].name}"
 
 
-def _policy_words(request: Request, plan: Plan, stage: int, start: int, stop: int) -> str:
+def _policy_words(request: Request, plan: Plan, stage: int, rank: int, start: int, stop: int) -> str:
     """Say what is kept, recomputed and swapped, and what that costs for each microbatch."""
     profile, own = request.profile, plan.policies[start:stop]
     words = []
@@ -133,9 +133,21 @@ def _policy_words(request: Request, plan: Plan, stage: int, start: int, stop: in
         words.append(f"{again} recomputed ({plan.costs.recompute[stage]:.4g} ms{ahead})")
     if own.count(Policy.SWAP):
         blocks = profile.at(plan.setting.microbatch_size).blocks[start:stop]
-        size = sum(block.activation_bytes for block, policy in zip(blocks, own, strict=True) if policy is Policy.SWAP)
-        words.append(f"{own.count(Policy.SWAP)} swapped ({host_ms(profile.host, size):.4g} ms on the host link)")
+        away = [block for block, policy in zip(blocks, own, strict=True) if policy is Policy.SWAP]
+        handling = math.fsum(block.swap_ms for block in away) / speeds_of(profile, plan.setting.num_ranks)[rank]
+        size = sum(block.activation_bytes for block in away)
+        words.append(f"{len(away)} swapped ({_swap_words(profile, size, handling)})")
+    if stage in plan.setting.swap_versions:
+        weights = sum(block.parameter_bytes for block in profile.sizes[0].blocks[start:stop])
+        words.append(f"older weights swapped ({_swap_words(profile, weights)})")
     return ", ".join(words)
+
+
+def _swap_words(profile: Profile, num_bytes: float, handling: float = 0.0) -> str:
+    """Say how long the host link is busy with so many bytes, and what the rank loses by that."""
+    copying = host_ms(profile.host, num_bytes)
+    lost = handling + profile.host_share * copying
+    return (f"{lost:.4g} ms, and " if lost else "") + f"{copying:.4g} ms on the host link"
 
 
 def _memory_table(plan: Plan, limits: Sequence[float]) -> list[str]:

@@ -1,10 +1,10 @@
 """Keep, recompute or swap: the ways of running a stage that no other way beats in both time and bytes.
 
 A multiple-choice knapsack over the blocks of a stage. A way is described by figures that do not depend on the stage's
-place in the pipeline, all better when smaller: recompute time, bytes swapped and bytes held for each microbatch, bytes
-of messages whose content is moved, and bytes needed for a moment, usually and in the first backward. Block after block
-is added, and what another way beats in all of them is dropped. So one computation serves every stage, schedule and
-limit.
+place in the pipeline, all better when smaller: time added by recomputing and by keeping track of what is swapped, bytes
+swapped and bytes held for each microbatch, bytes of messages whose content is moved, and bytes needed for a moment,
+usually and in the first backward. Block after block is added, and what another way beats in all of them is dropped. So
+one computation serves every stage, schedule and limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRANSIENT = slice(_USUALLY, _FIRST + 1)
 class Frontier:
     """The undominated ways to run one interval.
 
-    `points` has a row for each: recompute ms, swapped, held, messages moved, needed for a moment (usually, first).
+    `points` has a row for each: ms added, swapped, held, messages moved, needed for a moment (usually, first).
     """
 
     points: Array
@@ -165,14 +165,15 @@ class Frontiers:
         chain = self.chain
         compute = (chain.compute_ms[start, stop] + points[:, _TIME]) / fit.speeds[:, None] + chain.dispatch_ms
         host = host_ms(chain.host, 1.0) * points[:, _SWAPPED]
-        return np.asarray(np.maximum(np.maximum(compute, host), chain.transfer_ms[start, stop]))
+        busy = compute + chain.host_share * host
+        return np.asarray(np.maximum(np.maximum(busy, host), chain.transfer_ms[start, stop]))
 
     def _options_of(self, block: BlockProfile) -> Array:
         rows = []
         for policy in self.policies:
             each, swapped = each_bytes(block, policy)
-            again = block.recompute_ms if policy is Policy.RECOMPUTE else 0.0
-            rows.append((again, swapped, each, 0, *transient_of(block, policy, is_split=self.chain.is_split)))
+            more = {Policy.RECOMPUTE: block.recompute_ms, Policy.SWAP: block.swap_ms}.get(policy, 0.0)
+            rows.append((more, swapped, each, 0, *transient_of(block, policy, is_split=self.chain.is_split)))
         return np.array(rows, dtype=float)
 
     def _begin(self, start: int) -> Frontier:

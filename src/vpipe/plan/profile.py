@@ -18,7 +18,7 @@ from vpipe.errors import PlanError
 __all__ = ["BlockProfile", "LinkProfile", "PairLink", "Profile", "SizeProfile", "read_profile", "write_profile"]
 
 T = TypeVar("T")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class BlockProfile:
     """Needed for a moment on top by an optimizer update."""
     step_ms: float = 0.0
     """The block's share of one optimizer update."""
+    swap_ms: float = 0.0
+    """What swapping the block adds to its forward and backward, besides the copies: keeping track of what is saved."""
     spread: float = 0.0
     """Of the measured times: half the distance between the quartiles, relative to the median."""
 
@@ -118,6 +120,9 @@ class Profile:
     links: tuple[PairLink, ...] = ()
     host: LinkProfile | None = None
     """Between a rank and where swapped activations go; None: nothing can be swapped."""
+    host_share: float = 0.0
+    """Of the time of a copy on that link, what the rank's computations beside it lose: 0 where something else does the
+    copying, about 1 where the cores do that compute."""
     dispatch_ms: float = 0.0
     """What each action takes a rank on top of its computation."""
     rank_speeds: tuple[float, ...] = ()

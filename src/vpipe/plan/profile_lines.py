@@ -16,6 +16,7 @@ _TIMES = {
     "input_grad_ms": "input grad",
     "weight_grad_ms": "weight grad",
     "recompute_ms": "recompute",
+    "swap_ms": "swap",
     "step_ms": "step",
 }
 _SIZES = {
@@ -32,7 +33,8 @@ def profile_lines(profile: Profile) -> list[str]:
     lines = [line for size in profile.sizes for line in (*_size_lines(size), "")]
     lines.append(f"Links between ranks: {_link_words(profile.link)}")
     if profile.host is not None:
-        lines.append(f"Host memory, for swapping: {_link_words(profile.host)}")
+        lost = f"; computing beside it loses {profile.host_share:.0%} of that time"
+        lines.append(f"Host memory, for swapping: {_link_words(profile.host)}{lost}")
     lines.append(f"Each computation takes the runtime {profile.dispatch_ms:.3f} ms on top.")
     if profile.rank_speeds:
         lines.append(f"Ranks are not alike; speeds: {', '.join(f'{speed:.2f}' for speed in profile.rank_speeds)}")

@@ -48,10 +48,17 @@ class Plan:
 
     @property
     def stage_ms(self) -> tuple[float, ...]:
-        """Time that each stage computes for one microbatch."""
+        """Time that each stage computes for one microbatch, what it loses by moves included."""
         costs = self.costs
-        times = zip(costs.forward, costs.input_grad, costs.weight_grad, costs.recompute, strict=True)
+        times = zip(costs.forward, costs.input_grad, costs.weight_grad, costs.recompute, self.lost_ms, strict=True)
         return tuple(map(sum, times))
+
+    @property
+    def lost_ms(self) -> tuple[float, ...]:
+        """Time that each stage loses for one microbatch because it moves memory to the host and back."""
+        costs, moving = self.costs, set(self.setting.swap_versions)
+        pairs = enumerate(zip(costs.move, costs.move_versions, strict=True))
+        return tuple(2 * costs.move_share * (own + weights * (stage in moving)) for stage, (own, weights) in pairs)
 
     @property
     def recompute_ratio(self) -> tuple[float, ...]:

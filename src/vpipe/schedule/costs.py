@@ -70,6 +70,9 @@ class Costs:
     """Time that an OFFLOAD or a FETCH of a stage occupies its rank's host link. Empty: none."""
     move_versions: tuple[float, ...] = ()
     """Likewise for an OFFLOAD_V or a FETCH_V, which moves the stage's weights."""
+    move_share: float = 0.0
+    """Of the time of a move, what the computations beside it lose: 0 where something else does the copying, 1 where the
+    core does that computes."""
     dispatch: float = 0.0
     """What every computation takes on top, before it starts: the executor's own time. The rank counts as working."""
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
@@ -79,6 +82,7 @@ class Costs:
         for name in (*_STAGE_TIMES, *_OPTIONAL_TIMES, "message_bytes"):
             for value in getattr(self, name):
                 _check_time(name, value)
+        _check_time("move_share", self.move_share)
         _check_time("dispatch", self.dispatch)
         Link(self.latency, self.bandwidth)
 
@@ -97,6 +101,7 @@ class Costs:
         recompute: float | Sequence[float] | None = None,
         move: float | Sequence[float] | None = None,
         move_versions: float | Sequence[float] | None = None,
+        move_share: float = 0.0,
         dispatch: float = 0.0,
         links: Mapping[tuple[int, int], Link] | None = None,
     ) -> Costs:
@@ -129,6 +134,7 @@ class Costs:
             recompute=() if recompute is None else split("recompute", recompute),
             move=() if move is None else split("move", move),
             move_versions=() if move_versions is None else split("move_versions", move_versions),
+            move_share=move_share,
             dispatch=dispatch,
             links=links or {},
         )

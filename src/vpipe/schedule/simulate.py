@@ -3,7 +3,8 @@
 Because every rank's order is fixed, and all messages of a directed link come from one rank, which sends them in the
 order it makes them, no event queue is needed: each rank is run until it misses an input, and is taken up again when
 that input arrives. The cost is linear in the number of actions. Computations and transfers overlap; a rank that sends
-does not wait. The schedule must be legal (`validate`).
+does not wait. Moves to host memory overlap with computations too, which take `move_share` of their time longer for it,
+but for what is moved while the rank waits. The schedule must be legal (`validate`).
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ class _Run:
         self._copied = [0.0] * stages  # when the newest weights may be replaced
         self._offloaded = [0.0] * len(schedule.orders)
         self._waited = list(starts)
+        self._moving = [0.0] * len(schedule.orders)  # time of moves that no computation or wait has gone by beside
+        self._move_share = costs.move_share
         self._durations = costs.durations(stages)
         self._again = self._recomputed_in_backwards(costs)
         self._hops_forward, self._hops_backward = costs.hops(schedule.placement)
@@ -147,7 +150,7 @@ class _Run:
         inputs, gradients, durations = self._inputs, self._gradients, self._durations
         width, last = self.schedule.num_microbatches, self.schedule.num_stages - 1
         forward, backward, input_backward, again = Kind.F, Kind.B, Kind.I, self._again
-        moves, fetched, back = self.moves[rank], self._fetched, self._back
+        moves, fetched, back, moving = self.moves[rank], self._fetched, self._back, self._moving
         clock = max(events[-1].end, self._waited[rank]) if events else self._waited[rank]
         freed = []
         missing[rank] = None
@@ -176,6 +179,8 @@ class _Run:
             clock = start + durations[kind][stage]
             if goes_back and again is not None:
                 clock += again[index]
+            if moving[rank] and self._move_share:
+                clock += self._lost(rank, start)
             events.append(Event(action, start, clock))
             if kind is forward and stage < last:
                 receiver, index = self._rank_of[stage + 1], index + width
@@ -200,7 +205,9 @@ class _Run:
             # One at a time, or several microbatches would wait on the device to get out.
             clock = max(clock, self._offloaded[rank])
         start = max(clock, moves[-1].end) if moves else clock
-        end = start + (self._version_times if kind in VERSION_MOVES else self._move_times)[stage]
+        duration = (self._version_times if kind in VERSION_MOVES else self._move_times)[stage]
+        end = start + duration
+        self._moving[rank] += duration
         moves.append(Event(action, start, end))
         if kind is Kind.FETCH:
             self._fetched[index] = end
@@ -212,6 +219,13 @@ class _Run:
             self._offloaded[rank] = end
         self._waited[rank] = clock
         return clock
+
+    def _lost(self, rank: int, start: float) -> float:
+        """Return how much longer a computation takes for the moves since the one before it, less the wait between."""
+        events = self.events[rank]
+        waited = start - events[-1].end if events else 0.0
+        moving, self._moving[rank] = self._moving[rank], 0.0
+        return self._move_share * max(0.0, moving - waited)
 
     def _arrival(self, sender: int, receiver: int, hop: Hop, ready: float) -> float:
         if hop.occupied:

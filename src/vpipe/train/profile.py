@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,15 +23,23 @@ from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.train.device import device_of
 from vpipe.train.metrics import MetricsWriter
 from vpipe.train.profiling.alike import describe_machine, profile_fingerprint
-from vpipe.train.profiling.blocks import measure_size, rank_speeds, size_profile, stage_overhead_ms
+from vpipe.train.profiling.blocks import (
+    host_share,
+    measure_size,
+    rank_speeds,
+    size_profile,
+    stage_overhead_ms,
+)
 from vpipe.train.profiling.cache import read_cached, write_cached
+from vpipe.train.profiling.copies import Copier
 from vpipe.train.profiling.gather import gather
 from vpipe.train.profiling.links import measure_host_link, measure_runtime
 from vpipe.train.setup import Setup, build_setup
 
 __all__ = ["find_profile", "obtain_profile", "profile_config", "profile_ranks"]
 
-_RUNTIME_STEP = "measuring links and copies"
+_HOST_STEP = "measuring copies"
+_RUNTIME_STEP = "measuring links"
 
 
 def profile_config(
@@ -114,15 +123,17 @@ def _sizes(config: RunConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
 
 def _measure(setup: Setup, sizes: Sequence[int], group: ProcessGroup, progress: Progress) -> Profile:
     keep_freed_memory()
-    measured = [measure_size(setup, size, group, progress) for size in sizes]
+    progress(_HOST_STEP, 0, 1)
+    host = measure_host_link(group)
+    progress(_HOST_STEP, 1, 1)
+    with nullcontext() if host is None else closing(Copier(group.device, host)) as copier:
+        measured = [measure_size(setup, size, group, progress, copier) for size in sizes]
     speeds = rank_speeds(measured[-1])
     profiles = tuple(size_profile(each, speeds) for each in measured)
     crossing = [block.output_bytes for block in profiles[-1].blocks[:-1]]
-    progress(_RUNTIME_STEP, 0, 2)
+    progress(_RUNTIME_STEP, 0, 1)
     runtime = measure_runtime(setup.config.launch, int(median(crossing or [0])), group)
-    progress(_RUNTIME_STEP, 1, 2)
-    host = measure_host_link(group)
-    progress(_RUNTIME_STEP, 2, 2)
+    progress(_RUNTIME_STEP, 1, 1)
     num_threads = torch.get_num_threads()
     return Profile(
         profile_fingerprint(setup, sizes, group.device, num_threads),
@@ -130,6 +141,7 @@ def _measure(setup: Setup, sizes: Sequence[int], group: ProcessGroup, progress: 
         profiles,
         link=runtime.link,
         host=host,
+        host_share=host_share(measured[-1]),
         dispatch_ms=runtime.dispatch_ms + stage_overhead_ms(measured[-1]),
         rank_speeds=speeds,
     )

@@ -16,16 +16,26 @@ from vpipe.model.rng import seeded
 from vpipe.plan.profile import BlockProfile, SizeProfile
 from vpipe.runtime.process_group import ProcessGroup
 from vpipe.train.profiling.alike import block_signature
+from vpipe.train.profiling.copies import Copier
 from vpipe.train.profiling.footprint import measure_footprint
 from vpipe.train.profiling.gather import gather, slowest
-from vpipe.train.profiling.times import Timings, summarise_times, take_rounds, take_steps
+from vpipe.train.profiling.times import (
+    Timings,
+    copying_share,
+    summarise_times,
+    take_beside,
+    take_rounds,
+    take_steps,
+)
 from vpipe.train.profiling.trial import Sample, make_trial
 from vpipe.train.setup import Setup
 
-__all__ = ["MeasuredSize", "measure_size", "rank_speeds", "size_profile", "stage_overhead_ms"]
+__all__ = ["MeasuredSize", "host_share", "measure_size", "rank_speeds", "size_profile", "stage_overhead_ms"]
 
 _BUDGET_MS = 1500.0
 """How long one block is measured, if a few rounds do not take longer than that."""
+_COPYING_BUDGET_MS = 600.0
+"""Likewise with something copied beside it."""
 _TOUCHED_BYTES = 32 << 20
 """What the copies of a block touch together: more than the caches that a core has for itself."""
 _EMPTY = ("empty_forward", "empty_backward")
@@ -56,8 +66,10 @@ class MeasuredSize:
     """Of every rank, by kind."""
 
 
-def measure_size(setup: Setup, size: int, group: ProcessGroup, progress: Progress) -> MeasuredSize:
-    """Measure every kind of block for microbatches of `size` samples; collective."""
+def measure_size(
+    setup: Setup, size: int, group: ProcessGroup, progress: Progress, copier: Copier | None = None
+) -> MeasuredSize:
+    """Measure every kind of block for microbatches of `size` samples, also beside copies by `copier`; collective."""
     chain = setup.chain
     sample = _sample(setup, size, group.device)
     specs = chain.infer(range(len(chain)), sample.fields)
@@ -69,7 +81,9 @@ def measure_size(setup: Setup, size: int, group: ProcessGroup, progress: Progres
         for index, signature in enumerate(signatures):
             if signature not in known:
                 progress(step, len(known), num_kinds)
-                known[signature] = _measure(setup, index, specs, values, sample, group, signatures.count(signature))
+                known[signature] = _measure(
+                    setup, index, specs, values, sample, group, copier, signatures.count(signature)
+                )
             pairs = zip(chain.blocks[index].outputs, known[signature].written, strict=True)
             values |= {name: value for name, value in pairs if value is not None}
             values = {spec.name: values[spec.name] for spec in specs.get(index + 1, ())}
@@ -97,6 +111,7 @@ def _measure(
     values: Mapping[str, Tensor],
     sample: Sample,
     group: ProcessGroup,
+    copier: Copier | None,
     num_alike: int,
 ) -> _Kind:
     """Measure one block, of which the chain has `num_alike`."""
@@ -114,7 +129,10 @@ def _measure(
     trial = make()
     footprint = asdict(measure_footprint(trial))
     copies = [trial, *(make() for _ in range(_num_copies(footprint, num_alike) - 1))]
-    timings = take_rounds(copies, group.device, partial(slowest, group=group), _BUDGET_MS)
+    agree = partial(slowest, group=group)
+    timings = take_rounds(copies, group.device, agree, _BUDGET_MS)
+    if copier is not None:
+        timings |= take_beside(copies, group.device, agree, copier, _COPYING_BUDGET_MS)
     timings |= take_steps(trial, group.device)
     written = trial.forward(trial.stage().stage)
     names = setup.chain.blocks[index].outputs
@@ -147,6 +165,13 @@ def stage_overhead_ms(measured: MeasuredSize) -> float:
     """Return what a forward or backward of a stage takes besides that of its blocks."""
     taken = [rank[kind] for rank in measured.timings for kind in measured.footprints]
     return median(time for timings in taken for name in _EMPTY for time in timings[name])
+
+
+def host_share(measured: MeasuredSize) -> float:
+    """Return which share of the time of a copy to host memory the computations beside it lose."""
+    kinds = [copying_share(rank[kind] for rank in measured.timings) for kind in measured.footprints]
+    lost, copied = (sum(times) for times in zip(*kinds, strict=True))
+    return max(0.0, lost / copied) if copied else 0.0
 
 
 def size_profile(measured: MeasuredSize, speeds: tuple[float, ...]) -> SizeProfile:

@@ -7,18 +7,36 @@ faster. So several copies of it are timed, one after another as in a stage: all 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean, median, quantiles
 
 import torch
 
+from vpipe.train.profiling.copies import Copier
 from vpipe.train.profiling.trial import BlockTrial
 
-__all__ = ["BlockTimes", "Timings", "summarise_times", "take_rounds", "take_steps"]
+__all__ = [
+    "BlockTimes",
+    "Timings",
+    "copying_share",
+    "summarise_times",
+    "take_beside",
+    "take_rounds",
+    "take_steps",
+]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
+_USES_PER_ROUND = 4
+"""Backwards of each copy in a round, but for the empty one."""
+_COPYING_SHARE = 0.3
+"""Of the time of a computation, for how long the host link is kept busy beside it: it shall be done before."""
+_LEAST_BESIDE_MS = 20.0
+"""How long at least a computation takes beside which something is copied."""
+_MOST_ROWS = 100
 _HICCUP = 3.0
 """What takes so many times the median is left out: something else ran."""
 
@@ -34,6 +52,7 @@ class BlockTimes:
     input_grad_ms: float
     weight_grad_ms: float
     recompute_ms: float
+    swap_ms: float
     step_ms: float
     spread: float
 
@@ -57,9 +76,14 @@ class _Copy:
     """One copy of the block; what is timed are its methods, by their names."""
 
     def __init__(self, trial: BlockTrial) -> None:
-        trial.weights.start([0] * 3 * (MAX_ROUNDS + 1))
         self._trial = trial
+        self.will_run(_USES_PER_ROUND * (MAX_ROUNDS + 1))
         self._kept, self._again, self._empty = trial.stage(), trial.stage(recomputes=True), trial.stage(is_empty=True)
+        self._moved = trial.stage(swaps=True)
+
+    def will_run(self, num_backwards: int) -> None:
+        """Say how many backwards follow."""
+        self._trial.weights.start([0] * num_backwards)
 
     def forward(self) -> None:
         self._trial.forward(self._kept.stage)
@@ -82,6 +106,14 @@ class _Copy:
     def heavy_backward(self) -> None:
         self._trial.backward(self._again)
 
+    def noting_forward(self) -> None:
+        self._trial.forward(self._moved.stage)
+        self._moved.stage.pack_up(0)
+
+    def finding_backward(self) -> None:
+        self._moved.stage.parcels(0)
+        self._trial.backward(self._moved)
+
     def empty_forward(self) -> None:
         self._trial.forward(self._empty.stage)
 
@@ -89,8 +121,10 @@ class _Copy:
         self._empty.stage.backward(0, {})
 
 
-_FORTH = ("forward", "split_forward", "light_forward", "empty_forward")
-_BACK = (("backward",), ("input_grad", "weight_grad"), ("heavy_backward",), ("empty_backward",))
+_FORTH = ("forward", "split_forward", "light_forward", "noting_forward", "empty_forward")
+_BACK = (
+    ("backward",), ("input_grad", "weight_grad"), ("heavy_backward",), ("finding_backward",), ("empty_backward",)
+)  # fmt: skip
 """What follows each of these, in the other direction."""
 
 
@@ -121,6 +155,50 @@ def _round(copies: Sequence[_Copy], clock: _Clock) -> None:
                 clock(name, getattr(copy, name))
 
 
+def take_beside(
+    trials: Sequence[BlockTrial],
+    device: torch.device,
+    agree: Callable[[float], float],
+    copier: Copier,
+    budget_ms: float,
+) -> Timings:
+    """Time forwards and backwards `alone` and, in turn, `beside` copies to host memory, for about `budget_ms`.
+
+    `copied` is how long these copies take by themselves. `agree` as in `take_rounds`.
+    """
+    copies, clock, warm = [_Copy(trial) for trial in trials], _Clock(device), _Clock(device)
+    warm("row", partial(_rows, copies, 1))
+    row_ms = max(agree(warm.taken["row"][0]), 1e-3)
+    num_rows = min(_MOST_ROWS, math.ceil(_LEAST_BESIDE_MS / row_ms))
+    num_rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_ms / (2 * num_rows * row_ms))))
+    for copy in copies:
+        copy.will_run(2 * num_rows * num_rounds)
+    copied = []
+    for _ in range(num_rounds):
+        clock("alone", partial(_rows, copies, num_rows))
+        copied.append(copier.begin(_COPYING_SHARE * num_rows * row_ms))
+        clock("beside", partial(_rows, copies, num_rows))
+        copier.finish()
+    return {**clock.taken, "copied": copied}
+
+
+def _rows(copies: Sequence[_Copy], num_rows: int) -> None:
+    for _ in range(num_rows):
+        for copy in copies:
+            copy.forward()
+        for copy in reversed(copies):
+            copy.backward()
+
+
+def copying_share(timings: Iterable[Mapping[str, list[float]]]) -> tuple[float, float]:
+    """Return what computations of one kind of block lost beside copies, and how long these copies take; all ranks'."""
+    taken = [each for each in timings if "copied" in each]
+    if not taken:
+        return 0.0, 0.0
+    alone, beside, copied = ([time for each in taken for time in each[name]] for name in ("alone", "beside", "copied"))
+    return _mean(beside) - _mean(alone), fmean(copied)
+
+
 def take_steps(trial: BlockTrial, device: torch.device, num_steps: int = 3) -> Timings:
     """Time updates, the first of which allocates the optimizer's state and is not counted."""
     clock = _Clock(device)
@@ -149,12 +227,14 @@ def summarise_times(timings: Iterable[Mapping[str, list[float]]]) -> BlockTimes:
     weight_grad = backward * middle["weight_grad"] / halves
     both = [forward + backward for forward, backward in zip(pooled["forward"], pooled["backward"], strict=True)]
     again = zip(pooled["light_forward"], pooled["heavy_backward"], strict=True)
+    moved = zip(pooled["noting_forward"], pooled["finding_backward"], strict=True)
     low, _, high = quantiles(both, n=4)
     return BlockTimes(
         forward_ms=max(0.0, middle["forward"] - middle["empty_forward"]),
         input_grad_ms=backward - weight_grad,
         weight_grad_ms=weight_grad,
         recompute_ms=max(0.0, _mean([light + heavy for light, heavy in again]) - _mean(both)),
+        swap_ms=max(0.0, _mean([noting + finding for noting, finding in moved]) - _mean(both)),
         step_ms=middle["step"],
         spread=(high - low) / 2 / median(both),
     )

@@ -63,10 +63,11 @@ class BlockTrial:
         kept = [] if optimizer is None else [item for state in optimizer.state.values() for item in state.values()]
         return sum(item.untyped_storage().nbytes() for item in kept if isinstance(item, Tensor))
 
-    def stage(self, *, recomputes: bool = False, is_empty: bool = False) -> HeldStage:
+    def stage(self, *, recomputes: bool = False, swaps: bool = False, is_empty: bool = False) -> HeldStage:
         """Return a stage of this one block, or of none: of what arrives at the block, handed on as it is."""
         stop = self.index if is_empty else self.index + 1
-        stage = Stage(self.chain, self.index, stop, lambda block, microbatch: recomputes)
+        swapping = (self.index,) if swaps else ()
+        stage = Stage(self.chain, self.index, stop, lambda block, microbatch: recomputes, swapping)
         stage.expect(self.arriving, self.arriving if is_empty else self.leaving)
         return HeldStage(stage, self.weights)
 
