@@ -28,6 +28,15 @@ def test_squared_norms_are_summed_in_float64() -> None:
     assert squares.tolist() == pytest.approx([10_000 * float(torch.tensor(0.1)) ** 2, 25.0], rel=1e-12)
 
 
+def test_the_norm_of_a_large_gradient_makes_no_copy_of_it() -> None:
+    large = torch.randn(300, 2000, generator=torch.Generator().manual_seed(1))
+    with torch.profiler.profile(profile_memory=True) as watched:
+        (square,) = squared_norms([large])
+    allocated = [event.self_cpu_memory_usage for event in watched.events()]
+    assert max(allocated) < large.nbytes / 4
+    assert float(square) == pytest.approx(float(large.double().square().sum()), rel=1e-12)
+
+
 def test_norm_agrees_with_torch() -> None:
     gradients = _gradients()
     parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]

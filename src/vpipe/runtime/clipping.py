@@ -19,13 +19,25 @@ from torch import Tensor
 __all__ = ["clip_coefficient", "global_norm", "local_norm", "scale_gradients", "squared_norms"]
 
 _EPSILON = 1e-6
+_PIECE = 1 << 15
+_MOST_PIECES = 256
+"""A device needs a while for each."""
 
 
 def squared_norms(gradients: Sequence[Tensor]) -> Tensor:
     """Return each gradient's squared norm, in float64 and on the gradients' device."""
     if not gradients:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([torch.linalg.vector_norm(item, dtype=torch.float64) for item in gradients]).square()
+    return torch.stack([_norm(item) for item in gradients]).square()
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """Return the norm in float64, piece by piece: torch copies what it converts, which is twice an embedding."""
+    if gradient.numel() <= _PIECE:
+        return torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    pieces = gradient.reshape(-1).split(max(_PIECE, -(-gradient.numel() // _MOST_PIECES)))
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def local_norm(gradients: Sequence[Tensor]) -> float:

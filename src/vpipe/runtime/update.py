@@ -106,7 +106,8 @@ class Updater:
                 if item.group is not None:
                     with self._collective("the gradient of a tied weight"):
                         dist.broadcast(part, copy.rank, group=item.group)
-                total = part.clone() if total is None else total.add_(part)
+                # All have the first part by now, and it is overwritten below: it needs no copy.
+                total = part if total is None else total.add_(part)
             assert total is not None
             for gradient in mine.values():
                 gradient.copy_(total)
