@@ -412,6 +412,18 @@ def test_kill_minus_nine_ends_all_and_names_who_died_and_what_others_waited_for(
         assert f"rank {victim} was killed by signal 9" in (training.directory / f"output.log.{rank}").read_text()
 
 
+def test_kill_minus_nine_during_an_evaluation(folder: Path) -> None:
+    training = Training(folder, "train.iterations=3", "train.eval_batch_size=1", "model.options.forward_ms=50")
+    while not training.status(1).startswith("evaluating, last done 1F"):
+        time.sleep(0.001)
+    error, seconds = training.stop(training.pids[1], signal.SIGKILL)
+    assert seconds < 10
+    assert training.process.returncode == 1
+    assert re.match(
+        r"error: rank 1 was killed by signal 9 \(SIGKILL\) while (evaluating, last done|waiting for) 1", error
+    )
+
+
 def test_kill_minus_nine_under_torchrun(folder: Path) -> None:
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "vpipe")
     training = Training(folder, launcher=launcher)

@@ -46,6 +46,7 @@ class Trainer:
         self.setup = build_setup(config)
         self._recorder = TraceRecorder(group.rank, config.num_microbatches, lambda: self.pipeline.iteration)
         self._status = StatusFile(status_path(run_directory, group.rank))
+        self._doing = "training"
         hooks = Hooks(record=self._record, announce=self._status.write, waited=self._recorder.waited)
         self.pipeline = build_training_pipeline(self.setup, group.device, hooks)
         slow_down(self.pipeline, config.launch)
@@ -64,7 +65,7 @@ class Trainer:
 
     def _record(self, action: Action, start_ns: int, end_ns: int) -> None:
         self._recorder(action, start_ns, end_ns)
-        self._status.write(f"running, last done {action}")
+        self._status.write(f"{self._doing}, last done {action}")
 
     def _run(self) -> dict[str, Any]:
         self._describe()
@@ -82,6 +83,7 @@ class Trainer:
             if self.setup.evaluates and due:
                 held_out = self._evaluate(stretch.stop)
         if train.save_model:
+            self._status.write("saving the model")
             save_model(self.pipeline, self.setup, self.run_directory / "model", self.group)
         outcome = Outcome(loss, held_out, self._meter.iteration_ms, self._recorder.events(), stretches)
         summary = summarize_run(self.pipeline, self.setup, self.group, outcome, self.run_directory, self._plan)
@@ -140,10 +142,10 @@ class Trainer:
         )  # fmt: skip
 
     def _evaluate(self, iteration: int) -> float:
-        self._recorder.enabled = False
+        self._recorder.enabled, self._doing = False, "evaluating"
         with self._meter.paused():
             losses = self.pipeline.evaluate(self.setup.evaluation_batches(self.pipeline.fields))
-        self._recorder.enabled = True
+        self._recorder.enabled, self._doing = True, "training"
         loss = losses["loss"]
         parts = {f"eval_{name}_loss": value for name, value in losses.items() if name != "loss"}
         logger.info("Iteration: %d  Held-out loss: %.4f", iteration, loss)
