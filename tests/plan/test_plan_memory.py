@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from plan_toys import block, random_block
 
-from vpipe.plan.loads import Moment, stage_loads
+from vpipe.plan.loads import SPARE_GRADIENTS, Moment, Replay, stage_loads
 from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes
 from vpipe.plan.partition import partition_uniform
 from vpipe.plan.profile import BlockProfile
@@ -134,7 +134,11 @@ def test_without_messages_and_workspace_the_prediction_is_exact(family: str) -> 
 def test_in_gpipe_the_first_gradient_comes_when_a_microbatch_has_gone() -> None:
     schedule = build_schedule("gpipe", 2, 6)
     (load, _) = stage_loads(schedule)
-    assert load.moments == (Moment(0, 0, 1, 0, True), Moment(5, 0, 1, 0, False), Moment(6, 0, 0, 0, False))
+    assert [(moment.full, moment.gradients, moment.is_step) for moment in load.moments] == [
+        (0, 1, True),
+        (5, 1, False),
+        (6, 0, False),
+    ]
     large = [block(activation_bytes=1000, parameter_bytes=40, output_bytes=0)] * 2
     first, _ = predicted(schedule, large, [Policy.KEEP] * 2)
     assert (first.activations, first.gradients) == (6000, 0)
@@ -164,7 +168,105 @@ def test_messages(sockets: bool) -> None:
         messages = [memory.buffers // 7 for memory in memories]
         # The depths are 3, 2 and 1. Through sockets: three arriving, three leaving, and what is not answered.
         assert messages == ([6, 11, 6] if sockets else [2, 3, 1])
-        # As many as are in flight where they were sent, or where a gradient is waited for, and one more.
-        assert [memory.most - memory.total for memory in memories] == ([0, 0, 0] if sockets else [14, 28, 14])
+        # Activations: as many as are in flight where they were sent, and one more. Gradients: those that are spare.
+        assert [memory.reserve for memory in memories] == ([0, 0, 0] if sockets else [14, 14, 7])
     alone = predicted(build_schedule("1f1b", 1, 4), [block()] * 2, [Policy.KEEP] * 2, sockets=sockets)
     assert alone[0].buffers == 0
+
+
+def test_while_weight_halves_are_computed_one_microbatch_that_swaps_is_on_the_device() -> None:
+    schedule = build_schedule("zb-h2", 2, 6)
+    # Of three in flight: in an input half two, and the last one's weight half; in a weight half one and two of those.
+    plain = block(activation_bytes=1000, small_bytes=0, output_bytes=0, parameter_bytes=0, weight_grad_bytes=800)
+    first, _ = predicted(schedule, [plain] * 2, [Policy.SWAP] * 2)
+    assert first.activations == max(2 * 1000, 1000 + 800)
+    kept, _ = predicted(schedule, [plain] * 2, [Policy.KEEP] * 2)
+    assert kept.activations == max(3 * 1000, 2 * 1000 + 800)
+
+
+def test_gradients_wait_in_place_of_activations() -> None:
+    schedule = build_schedule("gpipe", 4, 8)
+    kept = block(activation_bytes=100, input_bytes=10, output_bytes=10, small_bytes=0, parameter_bytes=0)
+    memory = predicted(schedule, [kept] * 4, [Policy.KEEP] * 4)[2]
+    # One that is sent on and the spare gradients. At worst the whole batch waits to be taken by the next stage.
+    assert memory.buffers == 10 * (1 + SPARE_GRADIENTS)
+    assert memory.reserve == 10 * 8
+    swapped = predicted(schedule, [kept] * 4, [Policy.SWAP] * 4)[2]
+    # With two microbatches on the device whatever is in flight, and the first one's input, gradients come on top: six
+    # have been sent when two microbatches are left.
+    assert swapped.reserve == 10 * 8 + 10 * (6 - SPARE_GRADIENTS)
+
+
+Done = tuple[int, Kind, int]
+
+
+def needed_before(schedule: Schedule, action: Done) -> set[Done]:
+    """Return all computations that are over when `action` begins, whatever the ranks' speeds."""
+    orders = {
+        stage: [(one.stage, one.kind, one.microbatch) for one in order]
+        for order in schedule.orders
+        for stage in {one.stage for one in order}
+    }
+    before: dict[Done, list[Done]] = {}
+    for order in orders.values():
+        for previous, one in itertools.pairwise(order):
+            before.setdefault(one, []).append(previous)
+        for stage, kind, microbatch in order:
+            others = (stage - 1, (Kind.F,)) if kind is Kind.F else (stage + 1, (Kind.B, Kind.I))
+            if kind in (Kind.F, Kind.B, Kind.I):
+                found = [(others[0], each, microbatch) for each in others[1]]
+                known = [one for one in found if one in orders.get(others[0], ())]
+                before.setdefault((stage, kind, microbatch), []).extend(known)
+    found, pending = set(), list(before.get(action, ()))
+    while pending:
+        one = pending.pop()
+        if one not in found:
+            found.add(one)
+            pending += before.get(one, ())
+    return found
+
+
+@pytest.mark.parametrize("family", ["gpipe", "1f1b", "zb-h1", "zb-h2", "pipedream", "interleaved", "zb-v"])
+def test_more_gradients_cannot_wait(family: str) -> None:
+    schedule = build_schedule(family, 3, 6)
+    backward = (Kind.B, Kind.I)
+    for stage in range(1, schedule.num_stages):
+        if schedule.rank_of(stage) == schedule.rank_of(stage - 1):
+            continue
+        replay = Replay(schedule, stage)
+        for action in schedule.stage_order(stage):
+            moment = replay.begin(action)
+            over = needed_before(schedule, (stage, action.kind, action.microbatch))
+            sent, read = (sum(one[0] == each and one[1] in backward for one in over) for each in (stage, stage - 1))
+            # A gradient is read before its backward begins, which need not be over.
+            exact = max(0, sent - read - SPARE_GRADIENTS)
+            if schedule.placement.stages_per_rank == 1:
+                assert moment.waiting == exact
+            else:
+                assert moment.waiting >= exact
+            replay.end(action)
+
+
+def bytes_at(moment: Moment, message: int, held: int, moved: int, half: int, gradient: int, first: int) -> int:
+    """Count what comes and goes on one stage; `first` is what the backward that makes the gradients needs."""
+    activations = moment.full * held + moment.copies * moved + moment.halves * half
+    messages = (moment.stale + moment.waiting) * message
+    return activations + messages + (gradient if moment.gradients else first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_moments_that_are_kept_include_the_peak(family: str) -> None:
+    draw = random.Random(family)
+    schedule = build_schedule(family, 4, 8)
+    for stage, load in enumerate(stage_loads(schedule)):
+        replay, moments = Replay(schedule, stage), []
+        for action in schedule.stage_order(stage):
+            moments.append(replay.begin(action))
+            replay.end(action)
+        for _ in range(20):
+            message, half, gradient, first = (draw.randint(0, 50) for _ in range(4))
+            # A block that swaps may hold next to nothing of a microbatch that is away, any other at least its input.
+            held, moved = (draw.randint(message, 90), 0) if draw.random() < 0.5 else (0, draw.randint(0, 90))
+            figures = message, held, moved, half, gradient, first
+            most = max(bytes_at(moment, *figures) for moment in moments)
+            assert max(bytes_at(moment, *figures) for moment in load.moments) == most

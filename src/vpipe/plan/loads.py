@@ -5,25 +5,36 @@ its forward to its backward (when that is split, some of them until the weight h
 backward to the update. What no other moment exceeds may be the peak.
 
 A message that arrived is the activation that its microbatch begins with. What else there is of messages depends on how
-they travel, and a little on chance.
+they travel, and a little on chance: what may wait at worst, for a rank that is as far behind as the order of both
+allows, is counted apart from what is to be expected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
-from vpipe.schedule.action import Kind
+from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.weights import weight_usage
 
-__all__ = ["COUNTED", "SWAP_BUFFERS", "Moment", "Replay", "StageLoad", "stage_loads"]
+__all__ = ["COUNTED", "SPARE_GRADIENTS", "SWAP_BUFFERS", "Moment", "Replay", "StageLoad", "stage_loads"]
 
 SWAP_BUFFERS = 2
 """Microbatches of a block that swaps that are on the device at once: one in use, and one on its way out or back."""
+SPARE_GRADIENTS = 2
+"""Gradients that wait in shared memory, or are free there; more have memory only while they wait."""
 COUNTED = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.STEP})
 """Actions that change what is held."""
+
+_BACKWARD = frozenset({Kind.B, Kind.I})
+_USING = frozenset({Kind.F, Kind.B, Kind.I})
+"""Actions that use the activations of a microbatch that is before its backward."""
+_LEAST_BETWEEN = 2
+"""Computations between a forward and its backward under which activations are not moved (`insert_offloads`)."""
 
 
 class Moment(NamedTuple):
@@ -40,13 +51,19 @@ class Moment(NamedTuple):
 
     There may be more, but then each came in exchange for at least as many bytes of activations.
     """
+    copies: int
+    """Microbatches of a block that swaps that are on the device.
+
+    One is in use, unless weights alone are worked on, and one is on its way out or back; besides, those whose backward
+    comes so soon that they are not moved. Nothing is moved where no more than two are ever in flight.
+    """
+    waiting: int
+    """Gradients that may have been sent and not read, at worst, besides `SPARE_GRADIENTS`."""
     is_step: bool
     """Whether it updates its weights: then nothing is computed."""
 
-    @property
-    def copies(self) -> int:
-        """Microbatches of a block that swaps that are on the device; at an update none is needed."""
-        return min(self.full, SWAP_BUFFERS - self.is_step)
+
+_FULL, _WAITING = map(Moment._fields.index, ("full", "waiting"))
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,8 @@ class StageLoad:
     most_arriving: int = 0
     """The same when neighbours are as far behind as they can be."""
     most_leaving: int = 0
+    sockets: bool = False
+    """Whether messages travel through sockets."""
 
     @property
     def full(self) -> int:
@@ -81,7 +100,7 @@ def stage_loads(schedule: Schedule, *, sockets: bool = False) -> tuple[StageLoad
     """
     usage = weight_usage(schedule)
     loads = [
-        StageLoad(_largest(_moments(schedule, stage)), usage[stage].num_on_device)
+        StageLoad(_largest(_moments(schedule, stage, sockets)), usage[stage].num_on_device, sockets=sockets)
         for stage in range(schedule.num_stages)
     ]
     most = [load.full for load in loads]
@@ -103,10 +122,11 @@ class _MessageCounts(NamedTuple):
 def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sockets: bool) -> _MessageCounts:
     """Count messages by how many microbatches each stage has in flight at most.
 
-    In shared memory what was sent waits there until it is read, and stays for the next one. A stage gets ahead of the
-    next one by as much as it is deeper, and one more is read meanwhile; with the gradients it gets ahead of the one
-    before by as much as that is deeper. Where both are equally deep, as in GPipe, those of a whole batch may wait. No
-    more can than are in flight on the stage that sends an activation or waits for a gradient. Through sockets two
+    In shared memory what was sent waits there until it is read. A stage gets ahead of the next one by as much as it is
+    deeper, and one more is read meanwhile; the memory stays for the next ones. At worst, while the pipeline fills, all
+    that are in flight wait. With the gradients a stage gets ahead of the one before by as much as that is deeper; where
+    both are equally deep, as in GPipe, there is nothing that would hold it back, and those that are spare have memory
+    from the last batch. More of them (`Moment.waiting`) have memory while they wait and no longer. Through sockets two
     messages are awaited from either side, and what was sent is kept until an answer shows that it was received. The
     gradient that a backward begins with counts as what it needs for a moment.
     """
@@ -119,9 +139,9 @@ def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sock
     else:
         behind = max(0, most[stage - 1] - most[stage]) if crosses_before else 0
         deeper = max(0, most[stage] - most[stage + 1]) if crosses_after else 0
-        arriving = min(most[stage], behind or (most[stage] if schedule.synchronous else 1))
+        arriving = min(most[stage], behind or (SPARE_GRADIENTS if schedule.synchronous else 1))
         leaving, most_leaving = 1 + deeper, 1 + most[stage]
-        most_arriving = 1 + most[stage - 1] if crosses_before else 0
+        most_arriving = max(arriving, SPARE_GRADIENTS)
     before, after = (arriving, most_arriving), (leaving, most_leaving)
     # Between stages of one rank values are handed over, one at a time.
     handed_over = int(stage < last)
@@ -133,43 +153,121 @@ def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sock
 class Replay:
     """Counts what one stage holds while its rank goes through its order."""
 
-    def __init__(self, schedule: Schedule, stage: int) -> None:
+    def __init__(self, schedule: Schedule, stage: int, *, sockets: bool = False) -> None:
         self._crosses = stage > 0 and schedule.rank_of(stage - 1) != schedule.rank_of(stage)
-        self._full = self._halves = self._gradients = self._stale = 0
+        order = [action for action in schedule.stage_order(stage) if action.kind in COUNTED]
+        self._is_moved = _most_in_flight(order) > SWAP_BUFFERS
+        self._short = _short(order)
+        self._taken = _taken_before(schedule, stage - 1) if self._crosses and not sockets else None
+        self._sent = self._read = 0
+        self._full = self._halves = self._gradients = self._stale = self._staying = 0
 
-    def begin(self, kind: Kind) -> Moment:
+    def begin(self, action: Action) -> Moment:
         """Return what is held while an action runs: after a forward, and before all else."""
-        if kind is Kind.F:
+        if action.kind is Kind.F:
             self._full, self._stale = self._full + 1, 0
-        return Moment(self._full, self._halves, self._gradients, self._stale, kind is Kind.STEP)
+            self._staying += action.microbatch in self._short
+            if self._taken is not None:
+                # That the one before has done this forward shows which gradients it had read by then.
+                self._read = max(self._read, self._taken[action.microbatch])
+        if action.kind in _USING:
+            return self._moment(1 + self._staying - (action.microbatch in self._short), is_step=False)
+        return self._moment(self._staying, is_step=action.kind is Kind.STEP)
 
-    def end(self, kind: Kind) -> Moment:
-        """Return what is held when the action is over."""
-        if kind in (Kind.B, Kind.I):
+    def end(self, action: Action) -> None:
+        """Go on to where the action is over."""
+        if action.kind in _BACKWARD:
             self._full, self._gradients, self._stale = self._full - 1, 1, int(self._crosses)
-            self._halves += kind is Kind.I
-        elif kind is Kind.W:
+            self._halves += action.kind is Kind.I
+            self._staying -= action.microbatch in self._short
+            self._sent += 1
+        elif action.kind is Kind.W:
             self._halves -= 1
-        elif kind is Kind.STEP:
+        elif action.kind is Kind.STEP:
             self._gradients = 0
-        return Moment(self._full, self._halves, self._gradients, self._stale, is_step=False)
+
+    def rest(self) -> Moment:
+        """Return what is held while the rank does something for another stage."""
+        return self._moment(self._staying, is_step=False)
+
+    def _moment(self, staying: int, *, is_step: bool) -> Moment:
+        """Count; of a block that swaps, the microbatches `staying` are on the device, and one on its way."""
+        full, waiting = self._full, self._sent - self._read - SPARE_GRADIENTS
+        copies = full
+        if self._is_moved:
+            copies = min(full, staying + SWAP_BUFFERS - 1)
+        if self._taken is None or waiting < 0:
+            waiting = 0
+        return Moment(full, self._halves, self._gradients, self._stale, copies, waiting, is_step)
 
 
-def _moments(schedule: Schedule, stage: int) -> Iterator[Moment]:
-    replay = Replay(schedule, stage)
+def _most_in_flight(order: Iterable[Action]) -> int:
+    return max(accumulate((action.kind is Kind.F) - (action.kind in _BACKWARD) for action in order))
+
+
+def _short(order: Sequence[Action]) -> frozenset[int]:
+    """Return the microbatches whose backward comes so soon after their forward that they are not moved."""
+    forwards = {action.microbatch: place for place, action in enumerate(order) if action.kind is Kind.F}
+    return frozenset(
+        action.microbatch
+        for place, action in enumerate(order)
+        if action.kind in _BACKWARD and place - forwards[action.microbatch] - 1 < _LEAST_BETWEEN
+    )
+
+
+def _taken_before(schedule: Schedule, stage: int) -> Mapping[int, int]:
+    """Return how many gradients a stage has read before each of its forwards."""
+    taken, count = {}, 0
+    for action in schedule.stage_order(stage):
+        if action.kind is Kind.F:
+            taken[action.microbatch] = count
+        count += action.kind in _BACKWARD
+    return taken
+
+
+def _moments(schedule: Schedule, stage: int, sockets: bool) -> Iterator[Moment]:
+    replay = Replay(schedule, stage, sockets=sockets)
     for action in schedule.stage_order(stage):
         if action.kind in COUNTED:
-            yield replay.begin(action.kind)
-            replay.end(action.kind)
+            yield replay.begin(action)
+            replay.end(action)
 
 
 def _largest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
-    """Return those that no other one covers."""
-    seen = set(moments)
-    return tuple(sorted(one for one in seen if not any(one != other and _covers(other, one) for other in seen)))
+    """Return those that no other ones cover, whatever a microbatch holds.
+
+    A microbatch in flight holds more than a message, or less if its blocks swap: both have to be covered.
+    """
+    groups: defaultdict[object, set[Moment]] = defaultdict(set)
+    for moment in set(moments):
+        groups[moment._replace(full=0, waiting=0)].add(moment)
+    found = set()
+    for count in (_FULL, _WAITING):
+        fronts = {one for group in groups.values() for one in _front(group, count)}
+        found |= {
+            one
+            for one in fronts
+            if not any(other[count] >= one[count] and other != one and _is_at_least(other, one) for other in fronts)
+        }
+    return tuple(sorted(found))
 
 
-def _covers(large: Moment, small: Moment) -> bool:
+def _front(moments: Iterable[Moment], count: int) -> Iterator[Moment]:
+    """Yield the moment that has most of one figure, and those that have less of it but more together."""
+    most = -1
+    for moment in sorted(moments, key=lambda one: (one[count], one.full + one.waiting), reverse=True):
+        if moment.full + moment.waiting > most:
+            most = moment.full + moment.waiting
+            yield moment
+
+
+def _is_at_least(large: Moment, small: Moment) -> bool:
     # The backward that makes the gradients needs something else for a moment than one that adds to them.
-    same = large.is_step == small.is_step and large.gradients == small.gradients
-    return same and large.full >= small.full and large.halves >= small.halves and large.stale >= small.stale
+    return (
+        large.is_step == small.is_step
+        and large.gradients == small.gradients
+        and large.full + large.waiting >= small.full + small.waiting
+        and large.halves >= small.halves
+        and large.stale >= small.stale
+        and large.copies >= small.copies
+    )

@@ -73,7 +73,7 @@ class RankMemory:
     """Buffers and frozen parameters of the model, and messages."""
     workspace: int
     reserve: int = 0
-    """For messages that may be there besides, when ranks get far ahead of each other; no part of the total."""
+    """How much more it may be when ranks get far ahead of each other and messages wait; no part of the total."""
 
     @property
     def total(self) -> int:
@@ -195,16 +195,24 @@ class _Changing(NamedTuple):
     gradients: int
     messages: int
     workspace: int
+    waiting: int
+    """Messages that may be there at worst."""
+
+    @property
+    def expected(self) -> int:
+        """Sum up all but these."""
+        return sum(self) - self.waiting
 
 
 def _rank_memory(schedule: Schedule, rank: int, loads: Sequence[StageLoad], stages: Sequence[StageBytes]) -> RankMemory:
     own = schedule.placement.stages_of(rank)
+    held = [(loads[stage], stages[stage]) for stage in own]
     if len(own) == 1:
         (stage,) = own
-        peak = max((_changing(moment, stages[stage]) for moment in loads[stage].moments), key=sum)
+        moments = [_changing(moment, stages[stage]) for moment in loads[stage].moments]
     else:
-        peak = max(_together(schedule, rank, stages), key=sum)
-    held = [(loads[stage], stages[stage]) for stage in own]
+        moments = list(_together(schedule, rank, loads, stages))
+    peak = max(moments, key=lambda moment: moment.expected)
     always = [item.moved_message + load.arriving * item.arriving + load.leaving * item.leaving for load, item in held]
     return RankMemory(
         parameters=sum(item.parameters for _, item in held),
@@ -214,7 +222,9 @@ def _rank_memory(schedule: Schedule, rank: int, loads: Sequence[StageLoad], stag
         activations=peak.activations,
         buffers=peak.messages + sum(always) + sum(item.buffers for _, item in held),
         workspace=peak.workspace,
-        reserve=sum(
+        reserve=max(map(sum, moments))
+        - peak.expected
+        + sum(
             (load.most_arriving - load.arriving) * item.arriving + (load.most_leaving - load.leaving) * item.leaving
             for load, item in held
         ),
@@ -228,17 +238,22 @@ def _changing(moment: Moment, stage: StageBytes) -> _Changing:
         moment.gradients * stage.parameters,
         moment.stale * (stage.arriving - stage.moved_message),
         stage.step_workspace if moment.is_step else computing,
+        moment.waiting * stage.arriving,
     )
 
 
-def _together(schedule: Schedule, rank: int, stages: Sequence[StageBytes]) -> Iterator[_Changing]:
+def _together(
+    schedule: Schedule, rank: int, loads: Sequence[StageLoad], stages: Sequence[StageBytes]
+) -> Iterator[_Changing]:
     """Yield what all stages of a rank hold while one of them does something."""
-    replays = {stage: Replay(schedule, stage) for stage in schedule.placement.stages_of(rank)}
-    now = dict.fromkeys(replays, _Changing(0, 0, 0, 0))
+    own = schedule.placement.stages_of(rank)
+    replays = {stage: Replay(schedule, stage, sockets=loads[stage].sockets) for stage in own}
+    now = dict.fromkeys(replays, _Changing(0, 0, 0, 0, 0))
     for action in schedule.orders[rank]:
         if action.kind in COUNTED:
             stage = action.stage
-            now[stage] = _changing(replays[stage].begin(action.kind), stages[stage])
-            activations, gradients, messages, _ = map(sum, zip(*now.values(), strict=True))
-            yield _Changing(activations, gradients, messages, now[stage].workspace)
-            now[stage] = _changing(replays[stage].end(action.kind), stages[stage])
+            now[stage] = _changing(replays[stage].begin(action), stages[stage])
+            activations, gradients, messages, _, waiting = map(sum, zip(*now.values(), strict=True))
+            yield _Changing(activations, gradients, messages, now[stage].workspace, waiting)
+            replays[stage].end(action)
+            now[stage] = _changing(replays[stage].rest(), stages[stage])

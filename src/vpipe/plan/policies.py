@@ -54,6 +54,7 @@ class StageFit:
     halves: Array
     gradients: Array
     stale: Array
+    waiting: Array
     is_step: NDArray[np.bool_]
     speeds: Array
     limits: Array
@@ -73,6 +74,7 @@ class StageFit:
             halves=column(lambda moment: moment.halves),
             gradients=column(lambda moment: moment.gradients),
             stale=column(lambda moment: moment.stale),
+            waiting=column(lambda moment: moment.waiting),
             is_step=column(lambda moment: moment.is_step).astype(bool),
             speeds=np.array(speeds, dtype=float),
             limits=np.array(limits, dtype=float),
@@ -148,6 +150,7 @@ class Frontiers:
         chain = self.chain
         given = (
             fit.full * chain.passing[start]
+            + fit.waiting * chain.arriving[start]
             + fit.halves * chain.weight_held[start, stop]
             + fit.gradients * chain.parameters[start, stop]
             + fit.is_step * chain.step_workspace[start, stop]

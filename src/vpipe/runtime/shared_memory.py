@@ -20,7 +20,7 @@ import struct
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -32,7 +32,10 @@ from vpipe.errors import TransportError
 from vpipe.runtime.failure import peer_ended, peer_silent
 from vpipe.runtime.message import Message, MessageLayout
 
-__all__ = ["Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
+__all__ = ["SPARE_GRADIENTS", "Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
+
+SPARE_GRADIENTS = 2
+"""As many are on their way where no rank is behind: one that is read, and one that was sent meanwhile."""
 
 _CPU = torch.device("cpu")
 _LOOK_SECONDS = 0.1
@@ -156,19 +159,41 @@ class _Peer:
                 raise peer_silent(self.rank, what, self._seconds)
 
 
+def _reserve(descriptor: int, place: int, num_bytes: int) -> int:
+    """Give a place memory, and return how much: what is only promised would end the process that writes to it."""
+    size = -(-num_bytes // _PAGE) * _PAGE
+    os.posix_fallocate(descriptor, place, size)
+    return size
+
+
 def _map(descriptor: int, place: int, num_bytes: int) -> mmap.mmap:
     return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=place)
 
 
-def _message_at(descriptor: int, place: int, layout: MessageLayout) -> Message:
-    memory = torch.frombuffer(_map(descriptor, place, layout.num_bytes), dtype=torch.uint8)
-    return Message(layout, _CPU, memory)
+def _message_in(memory: mmap.mmap, layout: MessageLayout) -> Message:
+    return Message(layout, _CPU, torch.frombuffer(memory, dtype=torch.uint8))
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where messages of one layout are written, one after another."""
+
+    place: int
+    layout: MessageLayout
+    memory: mmap.mmap
+    message: Message
 
 
 class Outbox:
-    """The sender's end of a link. It owns the memory of all messages, of those that the receiver has, too."""
+    """The sender's end of a link. It owns the memory of all messages, of those that the receiver has, too.
+
+    What the receiver gave back is used again. Where messages may pile up that nothing else makes room for, such as
+    gradients for a rank that is behind, `num_spare` says how many of a layout keep their memory when they are free.
+    """
 
     def __init__(self) -> None:
+        self.num_spare: int | None = None
+        """None: all. Together with those that wait for the receiver."""
         self._file = os.memfd_create(_NAME)
         weakref.finalize(self, os.close, self._file)
         self._num_bytes = 0
@@ -178,8 +203,10 @@ class Outbox:
         self._sent, self._returned = _Ring(memory, _SENT), _Ring(memory, _RETURNED)
         for ring in (self._sent, self._returned):
             ring.initialise()
-        self._free: defaultdict[MessageLayout, list[tuple[int, Message]]] = defaultdict(list)
-        self._away: dict[int, tuple[MessageLayout, Message]] = {}
+        self._free: defaultdict[MessageLayout, list[_Slot]] = defaultdict(list)
+        self._bare: defaultdict[MessageLayout, list[_Slot]] = defaultdict(list)
+        """Free, and without memory."""
+        self._away: dict[int, _Slot] = {}
         self._peer: _Peer | None = None
 
     def connect(self, rank: int, pid: int, timeout: timedelta | None) -> None:
@@ -193,41 +220,63 @@ class Outbox:
             PeerLostError: the receiver ended, or does not take any.
             TransportError: a value does not have the agreed shape or type, or there is no memory.
         """
-        while self._returned.filled.take():
-            place, _ = self._returned.pop()
-            used, message = self._away.pop(place)
-            self._free[used].append((place, message))
-        place, message = self._free[layout].pop() if self._free[layout] else self._new(layout)
-        message.pack(serial, values)
+        self._collect()
+        slot = self._free[layout].pop() if self._free[layout] else self._new(layout)
+        slot.message.pack(serial, values)
         if not self._sent.room.take():
             assert self._peer is not None
             self._peer.wait(self._sent.room, what())
-        self._away[place] = layout, message
-        self._sent.put(place, layout.num_bytes)
+        self._away[slot.place] = slot
+        self._sent.put(slot.place, layout.num_bytes)
+        self._release_spare()
 
-    def _new(self, layout: MessageLayout) -> tuple[int, Message]:
+    def _collect(self) -> None:
+        """Take back what the receiver has returned."""
+        while self._returned.filled.take():
+            place, _ = self._returned.pop()
+            slot = self._away.pop(place)
+            self._free[slot.layout].append(slot)
+
+    def _release_spare(self) -> None:
+        """Give memory that is left over to the system: else what once piled up would be held for ever."""
+        if self.num_spare is None:
+            return
+        for layout, free in self._free.items():
+            waiting = sum(slot.layout is layout for slot in self._unread()) if free else 0
+            while free and waiting + len(free) > self.num_spare:
+                slot = free.pop()
+                slot.memory.madvise(mmap.MADV_REMOVE)
+                self._bare[layout].append(slot)
+
+    def _new(self, layout: MessageLayout) -> _Slot:
         try:
+            if bare := self._bare[layout]:
+                _reserve(self._file, bare[-1].place, layout.num_bytes)
+                return bare.pop()
             place = self._grow(layout.num_bytes)
         except OSError as error:
             raise TransportError(
                 f"no shared memory for a message of {layout.num_bytes:,} bytes beside {self._num_bytes:,} "
                 f"({error.strerror}); with launch.shared_memory: false messages go through sockets"
             ) from error
-        return place, _message_at(self._file, place, layout)
+        memory = _map(self._file, place, layout.num_bytes)
+        return _Slot(place, layout, memory, _message_in(memory, layout))
 
     def _grow(self, num_bytes: int) -> int:
-        # Memory that is only promised would end the process when it is written to.
-        place, size = self._num_bytes, -(-num_bytes // _PAGE) * _PAGE
-        os.posix_fallocate(self._file, place, size)
-        self._num_bytes += size
+        place = self._num_bytes
+        self._num_bytes += _reserve(self._file, place, num_bytes)
         return place
+
+    def _unread(self) -> Iterator[_Slot]:
+        """Yield what the receiver has not looked at yet."""
+        return islice(reversed(self._away.values()), _NUM_ENTRIES - self._sent.room.value)
 
     def memory(self) -> dict[int, int]:
         """Return place and bytes of the messages that are free, or that the receiver has not looked at yet."""
-        unread = _NUM_ENTRIES - self._sent.room.value
-        waiting = [message for _, message in islice(reversed(self._away.values()), unread)]
-        free = [message for messages in self._free.values() for _, message in messages]
-        return {message.buffer.data_ptr(): message.buffer.numel() for message in (*waiting, *free)}
+        self._collect()
+        self._release_spare()
+        slots = [*self._unread(), *(slot for slots in self._free.values() for slot in slots)]
+        return {slot.message.buffer.data_ptr(): slot.message.buffer.numel() for slot in slots}
 
 
 class Inbox:
@@ -267,7 +316,7 @@ class Inbox:
             )
         known, message = self._messages.get(place, (None, None))
         if message is None or known is not layout:
-            message = _message_at(self._file, place, layout)
+            message = _message_in(_map(self._file, place, num_bytes), layout)
             self._messages[place] = layout, message
         self._held.append(place)
         return message.unpack(serial)

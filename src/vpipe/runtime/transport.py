@@ -27,7 +27,7 @@ from vpipe.model.chain import ValueSpec
 from vpipe.runtime.failure import raise_if_peer_lost
 from vpipe.runtime.message import Message, MessageLayout
 from vpipe.runtime.shared_links import share_memory
-from vpipe.runtime.shared_memory import Inbox, Outbox
+from vpipe.runtime.shared_memory import SPARE_GRADIENTS, Inbox, Outbox
 from vpipe.runtime.wait import telling_losses
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
@@ -114,6 +114,9 @@ class Transport:
         if self._groups and not self._ordered:
             group = next(iter(self._groups.values()))
             self._outboxes, self._inboxes = share_memory(self._groups, group, timeout, allowed=shared_memory)
+            for (_, _, is_forward), outbox in self._outboxes.items():
+                # Activations that were sent early are held by the receiver instead, once it has caught up.
+                outbox.num_spare = None if is_forward else SPARE_GRADIENTS
         self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
