@@ -1,16 +1,17 @@
 """Train under half of the memory that a plan without policies needs, and compare: loss bits, bytes, time.
 
-Once with whatever the planner chooses, once by recomputation alone.
+Under the limit with whatever the planner chooses, by recomputation alone, and by swapping alone; all in turn.
 
-python -m benchmarks.memory.half [--model bert] [--microbatches 10] [--out FILE]
+python -m benchmarks.memory.half [--model bert] [--microbatches 10] [--num-rounds 2] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import environment, format_table, write_results
 from benchmarks.memory.configurations import base_config
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert", choices=["bert", "gpt"])
     parser.add_argument("--microbatches", type=int, default=10)
+    parser.add_argument("--num-rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "half.json")
     arguments = parser.parse_args()
     surroundings = environment()
@@ -43,35 +45,63 @@ def main() -> None:
     limited = build_config({**tree, "plan": {"partition": "auto", "memory_limit": limit}})
     request = build_request(limited, profile)
     plan = find_plan(request).best
-    recomputing = find_plan(replace(request, policies=(Policy.KEEP, Policy.RECOMPUTE))).best
+    same_cut = judge_partition(build_request(free, profile), plan.partition, [Policy.KEEP] * sum(cut))
+    recomputing, swapping = (
+        find_plan(replace(request, policies=(Policy.KEEP, policy))).best for policy in (Policy.RECOMPUTE, Policy.SWAP)
+    )
+    contestants = {
+        "all kept": (with_plan(free, keep), keep),
+        "all kept, cut as for half": (with_plan(free, same_cut), same_cut),
+        "half of it": (with_plan(limited, plan), plan),
+        "half, recomputing": (with_plan(limited, recomputing), recomputing),
+        "half, swapping": (with_plan(limited, swapping), swapping),
+    }
+    rounds = [
+        {name: run_config(config) for name, (config, _) in contestants.items()} for _ in range(arguments.num_rounds)
+    ]
     rows, results = [], []
-    for name, config, predicted in (
-        ("all kept", with_plan(free, keep), keep),
-        ("half of it", with_plan(limited, plan), plan),
-        ("half, recomputing", with_plan(limited, recomputing), recomputing),
-    ):
-        runs = run_config(config)
-        result = {
+    for name, (_, predicted) in contestants.items():
+        all_runs = [found[name] for found in rounds]
+        runs = all_runs[0]
+        result: dict[str, Any] = {
             "name": name,
             "partition": list(predicted.partition),
             "policies": [policy.value for policy in predicted.policies],
             "predicted_bytes": max(memory.total for memory in predicted.memory),
-            "measured_bytes": max(run.peak_bytes for run in runs),
+            "measured_bytes": max(run.peak_bytes for found in all_runs for run in found),
             "predicted_ms": round(predicted.step_ms, 1),
             # The first batches are looked at closely, which takes time.
-            "measured_ms": round(statistics.median(runs[0].batch_ms[3:]), 1),
+            "rounds_ms": [round(statistics.median(found[0].batch_ms[3:]), 1) for found in all_runs],
+            "measured_ms": round(statistics.median(ms for found in all_runs for ms in found[0].batch_ms[3:]), 1),
             "bytes_moved": sum(run.bytes_moved for run in runs),
             "losses": list(runs[0].losses),
+            "same_losses_in_all_rounds": all(found[0].losses == runs[0].losses for found in all_runs),
         }
         results.append(result)
-        sizes = [format_bytes(float(str(result[key]))) for key in ("predicted_bytes", "measured_bytes")]
-        rows.append([name, *sizes, result["predicted_ms"], result["measured_ms"]])
-    same = all(result["losses"] == results[0]["losses"] for result in results)
-    print(format_table(["run", "predicted", "measured", "predicted ms", "measured ms"], rows))
+        sizes = [format_bytes(result[key]) for key in ("predicted_bytes", "measured_bytes")]
+        error = result["predicted_ms"] / result["measured_ms"] - 1
+        rows.append([name, *sizes, result["predicted_ms"], result["measured_ms"], f"{error:+.1%}", result["rounds_ms"]])
+    same = all(result["losses"] == results[0]["losses"] and result["same_losses_in_all_rounds"] for result in results)
+    header = ["run", "predicted", "measured", "predicted ms", "measured ms", "error", "rounds ms"]
+    print(format_table(header, rows))
     for result in results[1:]:
         print(f"{result['name']}: {result['partition']} {' '.join(result['policies'])}")
-    print(f"limit {format_bytes(limit)}; the same bits in every loss: {same}")
-    write_results(arguments.out, {"environment": surroundings, "limit": limit, "same_losses": same, "runs": results})
+    print(
+        f"limit {format_bytes(limit)}; the same bits in every loss: {same}; host link {profile.host}, share of a copy "
+        f"that computing loses {profile.host_share:.2f}"
+    )
+    write_results(
+        arguments.out,
+        {
+            "environment": surroundings,
+            "limit": limit,
+            "same_losses": same,
+            "host": asdict(profile.host) if profile.host else None,
+            "host_share": profile.host_share,
+            "swap_ms": [round(block.swap_ms, 3) for block in profile.sizes[0].blocks],
+            "runs": results,
+        },
+    )
 
 
 if __name__ == "__main__":

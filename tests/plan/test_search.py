@@ -254,3 +254,11 @@ def test_a_plan_counts_what_moves_take_from_the_rank() -> None:
     assert swapping.lost_ms == (1.0,) * 4
     assert [own - other for own, other in zip(swapping.stage_ms, free.stage_ms, strict=True)] == [1.0] * 4
     assert swapping.step_ms > free.step_ms
+
+
+def test_an_update_costs_more_where_the_weights_before_it_are_still_needed() -> None:
+    blocks = [block(step_ms=0.5, version_ms=0.25)] * 4
+    request = Request(profile_of(blocks), 2, 8, schedules=["pipedream"], is_eager=False)
+    assert judge_partition(request, [2, 2]).costs.step == (1.5, 1.0)
+    synchronous = replace(request, schedules=["1f1b"])
+    assert judge_partition(synchronous, [2, 2]).costs.step == (1.0, 1.0)

@@ -18,6 +18,7 @@ STEADY = {
     "empty_forward": 1.0,
     "empty_backward": 1.0,
     "step": 0.5,
+    "keeping_step": 0.75,
 }
 STEADY_REPEATS: Timings = {name: [time] * 4 for name, time in STEADY.items()}
 
@@ -33,6 +34,7 @@ def test_what_a_stage_takes_without_blocks_is_left_out_and_halves_add_up() -> No
     assert found.input_grad_ms == pytest.approx(6.0 * 5 / 8)
     assert found.recompute_ms == pytest.approx(2.5)
     assert found.swap_ms == pytest.approx(0.75)
+    assert found.version_ms == 0.25
 
 
 def test_means_of_all_ranks_count_without_hiccups() -> None:

@@ -136,7 +136,7 @@ class ChainCosts:
 
     def moment_bytes(self, moment: Moment) -> Array:
         """Return the bytes that a moment adds, whatever the policies."""
-        passing = moment.full * self.passing[:, None] + moment.waiting * self.arriving[:, None]
+        passing = moment.full * self.passing[:, None]
         at_step = self.step_workspace if moment.is_step else 0.0
         halves = moment.halves * self.weight_held
         return np.asarray(moment.gradients * self.parameters + halves + passing + at_step)
@@ -183,8 +183,12 @@ def simulator_costs(
     partition: Sequence[int],
     policies: Sequence[Policy],
     placement: Placement,
+    num_versions: Sequence[int] = (),
 ) -> Costs:
-    """Return the simulator's costs, in ms and bytes, of a partition with a policy per block."""
+    """Return the simulator's costs, in ms and bytes, of a partition with a policy per block.
+
+    `num_versions` is how many weight versions each stage has; empty: one.
+    """
     speeds = speeds_of(profile, placement.num_ranks)
     ends = list(accumulate(partition))
     names = ("forward", "input_grad", "weight_grad", "step", "recompute", "move", "move_versions")
@@ -198,6 +202,8 @@ def simulator_costs(
         for name in ("forward", "input_grad", "weight_grad", "step"):
             own = math.fsum(getattr(block, f"{name}_ms") for block, _ in inside)
             times[name].append((own + noting.get(name, 0.0) * handling) / speed)
+        if num_versions and num_versions[stage] > 1:
+            times["step"][-1] += math.fsum(block.version_ms for block, _ in inside) / speed
         again = math.fsum(block.recompute_ms for block, policy in inside if policy is Policy.RECOMPUTE)
         times["recompute"].append(again / speed)
         swapped = sum(each_bytes(block, policy)[1] for block, policy in inside)

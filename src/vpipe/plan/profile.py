@@ -65,6 +65,8 @@ class BlockProfile:
     """Needed for a moment on top by an optimizer update."""
     step_ms: float = 0.0
     """The block's share of one optimizer update."""
+    version_ms: float = 0.0
+    """What it adds to an update that the weights before it are still needed: the next ones go somewhere else."""
     swap_ms: float = 0.0
     """What swapping the block adds to its forward and backward, besides the copies: keeping track of what is saved."""
     spread: float = 0.0

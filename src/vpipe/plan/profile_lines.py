@@ -18,6 +18,7 @@ _TIMES = {
     "recompute_ms": "recompute",
     "swap_ms": "swap",
     "step_ms": "step",
+    "version_ms": "version",
 }
 _SIZES = {
     "activation_bytes": "kept",

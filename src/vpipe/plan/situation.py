@@ -170,7 +170,8 @@ class Situation:
             for stage, (start, stop) in enumerate(cut)
         ]
         memory = rank_memory(self.schedule, self.loads, stages)
-        costs = simulator_costs(self.profile, blocks, partition, policies, placement)
+        versions = [load.num_versions for load in self.loads]
+        costs = simulator_costs(self.profile, blocks, partition, policies, placement, versions)
         return Plan(self.setting, tuple(partition), tuple(policies), memory, costs, math.nan, tuple(ahead))
 
     def judge(self, draft: Plan) -> Plan:

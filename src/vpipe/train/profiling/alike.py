@@ -23,7 +23,7 @@ __all__ = ["block_signature", "describe_machine", "profile_fingerprint"]
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
-_FORMAT = 4
+_FORMAT = 5
 """Raised when other things are measured, or in another way: older profiles are not used again then."""
 
 
