@@ -136,7 +136,7 @@ class ChainCosts:
 
     def moment_bytes(self, moment: Moment) -> Array:
         """Return the bytes that a moment adds, whatever the policies."""
-        passing = moment.full * self.passing[:, None]
+        passing = moment.full * self.passing[:, None] + moment.waiting * self.arriving[:, None]
         at_step = self.step_workspace if moment.is_step else 0.0
         halves = moment.halves * self.weight_held
         return np.asarray(moment.gradients * self.parameters + halves + passing + at_step)
