@@ -243,6 +243,11 @@ def test_legal(changes: dict[str, Any]) -> None:
             "data.sequence_length = 600 is longer than model.max_position_embeddings = 512; raise the latter",
         ),
         (
+            {"model.type": "llama", "model.hidden_size": 18, "model.num_heads": 6, "plan.partition": "uniform"},
+            "model.hidden_size = 18 makes model.num_heads = 6 heads of 3, and a llama's rotary positions need an even "
+            "number; change one",
+        ),
+        (
             {"train.epochs": 2},
             "train.epochs = 2 and train.iterations = 3 both say how long to train; keep one",
         ),

@@ -6,6 +6,7 @@
 - `directory`, `module`, `model_type`: 'bert' with 'vgpus=N' is BERT-large (24 layers, 49 blocks) trained by LAMB, as
   there; a `model:` or `optimizer:` section beside overrules it. Files are looked up under `directory`.
 - `config_file`: its stage maps give the number of ranks and the depths.
+- `learning_rate_policy`: step alone steps as there, to a tenth every 30 epochs.
 - `recompute`: see `PipelineConfig.recompute`; there it did nothing, and the ratios counted alone.
 """
 

@@ -32,6 +32,12 @@ def check_family(model: ModelConfig) -> Iterator[Problem]:
     elif kv_heads is not None and model.num_heads % kv_heads:
         text = f"model.num_kv_heads = {kv_heads} does not divide model.num_heads = {model.num_heads}; use a divisor"
         yield Problem(("model.num_kv_heads", "model.num_heads"), text)
+    if model.type == "llama" and model.hidden_size // model.num_heads % 2 and not model.hidden_size % model.num_heads:
+        text = (
+            f"model.hidden_size = {model.hidden_size} makes model.num_heads = {model.num_heads} heads of "
+            f"{model.hidden_size // model.num_heads}, and a llama's rotary positions need an even number; change one"
+        )
+        yield Problem(("model.num_heads", "model.hidden_size"), text)
     if model.type == "llama" and model.dropout:
         text = (
             f"model.dropout = {model.dropout:g} is not for a llama, which has dropout in attention only; leave it out"
