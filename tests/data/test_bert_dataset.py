@@ -196,6 +196,25 @@ def test_swapped_arrays(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"num_samples": 10_000},
+        {"arrays": {}},
+        {"arrays": {"input_ids": {"file": "train/input_ids.npy", "num_bytes": 1, "sha256": ""}}},
+    ],
+)
+def test_a_description_that_does_not_fit_its_arrays(copy: Path, change: dict[str, object]) -> None:
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["splits"]["train"] |= change
+    (copy / "meta.json").write_text(json.dumps(meta))
+    message = (
+        r"meta.json is damaged .*split train has \d+ samples of 32 tokens, static masking, and arrays of the shapes "
+    )
+    with pytest.raises(DataError, match=message):
+        open_bert(copy)
+
+
+@pytest.mark.parametrize(
     ("name", "field", "value", "why"),
     [
         ("input_ids", "input_ids", 65535, r"the vocabulary has (\d+) tokens, so 0 to"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from vpipe.data.corpus import DocumentRule, TextOrigin
 from vpipe.data.draws import Stream
@@ -114,6 +114,20 @@ class BertMeta(BaseModel):
     num_duplicates: int
     tokenizer: tuple[StoredFile, ...]
     splits: dict[Split, SplitMeta]
+
+    @model_validator(mode="after")
+    def _hold_what_samples_need(self) -> BertMeta:
+        length = (self.options.sequence_length,)
+        tokens = {"static": ("input_ids", "labels"), "dynamic": ("tokens",)}[self.options.masking]
+        per_sample = {**dict.fromkeys(tokens, length), "spans": (2,), "next_sentence_label": ()}
+        for name, split in self.splits.items():
+            shapes = {array: stored.shape for array, stored in split.arrays.items()}
+            if shapes != {array: (split.num_samples, *shape) for array, shape in per_sample.items()}:
+                raise ValueError(
+                    f"split {name} has {split.num_samples} samples of {length[0]} tokens, {self.options.masking} "
+                    f"masking, and arrays of the shapes {shapes}"
+                )
+        return self
 
     def files(self) -> tuple[StoredFile, ...]:
         """Return every file that `meta.json` describes."""
