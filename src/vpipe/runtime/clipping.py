@@ -34,10 +34,12 @@ def squared_norms(gradients: Sequence[Tensor]) -> Tensor:
 def _norm(gradient: Tensor) -> Tensor:
     """Return the norm in float64, piece by piece: torch copies what it converts, which is twice an embedding."""
     if gradient.numel() <= _PIECE:
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64)
-    pieces = gradient.reshape(-1).split(max(_PIECE, -(-gradient.numel() // _MOST_PIECES)))
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-    return torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    else:
+        pieces = gradient.reshape(-1).chunk(min(_MOST_PIECES, 1 + gradient.numel() // _PIECE))
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def local_norm(gradients: Sequence[Tensor]) -> float:

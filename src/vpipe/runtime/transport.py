@@ -114,9 +114,6 @@ class Transport:
         if self._groups and not self._ordered:
             group = next(iter(self._groups.values()))
             self._outboxes, self._inboxes = share_memory(self._groups, group, timeout, allowed=shared_memory)
-            for (_, _, is_forward), outbox in self._outboxes.items():
-                # Activations that were sent early are held by the receiver instead, once it has caught up.
-                outbox.num_spare = None if is_forward else SPARE_GRADIENTS
         self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
@@ -170,6 +167,9 @@ class Transport:
         """
         self._base += self._span
         self._span, self._window = num_microbatches, window
+        for (_, _, is_forward), outbox in self._outboxes.items():
+            # Activations that were sent are held by the receiver, and all of them come back when a batch ends.
+            outbox.num_spare = window if is_forward else SPARE_GRADIENTS
         # The batches of a synchronous schedule run one program again and again.
         if self._program[0] is not actions or self._program[1] is not crossing:
             self._program = actions, crossing
@@ -338,7 +338,12 @@ class Transport:
         return places
 
     def finish(self) -> None:
-        """End a program: wait until all that was sent through sockets has been taken; shared memory outlives us."""
+        """End a program: wait until all that was sent through sockets has been taken; shared memory outlives us.
+
+        What was received is given back now, or a neighbour that begins the next batch first would need more memory.
+        """
+        for inbox in self._inboxes.values():
+            inbox.give_back()
         self._answered.clear()
         self._flush(_SENDS)
 
