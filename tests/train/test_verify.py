@@ -12,8 +12,10 @@ from torch import Tensor
 from train_toys import launch_verifications, write_chain_config, write_config
 
 from vpipe.config import load_config
+from vpipe.errors import LaunchError
+from vpipe.runtime.process_group import process_group
 from vpipe.train.comparison import compare
-from vpipe.train.verify import reference_directory, remove_computed, report_path, run_reference
+from vpipe.train.verify import reference_directory, remove_computed, report_path, run_pipeline, run_reference
 
 PIPEDREAM = "pipeline.schedule=pipedream"
 CLIPPED = "optimizer.clip_grad_norm=0.01"
@@ -121,3 +123,12 @@ def test_comparing(
     assert comparison.num_tensors == len(expected)
     assert (comparison.num_different, comparison.max_abs_difference) == (num_different, largest)
     assert comparison.first_different == first
+
+
+def test_results_that_cannot_be_kept(tmp_path: Path) -> None:
+    config = load_config(write_chain_config(tmp_path), ["pipeline.num_ranks=1"])
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "computed.0.pt").mkdir()  # in the way, as a full disk is
+    message = r"cannot write what the pipeline computed, \d+ bytes, to .*computed.0.pt; free some space, verify fewer"
+    with process_group(None, 60) as group, pytest.raises(LaunchError, match=message):
+        run_pipeline(config, 1, tmp_path, group)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vpipe.config import RunConfig, load_config
 from vpipe.data.batches import microbatch_rows
+from vpipe.errors import LaunchError
 from vpipe.runtime.pipeline import Hooks, Pipeline
 from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.runtime.programs import ProgramBuilder
@@ -132,7 +133,19 @@ def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group:
         _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
         _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
     )
-    torch.save(asdict(computed), _computed_path(run_directory, group.rank))
+    _save(computed, _computed_path(run_directory, group.rank))
+
+
+def _save(computed: _Computed, path: Path) -> None:
+    try:
+        torch.save(asdict(computed), path)
+    except RuntimeError as error:  # how torch's own writer tells of every trouble with a file
+        held = [*computed.gradients, computed.parameters, computed.buffers]
+        num_bytes = sum(tensor.nbytes for named in held for tensor in named.values())
+        raise LaunchError(
+            f"cannot write what the pipeline computed, {num_bytes} bytes, to {path}; free some space, verify fewer "
+            "--iterations, or choose another log_directory"
+        ) from error
 
 
 def _tell(path: Path, done: int, total: int, loss: float) -> None:
