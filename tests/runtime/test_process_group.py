@@ -93,6 +93,18 @@ def test_other_errors_are_left_alone():
     raise_if_peer_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "1F3", 2)
 
 
+def test_ranks_that_do_not_meet_in_time(monkeypatch):
+    with socket.socket() as taken:  # and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        values = ("1", "2", "0", "1", *address.split(":"))
+        for name, value in zip(VARIABLES, values, strict=True):
+            monkeypatch.setenv(name, value)
+        message = rf"rank 1 cannot reach the other ranks at {address} within 0.2 s; .* or raise launch.timeout_seconds"
+        with pytest.raises(LaunchError, match=message), process_group("gloo", 0.2):
+            pytest.fail("there is nobody to meet")
+
+
 def test_incomplete_variables_are_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -131,7 +131,7 @@ def _connect(timeout: timedelta) -> tuple[Store, int, int]:
         raise LaunchError(
             f"rank {os.environ['RANK']} cannot reach the other ranks at {address} within "
             f"{timeout.total_seconds():g} s; check that MASTER_ADDR and MASTER_PORT are right, rank 0 runs, and no "
-            "firewall is in between"
+            "firewall is in between, or raise launch.timeout_seconds"
         ) from error
     # Keys of an attempt that torchrun restarted must not be read by the next one.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
