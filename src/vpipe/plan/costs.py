@@ -196,9 +196,11 @@ def simulator_costs(
     for stage, (start, stop) in enumerate(pairwise([0, *ends])):
         speed = speeds[placement.rank_of(stage)]
         inside = [(blocks[index], policies[index]) for index in range(start, stop)]
-        # What is saved is noted forward and found again backward, which take about the same time.
+        # What is saved is noted forward and found again backward, which take about the same time. Where one block swaps,
+        # it is noted of those that keep as well: what they share stays.
         noting = {"forward": 0.5, "input_grad": 0.5}
-        handling = math.fsum(block.swap_ms for block, policy in inside if policy is Policy.SWAP)
+        is_noted = any(policy is Policy.SWAP for _, policy in inside)
+        handling = is_noted * math.fsum(block.swap_ms for block, policy in inside if policy is not Policy.RECOMPUTE)
         for name in ("forward", "input_grad", "weight_grad", "step"):
             own = math.fsum(getattr(block, f"{name}_ms") for block, _ in inside)
             times[name].append((own + noting.get(name, 0.0) * handling) / speed)

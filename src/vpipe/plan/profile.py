@@ -68,7 +68,8 @@ class BlockProfile:
     version_ms: float = 0.0
     """What it adds to an update that the weights before it are still needed: the next ones go somewhere else."""
     swap_ms: float = 0.0
-    """What swapping the block adds to its forward and backward, besides the copies: keeping track of what is saved."""
+    """What swapping the block adds to its forward and backward, besides the copies: keeping track of what is saved. Of
+    a block that keeps, beside one that swaps, that is done as well."""
     spread: float = 0.0
     """Of the measured times: half the distance between the quartiles, relative to the median."""
 
