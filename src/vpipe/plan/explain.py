@@ -134,7 +134,8 @@ def _policy_words(request: Request, plan: Plan, stage: int, rank: int, start: in
     if own.count(Policy.SWAP):
         blocks = profile.at(plan.setting.microbatch_size).blocks[start:stop]
         away = [block for block, policy in zip(blocks, own, strict=True) if policy is Policy.SWAP]
-        handling = math.fsum(block.swap_ms for block in away) / speeds_of(profile, plan.setting.num_ranks)[rank]
+        noted = (block.swap_ms for block, policy in zip(blocks, own, strict=True) if policy is not Policy.RECOMPUTE)
+        handling = math.fsum(noted) / speeds_of(profile, plan.setting.num_ranks)[rank]
         size = sum(block.activation_bytes for block in away)
         words.append(f"{len(away)} swapped ({_swap_words(profile, size, handling)})")
     if stage in plan.setting.swap_versions:
