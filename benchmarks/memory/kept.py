@@ -1,12 +1,17 @@
 """Run every configuration with the smallest limits that its prediction allows, and see whether they are kept.
 
-python -m benchmarks.memory.kept [--only WORDS]
+python -m benchmarks.memory.kept [--only WORDS] [--out FILE]
+
+What a file of results has already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
+from benchmarks.common import environment, write_results
 from benchmarks.memory.configurations import CONFIGURATIONS, Configuration
 from benchmarks.memory.ranks import run_config
 from benchmarks.memory.run import PROFILES, predict
@@ -20,13 +25,21 @@ NUM_BATCHES = 6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the configurations whose name has these words")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kept.json")
     arguments = parser.parse_args()
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    results = {"environment": environment(), "left": {}} | results
     for configuration in CONFIGURATIONS:
-        if all(word in configuration.name for word in arguments.only.split()):
-            print(f"{_outcome(configuration)}  {configuration.name}", flush=True)
+        name, left = configuration.name, results["left"]
+        if name not in left and all(word in name for word in arguments.only.split()):
+            left[name] = shares_left(configuration)
+            write_results(arguments.out, results)
+        if name in left:
+            print(f"{_words(left[name])}  {name}", flush=True)
 
 
-def _outcome(configuration: Configuration) -> str:
+def shares_left(configuration: Configuration) -> list[float] | None:
+    """Return what share of its limit each rank left; None where one was ended by it."""
     profile = read_profile(PROFILES / f"{configuration.model}.json")
     limits = [needed_limit(memory.most) for memory in predict(configuration, profile)]
     config = configuration.config()
@@ -35,8 +48,12 @@ def _outcome(configuration: Configuration) -> str:
     try:
         runs = run_config(config.model_copy(update={"plan": plan, "train": train}))
     except RuntimeError:
-        return "ended by its limit"
-    return "kept, by " + " ".join(f"{1 - run.peak_bytes / limit:.1%}" for run, limit in zip(runs, limits, strict=True))
+        return None
+    return [round(1 - run.peak_bytes / limit, 4) for run, limit in zip(runs, limits, strict=True)]
+
+
+def _words(left: list[float] | None) -> str:
+    return "ended by its limit" if left is None else "kept, by " + " ".join(f"{share:.1%}" for share in left)
 
 
 if __name__ == "__main__":

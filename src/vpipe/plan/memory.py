@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import NamedTuple
 
-from vpipe.plan.loads import COUNTED, Moment, Replay, StageLoad
+from vpipe.plan.loads import COUNTED, SWAP_BUFFERS, Moment, Replay, StageLoad
 from vpipe.plan.profile import BlockProfile
 from vpipe.schedule.schedule import Schedule
 
@@ -213,7 +213,11 @@ def _rank_memory(schedule: Schedule, rank: int, loads: Sequence[StageLoad], stag
     else:
         moments = list(_together(schedule, rank, loads, stages))
     peak = max(moments, key=lambda moment: moment.expected)
-    always = [item.moved_message + load.arriving * item.arriving + load.leaving * item.leaving for load, item in held]
+    leaving = [_num_leaving(stage, loads, stages) for stage in own]
+    always = [
+        item.moved_message + load.arriving * item.arriving + count * item.leaving
+        for (load, item), count in zip(held, leaving, strict=True)
+    ]
     return RankMemory(
         parameters=sum(item.parameters for _, item in held),
         versions=sum((load.num_versions - 1) * item.parameters for load, item in held),
@@ -225,10 +229,20 @@ def _rank_memory(schedule: Schedule, rank: int, loads: Sequence[StageLoad], stag
         reserve=max(map(sum, moments))
         - peak.expected
         + sum(
-            (load.most_arriving - load.arriving) * item.arriving + (load.most_leaving - load.leaving) * item.leaving
-            for load, item in held
+            (load.most_arriving - load.arriving) * item.arriving + (load.most_leaving - count) * item.leaving
+            for (load, item), count in zip(held, leaving, strict=True)
         ),
     )
+
+
+def _num_leaving(stage: int, loads: Sequence[StageLoad], stages: Sequence[StageBytes]) -> int:
+    """Return how many messages of the cut behind a stage are to be expected on its side.
+
+    Of a next stage that swaps what arrives those come back that it had on the device, when their content has left.
+    """
+    load = loads[stage]
+    swaps = stage + 1 < len(stages) and stages[stage + 1].moved_message > 0 and loads[stage + 1].full > SWAP_BUFFERS
+    return min(load.most_leaving, load.leaving + SWAP_BUFFERS) if swaps else load.leaving
 
 
 def _changing(moment: Moment, stage: StageBytes) -> _Changing:
