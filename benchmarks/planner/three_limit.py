@@ -37,8 +37,8 @@ from vpipe.plan.units import format_bytes
 from vpipe.train.setup import build_setup
 
 NUM_MICROBATCHES, MICROBATCH_SIZE = 8, 4
-SHARE = 0.6
-"""The limit, as a share of what PipeDream needs."""
+SHARES = {"emulated": 0.72, "bert": 0.6}
+"""The limit, as a share of what PipeDream needs: about as low as PipeDream fits with the smallest microbatches."""
 OPTIONS: dict[str, Any] = {"microbatch_size": MICROBATCH_SIZE}
 # A BERT layer holds about 22 times its input, half of that in each of its two blocks (Korthikanti et al., 2022), and
 # in microbatches of four samples as much as 20 thousandths of its parameters beside 64 KiB for the input.
@@ -111,7 +111,7 @@ def begin(model: str, end: float) -> dict[str, Any] | None:
     uniform = list(build_setup(free).partition)
     needed = judge_partition(build_request(free, profile), uniform, [Policy.KEEP] * profile.num_blocks)
     most = max(memory.total for memory in needed.memory)
-    limit = int(SHARE * most)
+    limit = int(SHARES[model] * most)
     contestants = {}
     for name in SCHEDULES:
         config = largest_that_fits(model, name, profiles, limit)
@@ -122,10 +122,17 @@ def begin(model: str, end: float) -> dict[str, Any] | None:
             "policies": Counter(policy.value for policy in plan.policies),
             "predicted_ms": round(plan.step_ms, 2),
             "predicted_bytes": max(memory.total for memory in plan.memory),
+            "setting": plan.setting.describe(),
+            "lost_ms": [round(time_, 2) for time_ in plan.lost_ms],
             "rounds_ms": [],
             "measured_bytes": 0,
         }
-    return {"limit": limit, "pipedream_needs": most, "contestants": contestants}
+    return {
+        "limit": limit,
+        "pipedream_needs": most,
+        "host_share": profile.host_share,
+        "contestants": contestants,
+    }
 
 
 def measure(model: str, row: dict[str, Any], num_rounds: int, end: float) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from plan_toys import block, profile_of, uniform_profile
 
-from vpipe.plan.explain import compare_lines, explain_lines
+from vpipe.plan.explain import compare_lines, explain_lines, plan_lines
 from vpipe.plan.memory import Policy
 from vpipe.plan.profile import LinkProfile
 from vpipe.plan.search import Request, find_plan, judge_partition
@@ -47,6 +49,15 @@ def test_policies_and_their_costs_are_named() -> None:
     swapping = uniform_profile(8, host=LinkProfile(0.0, 100.0))
     request = Request(swapping, 4, 16, limits=[find_plan(Request(swapping, 4, 16)).best.memory[0].total - 1])
     assert "swapped (2 ms on the host link)" in "\n".join(explain_lines(find_plan(request)))
+    taking = replace(request, profile=replace(swapping, host_share=0.25))
+    assert "swapped (0.5 ms, and 2 ms on the host link)" in "\n".join(explain_lines(find_plan(taking)))
+
+
+def test_what_moving_weights_costs_is_named() -> None:
+    profile = uniform_profile(8, host=LinkProfile(0.0, 40.0), host_share=0.5)
+    request = Request(profile, 4, 8, schedules=["pipedream"], options={"swap_versions": [0]}, is_eager=False)
+    lines = "\n".join(plan_lines(request, judge_partition(request, [2] * 4)))
+    assert "all kept, older weights swapped (2 ms, and 4 ms on the host link)" in lines
 
 
 def test_a_slow_rank_is_named_as_the_bottleneck() -> None:

@@ -44,7 +44,9 @@ def test_it_counts_what_a_layer_holds(profile: Profile) -> None:
 def test_it_times_everything(profile: Profile) -> None:
     for block in profile.sizes[0].blocks:
         assert min(block.forward_ms, block.input_grad_ms, block.weight_grad_ms, block.step_ms) > 0
-        assert block.recompute_ms >= 0
+        assert min(block.recompute_ms, block.swap_ms, block.version_ms) >= 0
+    assert profile.host is not None
+    assert profile.host_share >= 0
 
 
 def test_a_microbatch_larger_than_the_batch_is_refused(tmp_path: Path) -> None:

@@ -21,17 +21,22 @@ class Copier:
     def __init__(self, device: torch.device, host: LinkProfile) -> None:
         self._link = open_host_link(device, None)
         self._parcel_ms = 2 * host.transfer_ms(_PARCEL_BYTES)
-        self._parcels = [
+        self.parcels = [
             Parcel(torch.ones(_PARCEL_BYTES, dtype=torch.uint8, device=device).untyped_storage())
             for _ in range(_NUM_PARCELS)
         ]
         self._next = 0
 
+    @property
+    def bytes_copied(self) -> int:
+        """Count what was copied, out and back."""
+        return self._link.bytes_offloaded + self._link.bytes_fetched
+
     def begin(self, milliseconds: float) -> float:
         """Begin copies that would take about so long by themselves, one at least; return how long exactly."""
         count = max(1, round(milliseconds / self._parcel_ms)) if self._parcel_ms else 1
         for _ in range(count):
-            parcel = self._parcels[self._next]
+            parcel = self.parcels[self._next]
             self._next = (self._next + 1) % _NUM_PARCELS
             self._link.copy_out(parcel)
             self._link.fetch((0, 0), [parcel])
@@ -43,7 +48,7 @@ class Copier:
         Raises:
             ExecutionError: there is no room for them.
         """
-        for parcel in self._parcels:
+        for parcel in self.parcels:
             parcel.content()
 
     def close(self) -> None:
