@@ -57,6 +57,8 @@ def random_block(draw: random.Random) -> BlockProfile:
         optimizer_bytes=draw.randint(0, 30),
         buffer_bytes=draw.randint(0, 3),
         swap_ms=float(activation % 3),
+        step_ms=float(activation % 5),
+        version_ms=(activation % 4) / 2,
     )
 
 

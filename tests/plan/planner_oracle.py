@@ -16,8 +16,10 @@ from vpipe.plan.partition import partition_uniform
 from vpipe.plan.policies import Frontiers
 from vpipe.plan.profile import Profile
 from vpipe.plan.stage_times import StageTimes
+from vpipe.schedule.action import Kind
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule, uses_split_backward
+from vpipe.schedule.weights import weight_usage
 
 FAMILIES = ("1f1b", "gpipe", "pipedream", "zb-h1", "zb-h2", "pipedream-2bw")
 
@@ -50,9 +52,8 @@ def planned(seed: int, *, unlimited: bool = False) -> float:
     cut = list(itertools.pairwise([0, *itertools.accumulate(partition)]))
     memory = _memory(profile, schedule, cut, policies, times.loads)
     assert unlimited or all(item.most <= limit for item, limit in zip(memory, limits, strict=True))
-    split = uses_split_backward(schedule)
     reached = max(
-        stage_ms(profile, start, stop, policies[start:stop], rank, split) for rank, (start, stop) in enumerate(cut)
+        stage_ms(profile, start, stop, policies[start:stop], rank, schedule) for rank, (start, stop) in enumerate(cut)
     )
     assert math.isclose(reached, value, rel_tol=1e-9)
     assert sum(partition) == len(blocks)
@@ -63,15 +64,26 @@ def stage_times(profile: Profile, schedule: Schedule, limits: Sequence[float]) -
     """Return the planner's view of a schedule of one stage per rank."""
     chain = ChainCosts(profile, profile.sizes[0].blocks, split_backward=uses_split_backward(schedule))
     return StageTimes(
-        chain, Frontiers(chain, tuple(Policy)), stage_loads(schedule), tuple(profile.rank_speeds), tuple(limits)
+        chain,
+        Frontiers(chain, tuple(Policy)),
+        stage_loads(schedule),
+        tuple(profile.rank_speeds),
+        tuple(limits),
+        _updates(schedule),
     )
+
+
+def _updates(schedule: Schedule) -> float:
+    """Return updates for each microbatch that come between computations."""
+    kinds = [action.kind for action in schedule.orders[0]]
+    return 0.0 if schedule.synchronous else kinds.count(Kind.STEP) / kinds.count(Kind.F)
 
 
 def brute_force(seed: int) -> float:
     """Return the same by trying every cut and, in each stage, every combination of policies."""
     profile, schedule, limits = problem(seed)
     num_blocks = len(profile.sizes[0].blocks)
-    loads, split = stage_loads(schedule), uses_split_backward(schedule)
+    loads = stage_loads(schedule)
     best = math.inf
     for inner in itertools.combinations(range(1, num_blocks), schedule.num_ranks - 1):
         cut = list(itertools.pairwise([0, *inner, num_blocks]))
@@ -81,13 +93,15 @@ def brute_force(seed: int) -> float:
             for own in itertools.product(_allowed(profile), repeat=stop - start):
                 policies = [Policy.KEEP] * start + list(own) + [Policy.KEEP] * (num_blocks - stop)
                 if _memory(profile, schedule, cut, policies, loads)[rank].most <= limits[rank]:
-                    times.append(stage_ms(profile, start, stop, own, rank, split))
+                    times.append(stage_ms(profile, start, stop, own, rank, schedule))
             slowest = max(slowest, min(times))
         best = min(best, slowest)
     return best
 
 
-def stage_ms(profile: Profile, start: int, stop: int, policies: Sequence[Policy], rank: int, split: bool) -> float:
+def stage_ms(
+    profile: Profile, start: int, stop: int, policies: Sequence[Policy], rank: int, schedule: Schedule
+) -> float:
     """Return how long the rank, its links or its host link are busy with one microbatch."""
     blocks = profile.sizes[0].blocks
     inside = list(zip(blocks[start:stop], policies, strict=True))
@@ -98,7 +112,10 @@ def stage_ms(profile: Profile, start: int, stop: int, policies: Sequence[Policy]
     crossing = max(blocks[start - 1].output_bytes if start else 0, blocks[stop - 1].output_bytes)
     rates = profile.link.bytes_per_ms, profile.host.bytes_per_ms if profile.host else None
     copying = 2 * out / rates[1] if rates[1] else 0.0
-    own = (compute + more) / profile.rank_speeds[rank] + (3 if split else 2) * profile.dispatch_ms
+    updates, keeps_older = _updates(schedule), weight_usage(schedule)[rank].num_on_device > 1
+    more += updates * sum(item.step_ms + (item.version_ms if keeps_older else 0.0) for item, _ in inside)
+    dispatches = (3 if uses_split_backward(schedule) else 2) + updates
+    own = (compute + more) / profile.rank_speeds[rank] + dispatches * profile.dispatch_ms
     return max(own + profile.host_share * copying, crossing / rates[0] if rates[0] else 0.0, copying)
 
 

@@ -58,6 +58,34 @@ def test_no_simulated_cut_is_much_better_and_none_is_below_the_bound(seed: int) 
     assert best <= outcome.best.step_ms * (1 + 1e-9) <= best * 1.03
 
 
+@pytest.mark.parametrize("seed", range(25))
+def test_an_asynchronous_cut_counts_the_updates_between_computations(seed: int) -> None:
+    draw = random.Random(seed)
+    profile = random_profile(draw, 8, 3)
+    request = Request(profile, 3, 6, (draw.choice(["pipedream", "pipedream-2bw"]),), is_eager=False)
+    outcome = find_plan(request)
+    best = min(judge_partition(request, cut).step_ms for cut in all_cuts(8, 3))
+    assert outcome.lower_bound_ms <= best * (1 + 1e-9)
+    assert best <= outcome.best.step_ms * (1 + 1e-9) <= best * 1.01
+
+
+def test_updates_are_cut_evenly_where_they_take_longest() -> None:
+    blocks = [block(step_ms=step, version_ms=0.0) for step in (9.0, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
+    plan = find_plan(Request(profile_of(blocks), 3, 6, ["pipedream"], is_eager=False)).best
+    assert plan.partition == (1, 2, 5)
+    assert plan.busy_ms == (12.0, 15.0, 15.0)
+    assert plan.step_ms == pytest.approx(6 * 15.0)
+    synchronous = find_plan(Request(profile_of(blocks), 3, 6, ["1f1b"], is_eager=False)).best
+    assert synchronous.busy_ms == synchronous.stage_ms
+
+
+def test_two_ranks_almost_equally_busy_are_not_predicted_below_the_busier() -> None:
+    blocks = [block(forward_ms=time) for time in (5.75, 1.0, 1.0, 6.0)]
+    outcome = find_plan(Request(profile_of(blocks), 4, 4, ["pipedream"], is_eager=False))
+    assert outcome.best.step_ms == pytest.approx(4 * 3 * 6.0)
+    assert outcome.gap == pytest.approx(0.0)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved", "zb-v", "pipedream"])
 def test_limits_are_kept_and_cost_time(schedule: str) -> None:
     profile = uniform_profile(16, host=LinkProfile(0.0, 50.0))

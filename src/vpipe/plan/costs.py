@@ -48,6 +48,7 @@ class ChainCosts:
         self.host_share = profile.host_share
         self._link = profile.link
         self.is_split = split_backward
+        self.dispatch_each_ms = profile.dispatch_ms
         self.dispatch_ms = profile.dispatch_ms * (3 if split_backward else 2)
 
     def __len__(self) -> int:
@@ -152,10 +153,24 @@ class ChainCosts:
         ]
         return np.asarray(self.static_bytes(load) + np.maximum.reduce(peaks))
 
-    def kept_ms(self, speed: float) -> Array:
-        """Return the time per microbatch that the stage or its links are busy, when all activations are kept."""
-        busy = np.maximum(self.compute_ms / speed + self.dispatch_ms, self.transfer_ms)
-        return np.where(self.is_stage, busy, np.inf)
+    @cached_property
+    def step_ms(self) -> Array:
+        """One update of the weights."""
+        return self.between("step_ms")
+
+    @cached_property
+    def version_ms(self) -> Array:
+        """What an update takes on top where the weights before it are still needed."""
+        return self.between("version_ms")
+
+    def kept_ms(self, speed: float, updates: float = 0.0, *, keeps_versions: bool = False) -> Array:
+        """Return the time per microbatch that the stage or its links are busy, when all activations are kept.
+
+        `updates` come with every microbatch; where the stage `keeps_versions` each copies the weights first.
+        """
+        step = self.step_ms + self.version_ms if keeps_versions else self.step_ms
+        compute = (self.compute_ms + updates * step) / speed + self.dispatch_ms + updates * self.dispatch_each_ms
+        return np.where(self.is_stage, np.maximum(compute, self.transfer_ms), np.inf)
 
 
 def speeds_of(profile: Profile, num_ranks: int) -> tuple[float, ...]:

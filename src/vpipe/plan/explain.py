@@ -102,7 +102,7 @@ def _stage_table(request: Request, plan: Plan) -> list[str]:
     costs = plan.costs
     for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
         backward = plan.stage_ms[stage] - costs.forward[stage]
-        work = plan.stage_ms[stage] * plan.setting.num_microbatches
+        work = plan.busy_ms[stage] * plan.setting.num_microbatches
         rows.append(
             [
                 str(stage),
@@ -162,7 +162,7 @@ def _memory_table(plan: Plan, limits: Sequence[float]) -> list[str]:
 
 
 def _bottleneck_line(request: Request, plan: Plan) -> str:
-    busy, speeds = plan.stage_ms, request.profile.rank_speeds
+    busy, speeds = plan.busy_ms, request.profile.rank_speeds
     stage = max(range(len(busy)), key=busy.__getitem__)
     rank = plan.setting.build().rank_of(stage)
     slow = f", whose speed is {speeds[rank]:g}" if speeds and speeds[rank] != 1 else ""

@@ -89,6 +89,11 @@ class StageLoad:
         """Most microbatches in flight."""
         return max(moment.full for moment in self.moments)
 
+    @property
+    def keeps_versions(self) -> bool:
+        """Tell whether an update leaves the weights before it for those microbatches."""
+        return self.num_versions > 1
+
 
 def stage_loads(schedule: Schedule, *, sockets: bool = False) -> tuple[StageLoad, ...]:
     """Replay each stage's order: what it holds at its peaks.

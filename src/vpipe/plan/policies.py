@@ -58,9 +58,15 @@ class StageFit:
     is_step: NDArray[np.bool_]
     speeds: Array
     limits: Array
+    updates: Array
+    """Updates that come with every microbatch."""
+    version_copies: Array
+    """Those of them that copy the weights first."""
 
     @classmethod
-    def of(cls, loads: Sequence[StageLoad], speeds: Sequence[float], limits: Sequence[float]) -> StageFit:
+    def of(
+        cls, loads: Sequence[StageLoad], speeds: Sequence[float], limits: Sequence[float], updates: float = 0.0
+    ) -> StageFit:
         """Lay out the stages; a stage with fewer moments than another repeats its last."""
         width = max(len(load.moments) for load in loads)
         rows = [[*load.moments, *[load.moments[-1]] * (width - len(load.moments))] for load in loads]
@@ -78,6 +84,8 @@ class StageFit:
             is_step=column(lambda moment: moment.is_step).astype(bool),
             speeds=np.array(speeds, dtype=float),
             limits=np.array(limits, dtype=float),
+            updates=np.full(len(loads), updates),
+            version_copies=np.array([updates * load.keeps_versions for load in loads], dtype=float),
         )
 
     def select(self, stages: NDArray[np.intp]) -> StageFit:
@@ -166,7 +174,10 @@ class Frontiers:
 
     def _times(self, points: Array, start: int, stop: int, fit: StageFit) -> Array:
         chain = self.chain
-        compute = (chain.compute_ms[start, stop] + points[:, _TIME]) / fit.speeds[:, None] + chain.dispatch_ms
+        step = fit.updates * chain.step_ms[start, stop] + fit.version_copies * chain.version_ms[start, stop]
+        given = (chain.compute_ms[start, stop] + step) / fit.speeds + chain.dispatch_ms
+        given += fit.updates * chain.dispatch_each_ms
+        compute = given[:, None] + points[:, _TIME] / fit.speeds[:, None]
         host = host_ms(chain.host, 1.0) * points[:, _SWAPPED]
         busy = compute + chain.host_share * host
         return np.asarray(np.maximum(np.maximum(busy, host), chain.transfer_ms[start, stop]))

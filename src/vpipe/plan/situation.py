@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from vpipe.plan.policies import Frontiers
 from vpipe.plan.profile import Profile
 from vpipe.plan.setting import Setting
 from vpipe.plan.stage_times import StageTimes
+from vpipe.schedule.action import Kind
 from vpipe.schedule.costs import Costs
 from vpipe.schedule.offload import insert_offloads
 from vpipe.schedule.recompute_ahead import insert_recomputes, recompute_ahead
@@ -40,6 +42,8 @@ class Plan:
     """One batch."""
     ahead: tuple[int, ...] = ()
     """The stages that recompute before the gradient arrives."""
+    updates: float = 0.0
+    """Updates of the weights that come between the computations, for each microbatch."""
 
     @property
     def sample_ms(self) -> float:
@@ -52,6 +56,11 @@ class Plan:
         costs = self.costs
         times = zip(costs.forward, costs.input_grad, costs.weight_grad, costs.recompute, self.lost_ms, strict=True)
         return tuple(map(sum, times))
+
+    @property
+    def busy_ms(self) -> tuple[float, ...]:
+        """Time that each stage takes of its rank for one microbatch: that, and its share of an update."""
+        return tuple(time + self.updates * step for time, step in zip(self.stage_ms, self.costs.step, strict=True))
 
     @property
     def lost_ms(self) -> tuple[float, ...]:
@@ -159,7 +168,15 @@ class Situation:
     def times(self) -> StageTimes:
         """How fast every stage can run every interval within its share of the limit."""
         limits = [share * self.limits[self.schedule.rank_of(stage)] for stage, share in enumerate(self.stage_shares)]
-        return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits))
+        return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits), self.updates)
+
+    @cached_property
+    def updates(self) -> float:
+        """Updates for each microbatch that delay it: none in a synchronous schedule, where the pipeline has drained."""
+        if self.setting.synchronous:
+            return 0.0
+        kinds = Counter(action.kind for action in self.schedule.stage_order(0))
+        return kinds[Kind.STEP] / kinds[Kind.F]
 
     def draft(self, partition: Sequence[int], policies: Sequence[Policy], ahead: Collection[int] = ()) -> Plan:
         """Return the plan without its time; stages of `ahead` recompute before the gradient arrives."""
@@ -172,7 +189,9 @@ class Situation:
         memory = rank_memory(self.schedule, self.loads, stages)
         versions = [load.num_versions for load in self.loads]
         costs = simulator_costs(self.profile, blocks, partition, policies, placement, versions)
-        return Plan(self.setting, tuple(partition), tuple(policies), memory, costs, math.nan, tuple(ahead))
+        return Plan(
+            self.setting, tuple(partition), tuple(policies), memory, costs, math.nan, tuple(ahead), self.updates
+        )
 
     def judge(self, draft: Plan) -> Plan:
         """Return the plan with its time, by the simulator: of a batch, or of one in an asynchronous steady state."""
@@ -180,6 +199,8 @@ class Situation:
         if not self.setting.synchronous:
             longer, more = self._longer
             end = (simulate(arrange(longer, draft), draft.costs).makespan - end) / more
+            # Until a rank far behind has held up all others, batches may seem to take less than it needs for one.
+            end = max(end, self.setting.num_microbatches * self._busiest(draft, with_moves=False))
         return replace(draft, step_ms=end)
 
     def recompute_ahead(self, plan: Plan) -> Plan:
@@ -203,16 +224,20 @@ class Situation:
 
     def estimate(self, draft: Plan) -> float:
         """Estimate the time of a batch without simulating: once through all stages, and the busiest rank's rest."""
-        costs, placement = draft.costs, self.schedule.placement
-        stages = [time + self.chain.dispatch_ms for time in draft.stage_ms]
-        ranks = [0.0] * placement.num_ranks
-        for stage, time in enumerate(stages):
-            ranks[placement.rank_of(stage)] += time
-        link = max(costs.message_bytes[:-1], default=0.0) / costs.bandwidth
-        busiest, count = max(*ranks, link), self.setting.num_microbatches
+        link = max(draft.costs.message_bytes[:-1], default=0.0) / draft.costs.bandwidth
+        busiest, count = max(self._busiest(draft), link), self.setting.num_microbatches
         if not self.setting.synchronous:
             return busiest * count
-        return sum(stages) / placement.stages_per_rank + (count - 1) * busiest
+        once = sum(draft.busy_ms) + len(draft.busy_ms) * self.chain.dispatch_ms
+        return once / self.schedule.placement.stages_per_rank + (count - 1) * busiest
+
+    def _busiest(self, draft: Plan, *, with_moves: bool = True) -> float:
+        """Return what a microbatch takes of the busiest rank; a rank may also move memory while it waits."""
+        dispatch = self.chain.dispatch_ms + self.updates * self.chain.dispatch_each_ms
+        ranks = [0.0] * self.schedule.num_ranks
+        for stage, (busy, lost) in enumerate(zip(draft.busy_ms, draft.lost_ms, strict=True)):
+            ranks[self.schedule.rank_of(stage)] += busy + dispatch - (0.0 if with_moves else lost)
+        return max(ranks)
 
 
 _HELD = "activation_bytes"

@@ -29,23 +29,30 @@ class StageTimes:
     loads: tuple[StageLoad, ...]
     speeds: tuple[float, ...]
     limits: tuple[float, ...]
+    updates: float = 0.0
+    """Updates that come between the computations, for each microbatch."""
 
     @cached_property
     def fit(self) -> StageFit:
         """The same as arrays."""
-        return StageFit.of(self.loads, self.speeds, self.limits)
+        return StageFit.of(self.loads, self.speeds, self.limits, self.updates)
 
     @cached_property
     def kept(self) -> list[Array]:
         """Times with all activations kept, infinite where they do not fit.
 
-        Stages without a limit on ranks of one speed share one matrix.
+        Stages that take equally long and have no limit share one matrix.
         """
-        free = {speed: self.chain.kept_ms(speed) for speed in set(self.speeds)}
         return [
-            free[speed] if limit == np.inf else np.where(self.chain.kept_bytes(load) <= limit, free[speed], np.inf)
-            for load, speed, limit in zip(self.loads, self.speeds, self.limits, strict=True)
+            free if limit == np.inf else np.where(self.chain.kept_bytes(load) <= limit, free, np.inf)
+            for load, free, limit in zip(self.loads, self._unlimited, self.limits, strict=True)
         ]
+
+    @cached_property
+    def _unlimited(self) -> list[Array]:
+        kinds = [(speed, load.keeps_versions) for load, speed in zip(self.loads, self.speeds, strict=True)]
+        times = {kind: self.chain.kept_ms(kind[0], self.updates, keeps_versions=kind[1]) for kind in set(kinds)}
+        return [times[kind] for kind in kinds]
 
     @cached_property
     def optimistic(self) -> list[Array]:
@@ -53,8 +60,8 @@ class StageTimes:
         if not self.has_policies:
             return self.kept
         return [
-            np.where(self._least_bytes(load) <= limit, self.chain.kept_ms(speed), np.inf)
-            for load, speed, limit in zip(self.loads, self.speeds, self.limits, strict=True)
+            np.where(self._least_bytes(load) <= limit, free, np.inf)
+            for load, free, limit in zip(self.loads, self._unlimited, self.limits, strict=True)
         ]
 
     @property
