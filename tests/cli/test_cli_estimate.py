@@ -12,8 +12,8 @@ import pytest
 
 from vpipe.cli import main
 from vpipe.config import load_config
+from vpipe.config.files import read_partition_file
 from vpipe.plan.devices import DEVICES
-from vpipe.plan.plan_file import parse_plan_file
 
 Call = Callable[..., tuple[int, str, str]]
 RUN = """
@@ -67,7 +67,7 @@ def test_estimates_a_run_and_writes_its_plan(call: Call, run_file: Path) -> None
     assert code == 0
     assert "Model: gpt, " in out
     assert "written to" in out
-    assert len(parse_plan_file(plan.read_text()).policies) == 8
+    assert len(read_partition_file(plan).policies) == 8
     assert load_config(run_file, [f"plan.partition={plan}"]).plan.partition == json.loads(plan.read_text())["partition"]
 
 

@@ -270,7 +270,7 @@ launch: {machines: [a], timeout_seconds: .inf}
 def test_unknown_key_without_a_like_one_lists_those_of_its_section(tmp_path: Path) -> None:
     assert error_of(tmp_path, SMALL + "plan: {3: 4}\n") == (
         "plan.3 = 4 is not a known key; known here: partition, memory_limit, policies, recompute_ahead, swap_versions, "
-        "swap_directory"
+        "swap_directory, predicted"
     )
     assert error_of(tmp_path, SMALL + "zzz: 1\n").startswith(
         "zzz = 1 is not a known key; known here: seed, log_directory, "

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from plan_toys import uniform_profile
 
-from vpipe.errors import PlanError
+from vpipe.config.files import read_partition_file
 from vpipe.plan.memory import Policy
-from vpipe.plan.plan_file import parse_plan_file, plan_to_dict, trailing_policies
+from vpipe.plan.plan_file import plan_to_dict, trailing_policies
 from vpipe.plan.search import Request, find_plan, judge_partition
 
 KEEP, AGAIN, SWAP = Policy.KEEP, Policy.RECOMPUTE, Policy.SWAP
 
 
-def test_what_is_written_is_read() -> None:
+def test_what_is_written_is_read(tmp_path: Path) -> None:
     profile = uniform_profile(6)
     policies = (KEEP, AGAIN, KEEP, SWAP, AGAIN, AGAIN)
     plan = judge_partition(Request(profile, 2, 4), [4, 2], policies)
     content = plan_to_dict(plan, profile, 12.5)
-    found = parse_plan_file(json.dumps(content))
-    assert found.partition == (4, 2)
-    assert found.policies == policies
-    assert found.recompute_ratio == (0.25, 1.0)
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    found = read_partition_file(tmp_path / "p.json")
+    assert found.partition == [4, 2]
+    assert found.policies == [policy.value for policy in policies]
+    assert found.recompute_ratio == [0.25, 1.0]
+    assert found.run == {
+        "pipeline.schedule": "1f1b",
+        "pipeline.num_microbatches": plan.setting.num_microbatches,
+        "pipeline.stages_per_rank": 1,
+        "pipeline.num_ranks": 2,
+        "train.batch_size": 4,
+    }
+    assert found.predicted == content["predicted"]
     assert content["predicted"]["lower_bound_ms"] == 12.5
     assert content["predicted"]["memory_bytes"][0]["total"] == plan.memory[0].total
     assert [stage["blocks"] for stage in content["stages"]] == [
@@ -38,11 +48,13 @@ def test_the_depths_of_a_plan_are_written() -> None:
     assert plan_to_dict(plan, profile)["stage_to_depth_map"] == [3, 1]
 
 
-def test_the_originals_files_are_read() -> None:
-    found = parse_plan_file('{"partition": [4, 3, 3], "recompute_ratio": [0.5, 0, 0.34]}')
-    assert found.partition == (4, 3, 3)
-    assert found.policies == (KEEP, KEEP, AGAIN, AGAIN, KEEP, KEEP, KEEP, KEEP, KEEP, AGAIN)
-    assert parse_plan_file('{"partition": [1, 2]}').policies == (KEEP, KEEP, KEEP)
+def test_the_rule_of_weight_versions_of_a_plan_is_written() -> None:
+    profile = uniform_profile(4)
+    plain = plan_to_dict(find_plan(Request(profile, 2, 8, ["pipedream"], [8])).best, profile)
+    assert not {"macrobatch", "vertical_sync"} & plain.keys()
+    for option in ("macrobatch", "vertical_sync"):
+        request = Request(profile, 2, 8, ["pipedream"], [8], options={option: True})
+        assert plan_to_dict(find_plan(request).best, profile)[option] is True
 
 
 @pytest.mark.parametrize("size", range(1, 60))
@@ -52,22 +64,3 @@ def test_ratios_of_a_plan_mean_its_counts(size: int) -> None:
         policies = [KEEP] * (size - count) + [AGAIN] * count + [KEEP]
         plan = judge_partition(Request(profile, 2, 2), [size, 1], policies)
         assert trailing_policies([size, 1], plan.recompute_ratio) == tuple(policies)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[1]", "p.json: has no 'partition'"),
-        ("{", "p.json: is not JSON"),
-        ('{"partition": [1, 0]}', "partition = [1, 0] is not a list"),
-        ('{"partition": [1, true]}', "is not a list with a whole number"),
-        ('{"partition": [1, 2], "recompute_ratio": [1]}', "recompute_ratio = [1] is not a list"),
-        ('{"partition": [1, 2], "recompute_ratio": [1, 2]}', "a number from 0 to 1 per stage"),
-        ('{"partition": [1, 2], "policies": ["keep"]}', "one of keep, recompute, swap per block (3)"),
-        ('{"partition": [1, 1], "policies": ["keep", "burn"]}', "policies has 'burn' for block 1"),
-    ],
-)
-def test_wrong_files_are_refused(text: str, words: str) -> None:
-    with pytest.raises(PlanError) as caught:
-        parse_plan_file(text, "p.json")
-    assert words in str(caught.value)

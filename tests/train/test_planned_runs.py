@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,19 @@ def test_the_profile_is_measured_once(folder: Path) -> None:
     notes = [json.loads(line) for line in (latest(folder) / "planning.jsonl").read_text().splitlines()]
     assert not any("step" in note for note in notes)
     assert len(list((folder / "cache" / "vpipe" / "profiles").iterdir())) == 1
+
+
+def test_the_run_of_a_plan_file_is_compared_with_it(folder: Path) -> None:
+    assert train(folder, "train.iterations=2", "pipeline.num_microbatches=auto").returncode == 0
+    planned = json.loads((latest(folder) / "plan.json").read_text())
+    shutil.copy(latest(folder) / "plan.json", folder / "p.json")
+    result = train(folder, "plan.partition=p.json", "pipeline.num_microbatches=auto")
+    assert result.returncode == 0, result.stderr
+    again, summary = (json.loads((latest(folder) / name).read_text()) for name in ("plan.json", "summary.json"))
+    same = ("partition", "policies", "schedule", "num_microbatches", "predicted")
+    assert [again[key] for key in same] == [planned[key] for key in same]
+    assert summary["prediction"]["step_ms"]["predicted"] == planned["predicted"]["step_ms"]
+    assert len(summary["prediction"]["memory_bytes"]) == 2
 
 
 def test_a_limit_that_cannot_be_kept_is_refused_on_every_rank_before_anything_starts(folder: Path) -> None:

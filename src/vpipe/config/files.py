@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,16 @@ __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps
 
 
 _PLAN_KEYS = (
-    *("schedule", "synchronous", "num_microbatches", "microbatch_size", "depths"),
-    *("stages", "cuts", "fingerprint"),
-    *("policies", "recompute_ahead", "swap_versions", "stages_per_rank", "stage_to_depth_map", "predicted", "profile"),
+    *("schedule", "num_microbatches", "microbatch_size", "stages_per_rank", "stage_to_depth_map"),
+    *("macrobatch", "vertical_sync", "policies", "recompute_ahead", "swap_versions", "predicted", "made_of"),
 )
+"""What a plan says beside the original's keys, all of which a run takes."""
+_DERIVED_KEYS = (
+    *("synchronous", "depths", "stages", "cuts", "fingerprint", "profile"),
+    *("bottleneck", "alternatives", "smallest_limits"),
+)
+"""What follows from the others, for people and tools."""
+_SAME_NAME = ("schedule", "num_microbatches", "stages_per_rank", "stage_to_depth_map", "macrobatch", "vertical_sync")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class PartitionFile:
     policies: Any = None
     recompute_ahead: Any = None
     swap_versions: Any = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Of a plan, what it says of the run's other keys, by 'section.key', unchecked."""
+    predicted: Any = None
+    made_of: Any = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,12 @@ class StageMaps:
 def read_partition_file(path: Path) -> PartitionFile:
     """Read ``{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}``; the ratios may be left out.
 
-    A run's own ``plan.json`` is such a file too, and what ``vpipe plan`` writes: they may have policies per block, and
-    stages that recompute ahead or move weight versions. What else they say is not read.
+    A run's own ``plan.json`` is such a file too, and what ``vpipe plan`` writes: these say more of the run.
 
     Raises:
         ConfigError: the file is missing or is not of this form; the message has a line per mistake.
     """
-    content = _read_object(path, ("partition", "recompute_ratio"), ignored=_PLAN_KEYS)
+    content = _read_object(path, ("partition", "recompute_ratio"), ignored=(*_PLAN_KEYS, *_DERIVED_KEYS))
     partition, ratios = content.get("partition"), content.get("recompute_ratio")
     if "partition" not in content:
         raise ConfigError(f"{path}: has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]")
@@ -62,7 +71,10 @@ def read_partition_file(path: Path) -> PartitionFile:
         raise ConfigError(
             f"{path}: partition = {show(partition)} is not a list with a whole number of at least 1 per stage"
         )
-    more = content.get("policies"), content.get("recompute_ahead"), content.get("swap_versions")
+    more = (
+        *(content.get("policies"), content.get("recompute_ahead"), content.get("swap_versions")),
+        *(_run_keys(content, len(partition)), content.get("predicted"), content.get("made_of")),
+    )
     if ratios is None:
         return PartitionFile(partition, None, *more)
     if not (isinstance(ratios, list) and all(_is_ratio(ratio) for ratio in ratios)):
@@ -72,6 +84,19 @@ def read_partition_file(path: Path) -> PartitionFile:
             f"{path}: recompute_ratio has {len(ratios)} entries and partition has {len(partition)}; give one per stage"
         )
     return PartitionFile(partition, [float(ratio) for ratio in ratios], *more)
+
+
+def _run_keys(content: Mapping[str, Any], num_stages: int) -> dict[str, Any]:
+    """Return what a plan says of the keys of a run; without a schedule the file is no plan."""
+    if content.get("schedule") is None:
+        return {}
+    keys = {f"pipeline.{key}": content[key] for key in _SAME_NAME if content.get(key) is not None}
+    per_rank, count, size = (content.get(key) for key in ("stages_per_rank", "num_microbatches", "microbatch_size"))
+    if _is_int(per_rank) and per_rank > 0 and num_stages % per_rank == 0:
+        keys["pipeline.num_ranks"] = num_stages // per_rank
+    if _is_int(count) and _is_int(size):
+        keys["train.batch_size"] = count * size
+    return keys
 
 
 def read_stage_maps(path: Path) -> StageMaps:

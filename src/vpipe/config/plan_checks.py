@@ -21,6 +21,7 @@ def check_planning(run: RunConfig) -> Iterator[Problem]:
     yield from _check_stages(run, "swap_versions", run.plan.swap_versions)
     yield from _check_limit(run)
     yield from _check_schedule(run)
+    yield from _check_predicted(run)
 
 
 def _check_policies(run: RunConfig) -> Iterator[Problem]:
@@ -75,3 +76,20 @@ def _check_schedule(run: RunConfig) -> Iterator[Problem]:
         if getattr(pipeline, key):
             text = f"pipeline.{key} = {show(getattr(pipeline, key))} needs a schedule that has it, not 'auto'"
             yield Problem((f"pipeline.{key}", "pipeline.schedule"), text)
+
+
+def _check_predicted(run: RunConfig) -> Iterator[Problem]:
+    predicted = run.plan.predicted
+    if predicted is None:
+        return
+    ranks, keys = predicted.get("memory_bytes"), ("plan.predicted", "plan.partition", "pipeline.num_ranks")
+    if not _is_number(predicted.get("step_ms")):
+        yield Problem(keys, f"plan.predicted has step_ms = {show(predicted.get('step_ms'))}; it is a number, in ms")
+    totals = [rank.get("total") for rank in ranks if isinstance(rank, dict)] if isinstance(ranks, list) else []
+    if len(totals) != run.num_ranks or not all(map(_is_number, totals)):
+        text = f"plan.predicted has no memory_bytes with a 'total' for each of {run.num_ranks} ranks; plan again"
+        yield Problem(keys, text)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,10 +8,11 @@ from typing import Any
 
 from vpipe.config.checks import is_synchronous
 from vpipe.config.fields import show
-from vpipe.config.files import PartitionFile, read_partition_file
+from vpipe.config.files import read_partition_file
 from vpipe.config.model_sizes import BERT_SIZES
 from vpipe.config.problems import Problem, did_you_mean
 from vpipe.config.run import RunConfig
+from vpipe.config.taken_plan import take_plan
 from vpipe.config.text import parse_json, read_text
 from vpipe.config.tree import Tree, get_key, set_key
 from vpipe.errors import ConfigError
@@ -87,13 +88,13 @@ def read_initial_model(tree: Tree) -> list[Problem]:
 
 
 def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
-    """Replace a partition file by what it says, and recompute true or false by what that means beside its ratios.
+    """Replace a plan file by what it says, and recompute true or false by what that means beside its ratios.
 
     Returns:
         What is wrong, and what to warn of.
     """
     problems: list[Problem] = []
-    from_file: PartitionFile | None = None
+    warnings: list[str] = []
     name = get_key(tree, "plan.partition")
     if is_file_name(name):
         try:
@@ -104,28 +105,12 @@ def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
             problems.append(Problem(keys, f"plan.partition = {error}{near}"))
             set_key(tree, "plan.partition", "uniform")
         else:
-            set_key(tree, "plan.partition", content.partition)
-            if content.swap_versions is not None and get_key(tree, "plan.swap_versions") is None:
-                set_key(tree, "plan.swap_versions", content.swap_versions)
-            from_file = content
+            warnings = take_plan(tree, content)
     pipeline = tree.setdefault("pipeline", {})
     if not isinstance(pipeline, dict):
-        return problems, []
+        return problems, warnings
     mode = pipeline.get("recompute")
-    if from_file is not None and (mode is None or isinstance(mode, bool)):
-        _take_policies(tree, pipeline, from_file)
-    return problems, _resolve_recompute(pipeline, mode) if isinstance(mode, bool) else []
-
-
-def _take_policies(tree: Tree, pipeline: Tree, content: PartitionFile) -> None:
-    """Do with activations what a partition file says, unless the run itself says something about that."""
-    if "recompute_ratio" in pipeline or get_key(tree, "plan.policies") is not None:
-        return
-    if content.policies is not None and pipeline.get("recompute") is None:
-        set_key(tree, "plan.policies", content.policies)
-        set_key(tree, "plan.recompute_ahead", content.recompute_ahead or [])
-    elif content.recompute_ratio is not None:
-        pipeline["recompute_ratio"] = content.recompute_ratio
+    return problems, warnings + (_resolve_recompute(pipeline, mode) if isinstance(mode, bool) else [])
 
 
 def _resolve_recompute(pipeline: Tree, wanted: bool) -> list[str]:

@@ -186,7 +186,8 @@ class PlanConfig(Section):
     ] = "uniform"
     """Blocks per stage: a list, `uniform` (equal counts), `parameters` (fewest on the largest stage), `compute` (least
     measured time on the busiest stage), `auto` (measured, planned and simulated), or a JSON file {"partition": [...],
-    "recompute_ratio": [...]} such as `vpipe plan` writes; its ratios and policies count unless the run gives some."""
+    "recompute_ratio": [...]}. One that `vpipe plan` wrote also sets the schedule, microbatches and all else that the
+    plan needs; what the run gives another value itself counts, with a warning."""
     memory_limit: Annotated[
         Size | list[Size] | None, Allowed("a size such as 4GiB or a number of bytes, a list with one per rank, or null")
     ] = None
@@ -203,6 +204,8 @@ class PlanConfig(Section):
     stages that keep more than two, on none, or on those listed; null leaves it to the planner, if there is one."""
     swap_directory: Path | None = None
     """Where what is swapped goes on a CPU, a fast disk; null is where temporary files go."""
+    predicted: dict[str, JsonValue] | None = None
+    """What the plan file says that the run takes and holds, to be compared with what it does."""
 
 
 class OptimizerConfig(Section):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate, pairwise
 from typing import Any
 
-from vpipe.errors import PlanError
 from vpipe.plan.memory import Policy
 from vpipe.plan.partition import recompute_blocks
 from vpipe.plan.profile import Profile
 from vpipe.plan.situation import Plan
 
-__all__ = ["PlanFile", "parse_plan_file", "plan_to_dict", "trailing_policies"]
+__all__ = ["plan_to_dict", "trailing_policies"]
 
-
-@dataclass(frozen=True)
-class PlanFile:
-    """What a plan file says about blocks; the original's own files have no policies."""
-
-    partition: tuple[int, ...]
-    recompute_ratio: tuple[float, ...]
-    policies: tuple[Policy, ...]
-    """Of every block; without any in the file, what the ratios mean."""
+_SWITCHES = {"microbatches_per_update": "macrobatch", "vertical_sync": "vertical_sync"}
+"""Options of schedules that a run switches on by a key of another name."""
 
 
 def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = None) -> dict[str, Any]:
@@ -47,6 +38,7 @@ def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = No
         **({"recompute_ahead": list(plan.ahead)} if plan.ahead else {}),
         **({"swap_versions": list(setting.swap_versions)} if setting.swap_versions else {}),
         **({"stage_to_depth_map": list(setting.depths)} if setting.depths else {}),
+        **{name: True for option, name in _SWITCHES.items() if dict(setting.options).get(option)},
         "stages": _stages(plan, profile),
         "predicted": {
             "step_ms": plan.step_ms,
@@ -56,34 +48,6 @@ def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = No
         },
         "profile": profile.fingerprint,
     }
-
-
-def parse_plan_file(text: str, source: str = "plan") -> PlanFile:
-    """Read the partition and policies of a plan file, or of one of the original's.
-
-    Raises:
-        PlanError: it is none; the message names `source` and the key.
-    """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{source}: is not JSON (line {error.lineno}: {error.msg})") from error
-    if not isinstance(content, dict) or "partition" not in content:
-        raise PlanError(f"{source}: has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]")
-    partition = content["partition"]
-    if (
-        not isinstance(partition, list)
-        or not partition
-        or not all(type(size) is int and size > 0 for size in partition)
-    ):
-        raise PlanError(f"{source}: partition = {partition!r} is not a list with a whole number from 1 on per stage")
-    ratios = content.get("recompute_ratio") or [0.0] * len(partition)
-    if not isinstance(ratios, list) or len(ratios) != len(partition) or not all(map(_is_ratio, ratios)):
-        raise PlanError(f"{source}: recompute_ratio = {ratios!r} is not a list with a number from 0 to 1 per stage")
-    policies = trailing_policies(partition, ratios)
-    if "policies" in content:
-        policies = _read_policies(content["policies"], sum(partition), source)
-    return PlanFile(tuple(partition), tuple(map(float, ratios)), policies)
 
 
 def trailing_policies(partition: Sequence[int], ratios: Sequence[float]) -> tuple[Policy, ...]:
@@ -97,20 +61,6 @@ def trailing_policies(partition: Sequence[int], ratios: Sequence[float]) -> tupl
         count = recompute_blocks(size, ratio)
         policies += [Policy.KEEP] * (size - count) + [Policy.RECOMPUTE] * count
     return tuple(policies)
-
-
-def _read_policies(names: Any, num_blocks: int, source: str) -> tuple[Policy, ...]:
-    known = [policy.value for policy in Policy]
-    if not isinstance(names, list) or len(names) != num_blocks:
-        raise PlanError(f"{source}: policies is not a list with one of {', '.join(known)} per block ({num_blocks})")
-    for block, name in enumerate(names):
-        if name not in known:
-            raise PlanError(f"{source}: policies has {name!r} for block {block}; use one of {', '.join(known)}")
-    return tuple(map(Policy, names))
-
-
-def _is_ratio(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _stages(plan: Plan, profile: Profile) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from vpipe.train.setup import Setup
 
 __all__ = ["describe_plan"]
 
+_OPTIONS = ("stage_to_depth_map", "macrobatch", "vertical_sync")
+
 
 def describe_plan(pipeline: Pipeline, setup: Setup) -> dict[str, Any]:
     """Return the plan in the original's keys, `partition` and `recompute_ratio`, with more beside them.
@@ -30,6 +32,8 @@ def describe_plan(pipeline: Pipeline, setup: Setup) -> dict[str, Any]:
         "synchronous": pipeline.programs.synchronous,
         "num_microbatches": config.num_microbatches,
         "microbatch_size": config.microbatch_size,
+        "stages_per_rank": config.pipeline.stages_per_rank,
+        **{key: value for key in _OPTIONS if (value := getattr(config.pipeline, key))},
         "depths": [_depth(schedule, stage) for stage in range(schedule.num_stages)],
         "stages": _stages(pipeline, setup),
         "cuts": _cuts(pipeline, setup),

@@ -31,7 +31,7 @@ _FILE = "planning.jsonl"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run with nothing left open, and its plan as in a plan file; None where there was nothing to plan."""
+    """A run with nothing left open, and its plan as in a plan file; None where nothing was predicted."""
 
     config: RunConfig
     plan: dict[str, Any] | None = None
@@ -45,7 +45,8 @@ def plan_run(config: RunConfig, group: ProcessGroup, run_directory: Path) -> Pla
         ConfigError, DataError, ModelError: the run cannot be set up.
     """
     if not config.needs_plan:
-        return PlannedRun(config)
+        predicted = config.plan.predicted
+        return PlannedRun(config, None if predicted is None else {"predicted": predicted})
     setup, sizes = build_setup(config), sizes_needed(config, own_counts(config))
     if group.rank > 0:
         obtain_profile(setup, sizes, group, no_progress)

@@ -12,7 +12,7 @@ _KEPT = ("predicted", "profile")
 
 def keep_prediction(plan: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what a plan file says beyond what the run itself knows."""
-    return {} if plan is None else {key: plan[key] for key in _KEPT}
+    return {} if plan is None else {key: plan[key] for key in _KEPT if key in plan}
 
 
 def compare_prediction(

@@ -1,0 +1,77 @@
+"""What a run takes from the plan file that `plan.partition` names, and what it says itself instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vpipe.config.fields import show
+from vpipe.config.files import PartitionFile
+from vpipe.config.tree import Tree, get_key, set_key
+
+__all__ = ["take_plan"]
+
+_OF_SCHEDULE = ("stages_per_rank", "stage_to_depth_map", "macrobatch", "vertical_sync")
+_SAYS_ALL = ("plan.policies", "pipeline.recompute_ratio")
+
+
+def take_plan(tree: Tree, content: PartitionFile) -> list[str]:
+    """Let a run do what a plan file says, but for the keys that the run gives itself; return what to warn of.
+
+    A key that is `auto` is not given. A file that says no more than the original's does leaves all other keys alone.
+    """
+    name = get_key(tree, "plan.partition")
+    set_key(tree, "plan.partition", content.partition)
+    other = _take_keys(tree, content.run)
+    is_own_schedule = "pipeline.schedule" in other
+    if content.swap_versions is not None and get_key(tree, "plan.swap_versions") is None and not is_own_schedule:
+        set_key(tree, "plan.swap_versions", content.swap_versions)
+    replaced = _take_policies(tree, content, ahead=not is_own_schedule)
+    if content.predicted is not None and not other and not replaced:
+        set_key(tree, "plan.predicted", content.predicted)
+    warnings = [
+        f"plan.partition = {name} was planned for {key} = {show(planned)}, and the run has {show(own)}, which counts: "
+        f"the prediction does not hold; leave {key} out to run the plan"
+        for key, (planned, own) in other.items()
+    ]
+    if replaced and content.run:
+        warnings.append(
+            f"plan.partition = {name} says what blocks do with activations, and {replaced} = "
+            f"{show(get_key(tree, replaced))} of the run counts instead: the prediction does not hold"
+        )
+    return warnings
+
+
+def _take_keys(tree: Tree, planned: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Set the keys that the run leaves open; return those that it gives another value, with both."""
+    other: dict[str, tuple[Any, Any]] = {}
+    for key, value in planned.items():
+        own = get_key(tree, key)
+        if own not in (None, "auto") and own != value:
+            other[key] = value, own
+    if get_key(tree, "launch.machines"):
+        planned = {key: value for key, value in planned.items() if key != "pipeline.num_ranks"}
+    is_own_schedule = "pipeline.schedule" in other
+    for key, value in planned.items():
+        if get_key(tree, key) in (None, "auto") and not (is_own_schedule and key.endswith(_OF_SCHEDULE)):
+            set_key(tree, key, value)
+    return other
+
+
+def _take_policies(tree: Tree, content: PartitionFile, *, ahead: bool) -> str | None:
+    """Do with activations what the file says, unless the run itself says something about that; return its key then."""
+    mode = get_key(tree, "pipeline.recompute")
+    if own := next((key for key in _SAYS_ALL if get_key(tree, key) is not None), None):
+        return own
+    if mode is False and content.recompute_ratio is not None:
+        set_key(tree, "pipeline.recompute_ratio", content.recompute_ratio)  # and false overrules it
+    if mode not in (None, True):
+        keeps_all = isinstance(content.policies, list) and set(content.policies) == {"keep"}
+        return None if keeps_all and mode in (False, "never") else "pipeline.recompute"
+    if content.policies is not None:
+        set_key(tree, "plan.policies", content.policies)
+        set_key(tree, "plan.recompute_ahead", (content.recompute_ahead or []) if ahead else [])
+        set_key(tree, "pipeline.recompute", None)
+    elif content.recompute_ratio is not None:
+        set_key(tree, "pipeline.recompute_ratio", content.recompute_ratio)
+    return None
