@@ -103,6 +103,9 @@ def test_init_from_must_be_a_bert(tmp_path):
         ModelError, match=r"model\.init_from needs a transformers directory with a config\.json: .*No such"
     ):
         build_chain(settings)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": "wide"}')
+    with pytest.raises(ModelError, match=r"config.json' describes no BERT: .*'hidden_size' expected int, got str"):
+        build_chain(settings)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ModelError, match="describes a model of type 'gpt2'; this needs 'bert'"):
         build_chain(settings)

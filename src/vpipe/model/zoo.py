@@ -115,6 +115,7 @@ def _check_same_sizes(model: ModelConfig, base: BertConfig) -> None:
 
 
 def _read_config(directory: Path) -> BertConfig:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import BertConfig
 
     path = directory / "config.json"
@@ -124,7 +125,10 @@ def _read_config(directory: Path) -> BertConfig:
         raise ModelError(f"model.init_from needs a transformers directory with a config.json: {error}") from error
     if content.get("model_type") != "bert":
         raise ModelError(f"'{path}' describes a model of type {content.get('model_type')!r}; this needs 'bert'")
-    return BertConfig.from_dict(content)
+    try:
+        return BertConfig.from_dict(content)
+    except StrictDataclassError as error:
+        raise ModelError(f"'{path}' describes no BERT: {' '.join(str(error).split())}; correct it") from error
 
 
 def _build_custom(model: ModelConfig, directory: Path | str) -> Chain:
