@@ -94,7 +94,7 @@ def test_json_has_exactly_the_promised_keys() -> None:
         "traffic": 1,
     }
     assert idle["warmup"] == [6, 5, 4, 3]
-    assert list(idle) == ["warmup", "cooldown", "imbalance", "communication", "step"]
+    assert list(idle) == ["warmup", "cooldown", "imbalance", "communication", "host", "step"]
     assert len(actions) == 4
     assert actions[2][:3] == ["2F0", "2F1", "2B0"]
     assert actions[2][-1] == "2STEP7"

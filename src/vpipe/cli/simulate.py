@@ -34,7 +34,7 @@ def command(run_directory: Path, form: str) -> None:
       bubble_fraction  predicted, measured
       simulated_batches  batches that `idle` and `critical_path` are of
       idle             share by cause: warmup, cooldown, imbalance,
-                       communication, step
+                       communication, host, step
       critical_path    action, start_ms, end_ms of each link of the chain
       stages           stage, rank, and F_ms, B_ms, I_ms, W_ms, STEP_ms
       links            source, target, latency_ms, bandwidth_bytes_per_ms

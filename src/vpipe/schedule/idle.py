@@ -3,8 +3,8 @@
 A rank idles because it waits for an input. Asking what that input was waiting for, and so on, ends at a message under
 way, or at a rank that was at work on something else:
 
-- **communication**: the message was under way, or queued behind others on its link; or activations were on the link to
-  host memory.
+- **communication**: the message was under way, or queued behind others on its link.
+- **host**: activations or weights were on the link to host memory.
 - **step**: the rank at work was updating its weights.
 - **warmup**: it was at other work, and the idle rank had not begun its first backward yet: the pipeline fills.
 - **cooldown**: likewise, after the idle rank's last forward: the pipeline drains. After a rank's last action it waits,
@@ -26,7 +26,7 @@ from vpipe.schedule.simulate import Event, Simulation
 
 __all__ = ["CAUSES", "idle_times"]
 
-CAUSES = ("warmup", "cooldown", "imbalance", "communication", "step")
+CAUSES = ("warmup", "cooldown", "imbalance", "communication", "host", "step")
 
 _Piece = tuple[float, float, str]
 """Start, end, and the cause; an empty cause stands for the phase of whoever waits."""
@@ -51,6 +51,8 @@ class _Wait:
     sent: float
     """From when on the message was under way or queued."""
     phase: str
+    transport: str = "communication"
+    """What carried what was waited for."""
 
 
 class _Explainer:
@@ -91,7 +93,7 @@ class _Explainer:
         if until > at:
             yield at, until, ""
         if wait.end > max(wait.start, until):
-            yield max(wait.start, until), wait.end, "communication"
+            yield max(wait.start, until), wait.end, wait.transport
 
     def _sender_pieces(self, sender: int, start: float, end: float) -> list[_Piece]:
         """Return the idle times and updates of `sender` within a stretch of time, in order."""
@@ -114,7 +116,7 @@ class _Explainer:
             for index, (action, start, end) in enumerate(events):
                 if start > clock:
                     if start in moved:
-                        yield _Wait(rank, clock, start, rank, clock, "")
+                        yield _Wait(rank, clock, start, rank, clock, "", "host")
                         clock = end
                         continue
                     phase = "warmup" if index <= first_backward else "cooldown" if index > last_forward else "imbalance"
