@@ -43,7 +43,16 @@ def _profile(num_blocks: int = 9) -> Profile:
         )
 
     sizes = tuple(SizeProfile(samples, blocks(samples)) for samples in (1, 2, 4))
-    return Profile("toy", {"cpu": "toy"}, sizes, LinkProfile(0.01, 1e6))
+    made_of = {"model.hidden_size": "32", "data.sequence_length": "16", "optimizer.name": "'adamw'"}
+    return Profile("toy", {"ranks": "3"}, sizes, LinkProfile(0.01, 1e6), made_of=made_of)
+
+
+def test_a_profile_of_another_machine_is_told(call: Call) -> None:
+    code, out, err = call("--set", "pipeline.num_ranks=2")
+    assert code == 0
+    assert out.startswith("Plan: ")
+    assert err.startswith("warning: ")
+    assert err.endswith("profile.json was measured with ranks 3 (here 2): times hold for that\n")
 
 
 @pytest.fixture
@@ -137,6 +146,13 @@ def test_a_partition_by_hand_is_simulated_and_bettered(call: Call) -> None:
         (("--schedule", "zigzag"), "unknown schedule 'zigzag'"),
         (("--microbatches", "some"), "--microbatches 'some' is neither"),
         (("--set", "model.num_layers=5"), "is of a model of 9 blocks, and the run's has 11"),
+        (
+            ("--set", "model.hidden_size=64"),
+            "profile.json: was measured with model.hidden_size = 32, and the run has 64; measure again with "
+            "`vpipe profile CONFIG -o ",
+        ),
+        (("--set", "data.sequence_length=32"), "data.sequence_length = 16, and the run has 32"),
+        (("--set", "optimizer.name=sgd"), "optimizer.name = 'adamw', and the run has 'sgd'"),
         (("--set", "train.batch_size=32"), "says nothing of 8; profile that size too"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,10 +65,22 @@ def test_it_measures_once_and_plans_from_that(folder: Path) -> None:
     (cached,) = (folder / "cache" / "vpipe" / "profiles").iterdir()
     assert cached.stem == profile.fingerprint
     planned = run(folder, "plan", "run.yml", "--format", "json")
-    assert (planned.returncode, planned.stderr) == (0, "")  # no progress: nothing was measured
+    assert planned.returncode == 0
+    (told,) = planned.stderr.splitlines()  # no progress: nothing was measured
+    assert re.fullmatch(rf"profile: measured .*, from {cached}; `vpipe profile --no-cache` measures again", told)
     plan = json.loads(planned.stdout)
     assert plan["profile"] == profile.fingerprint
     assert sum(plan["partition"]) == 4
+
+
+def test_what_costs_no_time_needs_no_new_measurement(folder: Path) -> None:
+    cheap = ("seed=3", "optimizer.learning_rate=0.5", "optimizer.weight_decay=0.1", "train.iterations=2")
+    again = run(folder, "profile", "run.yml", *(text for change in cheap for text in ("--set", change)))
+    assert again.returncode == 0
+    assert again.stderr.startswith("profile: measured ")
+    result = run(folder, "plan", "run.yml", "--profile", "profile.json", "--set", "model.options={last: Stumbling}")
+    assert result.returncode == 1
+    assert "model.options = {}, and the run has {'last': 'Stumbling'}" in result.stderr
 
 
 def test_mistakes_are_told_in_one_line(folder: Path) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import click
 
-from vpipe.cli.profiling import obtain_profile, read_counts
+from vpipe.cli.profiling import obtain_profile, read_counts, read_profile_aloud
 from vpipe.cli.shared import read_config_aloud, short
 from vpipe.config import RunConfig
 from vpipe.config.planned import (
     build_request,
-    check_profile_fits,
     given_policies,
     name_schedules,
     resolve_cut,
@@ -22,7 +21,7 @@ from vpipe.config.planned import (
 )
 from vpipe.plan.explain import compare_lines, explain_lines, plan_lines
 from vpipe.plan.plan_file import plan_to_dict
-from vpipe.plan.profile import Profile, read_profile
+from vpipe.plan.profile import Profile
 from vpipe.plan.search import Outcome, Request, find_plan, judge_partition
 from vpipe.plan.situation import Plan
 from vpipe.plan.units import parse_bytes
@@ -93,9 +92,7 @@ def _profile_of(
 ) -> Profile:
     if file is None:
         return obtain_profile(path, overrides, run, sizes_needed(run, counts))
-    profile = read_profile(file)
-    check_profile_fits(run, profile, str(file))
-    return profile
+    return read_profile_aloud(file, run)
 
 
 def _request(

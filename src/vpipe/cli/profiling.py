@@ -14,9 +14,10 @@ from vpipe.cli.progress import show_progress
 from vpipe.cli.shared import threads_of
 from vpipe.config import RunConfig
 from vpipe.config.planned import own_counts
+from vpipe.config.profiled import check_profile_fits, profile_warnings
 from vpipe.plan.profile import Profile, read_profile
 
-__all__ = ["obtain_profile", "read_counts"]
+__all__ = ["obtain_profile", "read_counts", "read_profile_aloud"]
 
 
 def obtain_profile(
@@ -35,8 +36,10 @@ def obtain_profile(
     from vpipe.launch.local import launch_local
     from vpipe.launch.progress import MetricsTail
     from vpipe.train.profile import find_profile
+    from vpipe.train.profiling.cache import cache_words
 
     if use_cache and (found := find_profile(config, microbatch_sizes, threads_of(config))) is not None:
+        click.echo(f"profile: {cache_words(found.fingerprint)}", err=True)
         return found
     folder = Path(tempfile.mkdtemp(prefix="vpipe_profile_"))
     output, progress = folder / "profile.json", folder / "progress.jsonl"
@@ -61,6 +64,19 @@ def obtain_profile(
         )
     profile = read_profile(output)
     shutil.rmtree(folder)  # what failed leaves its logs
+    return profile
+
+
+def read_profile_aloud(file: Path, config: RunConfig) -> Profile:
+    """Return the profile in a file, and show on standard error where it was measured otherwise than the run computes.
+
+    Raises:
+        PlanError: the file is missing, holds no profile, or one of another model.
+    """
+    profile = read_profile(file)
+    check_profile_fits(config, profile, str(file))
+    for warning in profile_warnings(config, profile, threads_of(config), str(file)):
+        click.echo(f"warning: {warning}", err=True)
     return profile
 
 

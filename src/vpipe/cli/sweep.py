@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vpipe.cli import INTERRUPTED
-from vpipe.cli.shared import plural, short
+from vpipe.cli.shared import plural, short, threads_of
 from vpipe.config import RunConfig
 from vpipe.errors import ConfigError, LaunchError
 from vpipe.report.sweep import Combination, Result, Row, combine, parse_axis, resolve, run_sweep
@@ -172,14 +172,21 @@ def _simulation(
     path: Path, overrides: Sequence[str], profile: Profile | None
 ) -> Callable[[Combination, RunConfig], Result]:
     """Return what simulates a combination, with `profile` or else one that is measured or in the cache."""
+    told: set[str] = set()
 
     def execute(combination: Combination, config: RunConfig) -> Result:
         from vpipe.cli.profiling import obtain_profile
         from vpipe.config.planned import own_counts, sizes_needed
+        from vpipe.config.profiled import profile_warnings
         from vpipe.report.sweep_simulation import simulate_run
 
         own = [*overrides, *combination.overrides]
         found = profile or obtain_profile(path, own, config, sizes_needed(config, own_counts(config)))
+        if profile is not None:
+            warnings = profile_warnings(config, profile, threads_of(config), "the profile")
+            for warning in (each for each in warnings if each not in told):
+                click.echo(f"warning: {warning}", err=True)
+            told.update(warnings)
         return simulate_run(config, found)
 
     return execute

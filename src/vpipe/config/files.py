@@ -17,7 +17,7 @@ __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps
 
 _PLAN_KEYS = (
     *("schedule", "num_microbatches", "microbatch_size", "stages_per_rank", "stage_to_depth_map"),
-    *("macrobatch", "vertical_sync", "policies", "recompute_ahead", "swap_versions", "predicted", "made_of"),
+    *("macrobatch", "vertical_sync", "policies", "recompute_ahead", "swap_versions", "predicted"),
 )
 """What a plan says beside the original's keys, all of which a run takes."""
 _DERIVED_KEYS = (
@@ -43,7 +43,6 @@ class PartitionFile:
     run: Mapping[str, Any] = field(default_factory=dict)
     """Of a plan, what it says of the run's other keys, by 'section.key', unchecked."""
     predicted: Any = None
-    made_of: Any = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def read_partition_file(path: Path) -> PartitionFile:
         )
     more = (
         *(content.get("policies"), content.get("recompute_ahead"), content.get("swap_versions")),
-        *(_run_keys(content, len(partition)), content.get("predicted"), content.get("made_of")),
+        *(_run_keys(content, len(partition)), content.get("predicted")),
     )
     if ratios is None:
         return PartitionFile(partition, None, *more)

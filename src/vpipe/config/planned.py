@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vpipe.config.profiled import check_profile_fits
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import LaunchConfig
 from vpipe.errors import PlanError
@@ -20,7 +21,6 @@ from vpipe.schedule.registry import SCHEDULES, find_entry
 __all__ = [
     "Decision",
     "build_request",
-    "check_profile_fits",
     "decide",
     "given_policies",
     "name_schedules",
@@ -153,15 +153,6 @@ def decide(run: RunConfig, profile: Profile) -> Decision:
     fixed = replace(request, is_eager=False)
     cut = resolve_cut(run.plan.partition, profile, run.num_stages)
     return Decision(request, plan_partition(fixed, cut, given_policies(run, cut)))
-
-
-def check_profile_fits(run: RunConfig, profile: Profile, source: str) -> None:
-    """Raise PlanError for a profile of another model; `source` names it."""
-    if run.num_blocks is not None and run.num_blocks != profile.num_blocks:
-        raise PlanError(
-            f"{source}: is of a model of {profile.num_blocks} blocks, and the run's has {run.num_blocks}; measure "
-            "again with `vpipe profile`"
-        )
 
 
 def given_policies(run: RunConfig, cut: Sequence[int]) -> Sequence[Policy] | None:

@@ -11,6 +11,7 @@ from vpipe.config.fields import show
 from vpipe.config.files import read_partition_file
 from vpipe.config.model_sizes import BERT_SIZES
 from vpipe.config.problems import Problem, did_you_mean
+from vpipe.config.profiled import other_keys
 from vpipe.config.run import RunConfig
 from vpipe.config.taken_plan import take_plan
 from vpipe.config.text import parse_json, read_text
@@ -153,7 +154,18 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
         "data": run.data.model_copy(update=_synthetic_length(run)),
         "optimizer": run.optimizer.model_copy(update=_original_steps(run) if is_flat else {}),
     }
-    return run.model_copy(update=sections), warnings
+    run, told = _without_another_prediction(run.model_copy(update=sections))
+    return run, [*warnings, *told]
+
+
+def _without_another_prediction(run: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Leave out what was predicted of another model, and say so."""
+    measured = (run.plan.predicted or {}).get("made_of")
+    other = other_keys(run, measured) if isinstance(measured, dict) else []
+    if not other:
+        return run, []
+    text = f"plan.partition was planned with {'; with '.join(other)}: the prediction does not hold"
+    return run.model_copy(update={"plan": run.plan.model_copy(update={"predicted": None})}), [text]
 
 
 def _original_steps(run: RunConfig) -> dict[str, int]:

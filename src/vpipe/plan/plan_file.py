@@ -45,6 +45,7 @@ def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = No
             "sample_ms": plan.sample_ms,
             **({} if lower_bound_ms is None else {"lower_bound_ms": lower_bound_ms}),
             "memory_bytes": [{**asdict(memory), "total": memory.total} for memory in plan.memory],
+            **({"made_of": dict(profile.made_of)} if profile.made_of else {}),
         },
         "profile": profile.fingerprint,
     }

@@ -130,6 +130,8 @@ class Profile:
     """What each action takes a rank on top of its computation."""
     rank_speeds: tuple[float, ...] = ()
     """How fast each rank is, relative to what was measured: 2 takes half the time. Empty: all 1."""
+    made_of: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the run that decide what its blocks cost, with their values; empty where no run was measured."""
 
     def __post_init__(self) -> None:
         reasons = check_profile(self)
@@ -269,8 +271,10 @@ def _read_profile(content: Any, source: str) -> Profile:
     for speed in values["rank_speeds"]:
         if isinstance(speed, bool) or not isinstance(speed, int | float):
             raise PlanError(f"{source}: rank_speeds has {speed!r}; a speed is a number above 0")
-    if not isinstance(values["machine"], dict):
-        raise PlanError(f"{source}: machine = {values['machine']!r} is not a JSON object")
+    for key in ("machine", "made_of"):
+        found = values.get(key, {})
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            raise PlanError(f"{source}: {key} = {found!r} is not a JSON object of texts")
     return _make(Profile, values, source)
 
 

@@ -6,6 +6,7 @@ All ranks measure the same block at the same time, so that they contend for the 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
@@ -22,7 +23,7 @@ from vpipe.runtime.allocator import keep_freed_memory
 from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.train.device import device_of
 from vpipe.train.metrics import MetricsWriter
-from vpipe.train.profiling.alike import describe_machine, profile_fingerprint
+from vpipe.train.profiling.alike import describe_machine, describe_model, profile_fingerprint
 from vpipe.train.profiling.blocks import (
     host_share,
     measure_size,
@@ -30,7 +31,7 @@ from vpipe.train.profiling.blocks import (
     size_profile,
     stage_overhead_ms,
 )
-from vpipe.train.profiling.cache import read_cached, write_cached
+from vpipe.train.profiling.cache import cache_words, read_cached, write_cached
 from vpipe.train.profiling.copies import Copier
 from vpipe.train.profiling.gather import gather
 from vpipe.train.profiling.links import measure_host_link, measure_runtime
@@ -38,6 +39,7 @@ from vpipe.train.setup import Setup, build_setup
 
 __all__ = ["find_profile", "obtain_profile", "profile_config", "profile_ranks"]
 
+_LOGGER = logging.getLogger(__name__)
 _HOST_STEP = "measuring copies"
 _RUNTIME_STEP = "measuring links"
 
@@ -85,6 +87,8 @@ def obtain_profile(
     # Other machines have caches of their own.
     (found, *_) = gather(None if cached is None else cached.to_json(), group)
     if found is not None:
+        if group.rank == 0:
+            _LOGGER.info("Profile: %s", cache_words(fingerprint))
         return Profile.from_json(found)
     profile = _measure(setup, sizes, group, progress)
     if group.rank == 0:
@@ -144,4 +148,5 @@ def _measure(setup: Setup, sizes: Sequence[int], group: ProcessGroup, progress: 
         host_share=host_share(measured[-1]),
         dispatch_ms=runtime.dispatch_ms + stage_overhead_ms(measured[-1]),
         rank_speeds=speeds,
+        made_of=describe_model(setup),
     )

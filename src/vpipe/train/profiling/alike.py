@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vpipe._version import __version__
 from vpipe.config import RunConfig
+from vpipe.config.fields import show
+from vpipe.config.profiled import describe_host, model_keys
 from vpipe.model.chain import Chain, ValueSpec
 from vpipe.model.infer import build_on_meta
 from vpipe.train.setup import Setup
 
-__all__ = ["block_signature", "describe_machine", "profile_fingerprint"]
+__all__ = ["block_signature", "describe_machine", "describe_model", "profile_fingerprint"]
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
-_FORMAT = 5
+_FORMAT = 6
 """Raised when other things are measured, or in another way: older profiles are not used again then."""
 
 
@@ -40,44 +40,36 @@ def block_signature(chain: Chain, index: int, specs: Mapping[int, tuple[ValueSpe
 
 
 def profile_fingerprint(setup: Setup, sizes: Sequence[int], device: torch.device, num_threads: int) -> str:
-    """Return a hash of everything that the figures depend on: model, its code, data, sizes, optimizer and machine."""
-    config, chain = setup.config, setup.chain
+    """Return a hash of everything that the figures depend on: model, its code, data, sizes, optimizer and machine.
+
+    What leaves the times alone is not in it, such as learning rate and seed.
+    """
+    chain = setup.chain
     blocks = [
         (block.name, block.inputs, block.outputs, list(_structure(build_on_meta(block)))) for block in chain.blocks
     ]
     fields = sorted((name, spec.shape_per_sample, str(spec.dtype)) for name, spec in setup.source.fields.items())
-    machine = describe_machine(config, device, num_threads)
+    machine = describe_machine(setup.config, device, num_threads)
     return _digest(
-        _FORMAT, blocks, fields, _ADDRESS.sub("", repr(chain.loss)), chain.tied, list(sizes), config.train.batch_size,
-        config.optimizer.model_dump_json(), config.data.model_dump_json(), config.seed, sorted(machine.items()),
-        sorted(_sources(chain)),
+        _FORMAT, blocks, fields, _ADDRESS.sub("", repr(chain.loss)), chain.tied, list(sizes),
+        sorted(describe_model(setup).items()), sorted(machine.items()), sorted(_sources(chain)),
     )  # fmt: skip
+
+
+def describe_model(setup: Setup) -> dict[str, str]:
+    """Return the keys of the run that decide what its blocks cost, with what the data says of those left open."""
+    keys, ids = model_keys(setup.config), setup.source.fields.get("input_ids")
+    known = {"model.vocab_size": setup.vocab_size, "data.sequence_length": ids and ids.shape_per_sample[0]}
+    return keys | {key: show(value) for key, value in known.items() if value is not None and keys[key] == show(None)}
 
 
 def describe_machine(config: RunConfig, device: torch.device, num_threads: int) -> dict[str, str]:
     """Say what is measured on, and how many ranks are busy at once."""
-    launch = config.launch
     return {
-        "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        **describe_host(config, num_threads),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "ranks": str(config.num_ranks),
-        "threads_per_rank": str(num_threads),
-        "link": f"{launch.distributed_backend or 'default'}{' in shared memory' * launch.shared_memory}, "
-        f"{launch.link_latency_ms} ms and "
-        f"{launch.link_bandwidth_mb_per_s or 'no limit of'} MB/s added",
         "platform": platform.platform(),
-        "torch": torch.__version__,
-        "vpipe": __version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _structure(module: nn.Module) -> Iterator[object]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import datetime
 from pathlib import Path
 
 from vpipe.errors import PlanError
 from vpipe.plan.profile import Profile, read_profile, write_profile
 
-__all__ = ["cache_path", "read_cached", "write_cached"]
+__all__ = ["cache_path", "cache_words", "read_cached", "write_cached"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -19,6 +20,13 @@ def cache_path(fingerprint: str) -> Path:
     home = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
     return folder / "vpipe" / "profiles" / f"{fingerprint}.json"
+
+
+def cache_words(fingerprint: str) -> str:
+    """Say since when a profile is in the cache, and where, for people who wonder why nothing is measured."""
+    path = cache_path(fingerprint)
+    when = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+    return f"measured {when:%Y-%m-%d %H:%M}, from {path}; `vpipe profile --no-cache` measures again"
 
 
 def read_cached(fingerprint: str) -> Profile | None:
