@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -50,6 +51,18 @@ def test_the_halves_give_the_bits_of_a_full_backward(num_samples, recompute):
         assert torch.equal(found, expected)
         for (name, own), other in zip(split.named_parameters(), full.parameters(), strict=True):
             assert torch.equal(own.grad, other.grad), name
+
+
+def test_what_waits_for_the_second_half_does_not_keep_the_input():
+    module, deferred = layer(), []
+    leaf = torch.randn(1, 8, 32, requires_grad=True)
+    with DeferWeightGradients(deferred):
+        output = module(leaf)
+    output.sum().backward()
+    reference = weakref.ref(leaf)
+    del leaf, output
+    assert deferred
+    assert reference() is None
 
 
 def test_weights_of_linear_layers_have_no_gradient_before_the_second_half():

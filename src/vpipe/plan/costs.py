@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vpipe.errors import PlanError
 from vpipe.plan.loads import Moment, StageLoad
-from vpipe.plan.memory import Policy, Transient, each_bytes, transient_of
+from vpipe.plan.memory import Policy, Transient, each_bytes, transient_of, weight_workspace
 from vpipe.plan.profile import BlockProfile, LinkProfile, Profile
 from vpipe.schedule.costs import Costs, Link
 from vpipe.schedule.placement import Placement
@@ -30,8 +30,8 @@ class Transients(NamedTuple):
     first: Array
 
     def at(self, moment: Moment) -> Array:
-        """Return what a moment needs; an update needs other things."""
-        if moment.is_step:
+        """Return what a moment needs; weight halves and updates need other things."""
+        if moment.is_weights or moment.is_step:
             return np.zeros_like(self.usually)
         return self.usually if moment.gradients else self.first
 
@@ -105,11 +105,19 @@ class ChainCosts:
     @cached_property
     def step_workspace(self) -> Array:
         """Needed for a moment by an update of the weights, and the gradient that arrived last."""
-        sizes = np.array([float(block.step_workspace_bytes) for block in self.blocks])
+        return self._most([block.step_workspace_bytes for block in self.blocks]) + self.arriving[None, :]
+
+    @cached_property
+    def weight_workspace(self) -> Array:
+        """Needed for a moment by a weight half."""
+        return self._most([weight_workspace(block) for block in self.blocks])
+
+    def _most(self, sizes: Sequence[int]) -> Array:
+        """Return the largest of every interval."""
         rows = np.zeros((len(self) + 1, len(self) + 1))
         for start in range(len(self)):
-            rows[start, start + 1 :] = np.maximum.accumulate(sizes[start:])
-        return rows + self.arriving[None, :]
+            rows[start, start + 1 :] = np.maximum.accumulate(np.array(sizes[start:], dtype=float))
+        return rows
 
     @cached_property
     def parameters(self) -> Array:
@@ -138,9 +146,11 @@ class ChainCosts:
     def moment_bytes(self, moment: Moment) -> Array:
         """Return the bytes that a moment adds, whatever the policies."""
         passing = moment.full * self.passing[:, None] + moment.waiting * self.arriving[:, None]
-        at_step = self.step_workspace if moment.is_step else 0.0
+        needed: Array | float = 0.0
+        if moment.is_weights or moment.is_step:
+            needed = self.step_workspace if moment.is_step else self.weight_workspace
         halves = moment.halves * self.weight_held
-        return np.asarray(moment.gradients * self.parameters + halves + passing + at_step)
+        return np.asarray(moment.gradients * self.parameters + halves + passing + needed)
 
     def kept_bytes(self, load: StageLoad) -> Array:
         """Return the bytes at the peak when all blocks keep their activations."""

@@ -98,11 +98,15 @@ def _about_least_bytes(chain: ChainCosts, load: StageLoad, policies: Sequence[Po
         possible = np.isfinite(allowed[rows, choice])
         held, out = (_between(figures) for figures in each[rows, choice].T)
         peaks = [
-            chain.moment_bytes(moment) + moment.full * held + moment.copies * out + _at_most(chain, moment, bound)
+            chain.moment_bytes(moment)
+            + moment.full * held
+            + moment.copies * out
+            + _at_most(chain, moment, bound)
+            # Of the first block's input a message is left when it is moved, else those that are needed no more.
+            + max(1, moment.stale) * chain.arriving[:, None]
             for moment in load.moments
         ]
-        # Of the first block's input a message is left, whether it is moved or needed no more.
-        needed = np.where(_between(~possible) > 0, np.inf, np.maximum.reduce(peaks) + chain.arriving[:, None])
+        needed = np.where(_between(~possible) > 0, np.inf, np.maximum.reduce(peaks))
         best = np.minimum(best, needed)
     return np.asarray(best + chain.static_bytes(load))
 
@@ -112,7 +116,7 @@ def _at_most(chain: ChainCosts, moment: Moment, bound: float) -> Array:
 
     On top come at worst the gradients that a first backward makes, and what later blocks leave to weight halves.
     """
-    if moment.is_step:
+    if moment.is_weights or moment.is_step:
         return np.zeros_like(chain.parameters)
     left = chain.weight_held if chain.is_split else 0.0
     return np.asarray(bound + left + (0.0 if moment.gradients else chain.parameters))

@@ -12,7 +12,7 @@ allows, is counted apart from what is to be expected.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -47,10 +47,7 @@ class Moment(NamedTuple):
     gradients: int
     """1 from the first backward to the update, else 0."""
     stale: int
-    """1 where a message that arrived is needed no more, and goes back when the next one is waited for, else 0.
-
-    There may be more, but then each came in exchange for at least as many bytes of activations.
-    """
+    """Messages that arrived and are needed no more; they go back when the next one is waited for."""
     copies: int
     """Microbatches of a block that swaps that are on the device.
 
@@ -59,11 +56,10 @@ class Moment(NamedTuple):
     """
     waiting: int
     """Gradients that may have been sent and not read, at worst, besides `SPARE_GRADIENTS`."""
+    is_weights: bool
+    """Whether it computes a weight half, which needs nothing but what waits for it."""
     is_step: bool
     """Whether it updates its weights: then nothing is computed."""
-
-
-_FULL, _WAITING = map(Moment._fields.index, ("full", "waiting"))
 
 
 @dataclass(frozen=True)
@@ -166,6 +162,8 @@ class Replay:
         self._taken = _taken_before(schedule, stage - 1) if self._crosses and not sockets else None
         self._sent = self._read = 0
         self._full = self._halves = self._gradients = self._stale = self._staying = 0
+        self.is_moving = False
+        """Whether one of the copies that were counted last is on its way."""
 
     def begin(self, action: Action) -> Moment:
         """Return what is held while an action runs: after a forward, and before all else."""
@@ -176,13 +174,13 @@ class Replay:
                 # That the one before has done this forward shows which gradients it had read by then.
                 self._read = max(self._read, self._taken[action.microbatch])
         if action.kind in _USING:
-            return self._moment(1 + self._staying - (action.microbatch in self._short), is_step=False)
-        return self._moment(self._staying, is_step=action.kind is Kind.STEP)
+            return self._moment(1 + self._staying - (action.microbatch in self._short))
+        return self._moment(self._staying, action.kind)
 
     def end(self, action: Action) -> None:
         """Go on to where the action is over."""
         if action.kind in _BACKWARD:
-            self._full, self._gradients, self._stale = self._full - 1, 1, int(self._crosses)
+            self._full, self._gradients, self._stale = self._full - 1, 1, self._stale + self._crosses
             self._halves += action.kind is Kind.I
             self._staying -= action.microbatch in self._short
             self._sent += 1
@@ -193,17 +191,17 @@ class Replay:
 
     def rest(self) -> Moment:
         """Return what is held while the rank does something for another stage."""
-        return self._moment(self._staying, is_step=False)
+        return self._moment(self._staying)
 
-    def _moment(self, staying: int, *, is_step: bool) -> Moment:
+    def _moment(self, staying: int, kind: Kind | None = None) -> Moment:
         """Count; of a block that swaps, the microbatches `staying` are on the device, and one on its way."""
         full, waiting = self._full, self._sent - self._read - SPARE_GRADIENTS
-        copies = full
-        if self._is_moved:
-            copies = min(full, staying + SWAP_BUFFERS - 1)
+        self.is_moving = self._is_moved and full > staying
+        copies = staying + SWAP_BUFFERS - 1 if self.is_moving else full
         if self._taken is None or waiting < 0:
             waiting = 0
-        return Moment(full, self._halves, self._gradients, self._stale, copies, waiting, is_step)
+        is_weights, is_step = kind is Kind.W, kind is Kind.STEP
+        return Moment(full, self._halves, self._gradients, self._stale, copies, waiting, is_weights, is_step)
 
 
 def _most_in_flight(order: Iterable[Action]) -> int:
@@ -238,41 +236,51 @@ def _moments(schedule: Schedule, stage: int, sockets: bool) -> Iterator[Moment]:
             replay.end(action)
 
 
-def _largest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
-    """Return those that no other ones cover, whatever a microbatch holds.
+_Figures = Callable[[Moment], tuple[int, int]]
+_ORDERS: tuple[_Figures, ...] = (
+    # What a microbatch in flight holds is at least a message, as its input is, so it makes up for a message. But where
+    # the first block swaps, messages that are needed no more are gone; and it may hold next to nothing.
+    lambda moment: (moment.full, moment.full + moment.stale + moment.waiting),
+    lambda moment: (moment.full, moment.full + moment.waiting),
+    lambda moment: (moment.waiting, moment.full + moment.waiting),
+)
 
-    A microbatch in flight holds more than a message, or less if its blocks swap: both have to be covered.
-    """
+
+def _largest(moments: Iterable[Moment]) -> tuple[Moment, ...]:
+    """Return those that no other ones cover, whatever a microbatch holds."""
     groups: defaultdict[object, set[Moment]] = defaultdict(set)
     for moment in set(moments):
-        groups[moment._replace(full=0, waiting=0)].add(moment)
-    found = set()
-    for count in (_FULL, _WAITING):
-        fronts = {one for group in groups.values() for one in _front(group, count)}
-        found |= {
-            one
-            for one in fronts
-            if not any(other[count] >= one[count] and other != one and _is_at_least(other, one) for other in fronts)
-        }
+        groups[moment._replace(full=0, stale=0, waiting=0)].add(moment)
+    found: set[Moment] = set()
+    for figures in _ORDERS:
+        front = {one for group in groups.values() for one in _front(group, figures)}
+        found |= {one for one in front if not any(_covers(other, one, figures) for other in front if other != one)}
     return tuple(sorted(found))
 
 
-def _front(moments: Iterable[Moment], count: int) -> Iterator[Moment]:
-    """Yield the moment that has most of one figure, and those that have less of it but more together."""
-    most = -1
-    for moment in sorted(moments, key=lambda one: (one[count], one.full + one.waiting), reverse=True):
-        if moment.full + moment.waiting > most:
-            most = moment.full + moment.waiting
-            yield moment
+def _front(moments: Iterable[Moment], figures: _Figures) -> list[Moment]:
+    """Return the moments at which a sum of both figures, in any proportion, may be largest: corners of their hull."""
+    front: list[Moment] = []
+    for moment in sorted(moments, key=figures, reverse=True):
+        first, second = figures(moment)
+        if front and second <= figures(front[-1])[1]:
+            continue
+        while len(front) > 1:
+            (before, less), (last, more) = figures(front[-2]), figures(front[-1])
+            if (before - last) * (second - more) < (last - first) * (more - less):
+                break
+            front.pop()
+        front.append(moment)
+    return front
 
 
-def _is_at_least(large: Moment, small: Moment) -> bool:
+def _covers(large: Moment, small: Moment, figures: _Figures) -> bool:
     # The backward that makes the gradients needs something else for a moment than one that adds to them.
+    (first, second), (other_first, other_second) = figures(large), figures(small)
     return (
-        large.is_step == small.is_step
-        and large.gradients == small.gradients
-        and large.full + large.waiting >= small.full + small.waiting
+        (large.is_weights, large.is_step, large.gradients) == (small.is_weights, small.is_step, small.gradients)
+        and first >= other_first
+        and second >= other_second
         and large.halves >= small.halves
-        and large.stale >= small.stale
         and large.copies >= small.copies
     )

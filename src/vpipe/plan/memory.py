@@ -26,6 +26,7 @@ __all__ = [
     "stage_bytes",
     "stage_transient",
     "transient_of",
+    "weight_workspace",
 ]
 
 
@@ -56,6 +57,8 @@ class StageBytes:
     weight_held: int
     """Between the halves of a split backward."""
     transient: Transient
+    weight_workspace: int
+    """Needed for a moment by a weight half."""
     step_workspace: int
 
 
@@ -130,6 +133,11 @@ def transient_of(block: BlockProfile, policy: Policy, *, is_split: bool) -> Tran
     return Transient(usually + again + block.output_bytes, first + again + block.output_bytes)
 
 
+def weight_workspace(block: BlockProfile) -> int:
+    """Return what a block's weight half needs for a moment; its gradients and what waits for it count as held."""
+    return block.split_workspace_bytes or block.workspace_bytes
+
+
 def stage_transient(inside: Iterable[tuple[BlockProfile, Policy]], *, is_split: bool) -> Transient:
     """Return the most that the backward of a stage needs for a moment."""
     most: Transient | None = None
@@ -175,6 +183,7 @@ def stage_bytes(
         moved_message=arriving if policies[start] is Policy.SWAP else 0,
         weight_held=sum(block.weight_grad_bytes for block, _ in inside),
         transient=transient,
+        weight_workspace=max(weight_workspace(block) for block, _ in inside),
         # The gradient that arrived last is still there.
         step_workspace=max(block.step_workspace_bytes for block, _ in inside) + leaving,
     )
@@ -246,12 +255,17 @@ def _num_leaving(stage: int, loads: Sequence[StageLoad], stages: Sequence[StageB
 
 
 def _changing(moment: Moment, stage: StageBytes) -> _Changing:
-    computing = stage.transient.usually if moment.gradients else stage.transient.first
+    if moment.is_step:
+        workspace = stage.step_workspace
+    elif moment.is_weights:
+        workspace = stage.weight_workspace
+    else:
+        workspace = stage.transient.usually if moment.gradients else stage.transient.first
     return _Changing(
         moment.full * stage.held + moment.copies * stage.swapped + moment.halves * stage.weight_held,
         moment.gradients * stage.parameters,
         moment.stale * (stage.arriving - stage.moved_message),
-        stage.step_workspace if moment.is_step else computing,
+        workspace,
         moment.waiting * stage.arriving,
     )
 
@@ -259,7 +273,10 @@ def _changing(moment: Moment, stage: StageBytes) -> _Changing:
 def _together(
     schedule: Schedule, rank: int, loads: Sequence[StageLoad], stages: Sequence[StageBytes]
 ) -> Iterator[_Changing]:
-    """Yield what all stages of a rank hold while one of them does something."""
+    """Yield what all stages of a rank hold while one of them does something.
+
+    They share the way to host memory, which carries one microbatch at a time.
+    """
     own = schedule.placement.stages_of(rank)
     replays = {stage: Replay(schedule, stage, sockets=loads[stage].sockets) for stage in own}
     now = dict.fromkeys(replays, _Changing(0, 0, 0, 0, 0))
@@ -268,6 +285,8 @@ def _together(
             stage = action.stage
             now[stage] = _changing(replays[stage].begin(action), stages[stage])
             activations, gradients, messages, _, waiting = map(sum, zip(*now.values(), strict=True))
+            moving = [stages[each].swapped for each, replay in replays.items() if replay.is_moving]
+            activations -= sum(moving) - max(moving, default=0)
             yield _Changing(activations, gradients, messages, now[stage].workspace, waiting)
             replays[stage].end(action)
             now[stage] = _changing(replays[stage].rest(), stages[stage])

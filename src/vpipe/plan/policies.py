@@ -55,6 +55,7 @@ class StageFit:
     gradients: Array
     stale: Array
     waiting: Array
+    is_weights: NDArray[np.bool_]
     is_step: NDArray[np.bool_]
     speeds: Array
     limits: Array
@@ -81,6 +82,7 @@ class StageFit:
             gradients=column(lambda moment: moment.gradients),
             stale=column(lambda moment: moment.stale),
             waiting=column(lambda moment: moment.waiting),
+            is_weights=column(lambda moment: moment.is_weights).astype(bool),
             is_step=column(lambda moment: moment.is_step).astype(bool),
             speeds=np.array(speeds, dtype=float),
             limits=np.array(limits, dtype=float),
@@ -161,6 +163,7 @@ class Frontiers:
             + fit.waiting * chain.arriving[start]
             + fit.halves * chain.weight_held[start, stop]
             + fit.gradients * chain.parameters[start, stop]
+            + fit.is_weights * chain.weight_workspace[start, stop]
             + fit.is_step * chain.step_workspace[start, stop]
         )
         chosen = (
@@ -169,7 +172,7 @@ class Frontiers:
             + fit.stale[:, :, None] * (chain.arriving[start] - points[:, _MOVED])
         )
         transient = np.where(fit.gradients[:, :, None] > 0, points[:, _USUALLY], points[:, _FIRST])
-        peaks = given[:, :, None] + chosen + np.where(fit.is_step[:, :, None], 0.0, transient)
+        peaks = given[:, :, None] + chosen + np.where((fit.is_weights | fit.is_step)[:, :, None], 0.0, transient)
         return np.asarray(peaks.max(axis=1) + points[:, _MOVED])
 
     def _times(self, points: Array, start: int, stop: int, fit: StageFit) -> Array:

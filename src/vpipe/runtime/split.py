@@ -93,7 +93,8 @@ class _WeightGradient:
     """What is left to do for one linear layer and one microbatch."""
 
     def __init__(self, rows: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self._rows, self._hidden, self._weight, self._bias = rows, hidden, weight, bias
+        # Its history would keep the input of the stage, whose memory is wanted for the next message.
+        self._rows, self._hidden, self._weight, self._bias = rows, hidden.detach(), weight, bias
 
     def of_weight(self) -> Tensor | None:
         return self._rows.t().mm(self._hidden) if self._weight.requires_grad else None
