@@ -1,4 +1,8 @@
-"""Copies to host memory and back that go on beside a computation, by the link that a run swaps with."""
+"""Copies to host memory and back that go on beside a computation, by the link that a run swaps with.
+
+As in a run, what has left frees its memory, and what comes back gets other memory, after something else was computed.
+The same few bytes going to and fro would stay in a core's caches, and cost less.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,25 @@ from vpipe.runtime.swap import Parcel
 
 __all__ = ["Copier"]
 
-_PARCEL_BYTES = 1 << 20
-_NUM_PARCELS = 32
-"""Together more than the caches that a core has for itself, as what a stage swaps."""
+_PARCEL_BYTES = 1 << 19
+_NUM_PARCELS = 128
 
 
 class Copier:
-    """Copies parcels out and back, on demand; `host` says how fast that is when nothing else is done."""
+    """Moves parcels on demand: one after another out, then all of them back, and so on.
+
+    `host` says how fast that is when nothing else is done.
+    """
 
     def __init__(self, device: torch.device, host: LinkProfile) -> None:
         self._link = open_host_link(device, None)
-        self._parcel_ms = 2 * host.transfer_ms(_PARCEL_BYTES)
+        self._parcel_ms = host.transfer_ms(_PARCEL_BYTES)
         self.parcels = [
             Parcel(torch.ones(_PARCEL_BYTES, dtype=torch.uint8, device=device).untyped_storage())
             for _ in range(_NUM_PARCELS)
         ]
-        self._next = 0
+        self._num_moved = 0
+        self._under_way: set[int] = set()
 
     @property
     def bytes_copied(self) -> int:
@@ -33,13 +40,21 @@ class Copier:
         return self._link.bytes_offloaded + self._link.bytes_fetched
 
     def begin(self, milliseconds: float) -> float:
-        """Begin copies that would take about so long by themselves, one at least; return how long exactly."""
+        """Begin copies that would take about so long by themselves, one at least; return how long exactly.
+
+        What was begun before has to be finished.
+        """
         count = max(1, round(milliseconds / self._parcel_ms)) if self._parcel_ms else 1
         for _ in range(count):
-            parcel = self.parcels[self._next]
-            self._next = (self._next + 1) % _NUM_PARCELS
-            self._link.copy_out(parcel)
-            self._link.fetch((0, 0), [parcel])
+            lap, index = divmod(self._num_moved, _NUM_PARCELS)
+            parcel = self.parcels[index]
+            if lap % 2 == 0:
+                self._link.copy_out(parcel)
+            else:
+                self._link.fetch((0, 0), [parcel])
+                parcel.departure = None
+            self._under_way.add(index)
+            self._num_moved += 1
         return count * self._parcel_ms
 
     def finish(self) -> None:
@@ -48,8 +63,15 @@ class Copier:
         Raises:
             ExecutionError: there is no room for them.
         """
-        for parcel in self.parcels:
-            parcel.content()
+        for parcel in map(self.parcels.__getitem__, self._under_way):
+            if parcel.departure is None:
+                parcel.content()
+            else:
+                parcel.departure.wait()
+                parcel.device = parcel.departure = None
+            if parcel.error is not None:
+                raise parcel.error
+        self._under_way.clear()
 
     def close(self) -> None:
         """Stop."""

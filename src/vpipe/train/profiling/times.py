@@ -176,7 +176,9 @@ def take_beside(
         copy.will_run(2 * num_rows * num_rounds)
     copied = []
     for _ in range(num_rounds):
+        agree(0.0)
         clock("alone", partial(_rows, copies, num_rows))
+        agree(0.0)
         copied.append(copier.begin(_COPYING_SHARE * num_rows * row_ms))
         clock("beside", partial(_rows, copies, num_rows))
         copier.finish()
