@@ -9,7 +9,7 @@ from typing import Any
 
 from vpipe.config import RunConfig, build_config
 
-__all__ = ["CONFIGURATIONS", "Configuration", "base_config"]
+__all__ = ["CONFIGURATIONS", "OTHERS", "Configuration", "base_config"]
 
 MODELS: dict[str, dict[str, Any]] = {
     "bert": {"type": "bert", "hidden_size": 256, "num_layers": 4, "vocab_size": 8000},
@@ -90,3 +90,14 @@ CONFIGURATIONS = (
     Configuration("gpt", "pipedream", 4, 4, MIXED, pipeline={"vertical_sync": True}),
     Configuration("gpt", "pipedream-2bw", 2, 4),
 )
+
+OTHERS = (
+    Configuration("bert", "1f1b", 3, 9, ("swap",)),
+    Configuration("bert", "zb-h2", 3, 6, ("swap",)),
+    Configuration("bert", "pipedream-2bw", 3, 6, ("recompute", "keep")),
+    Configuration("gpt", "gpipe", 3, 7, ("swap", "recompute")),
+    Configuration("gpt", "interleaved", 2, 4, ("swap", "keep"), pipeline={"stages_per_rank": 2}),
+    Configuration("gpt", "zb-h1", 4, 8, ("recompute",)),
+    Configuration("gpt", "zb-v", 2, 4, ("recompute", "swap")),
+)
+"""Combinations that the model of what is held was not made with."""

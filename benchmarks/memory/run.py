@@ -1,6 +1,6 @@
 """Predict the peak of every configuration, then run it and compare with what its ledger says.
 
-python -m benchmarks.memory.run [--only WORDS] [--out FILE]
+python -m benchmarks.memory.run [--only WORDS] [--others] [--out FILE]
 python -m benchmarks.memory.run --again FILE      predict anew what the runs of a file of results held
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment, format_table, write_results
-from benchmarks.memory.configurations import CONFIGURATIONS, Configuration
+from benchmarks.memory.configurations import CONFIGURATIONS, OTHERS, Configuration
 from benchmarks.memory.ranks import RankRun, measure_profile, run_config
 
 from vpipe.plan.loads import stage_loads
@@ -82,6 +82,7 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the configurations whose name has these words")
+    parser.add_argument("--others", action="store_true", help="run those that the model was not made with")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peaks.json")
     parser.add_argument("--profiles", type=Path, help="a folder whose profiles are used, if it has them")
     parser.add_argument("--again", type=Path, help="a file of results whose runs are not run again")
@@ -90,7 +91,8 @@ def main() -> None:
         predict_again(arguments.again, arguments.profiles or PROFILES)
         return
     surroundings = environment()
-    chosen = [each for each in CONFIGURATIONS if all(word in each.name for word in arguments.only.split())]
+    possible = OTHERS if arguments.others else CONFIGURATIONS
+    chosen = [each for each in possible if all(word in each.name for word in arguments.only.split())]
     if arguments.profiles is None:
         for model in {each.model for each in chosen}:
             (PROFILES / f"{model}.json").unlink(missing_ok=True)
@@ -107,7 +109,7 @@ def main() -> None:
 
 def predict_again(path: Path, folder: Path) -> None:
     """Predict what the runs of a file of results held, from the profiles of then, and write that into the file."""
-    results, named = json.loads(path.read_text()), {each.name: each for each in CONFIGURATIONS}
+    results, named = json.loads(path.read_text()), {each.name: each for each in (*CONFIGURATIONS, *OTHERS)}
     for row in results["rows"]:
         configuration = named[row["name"]]
         predicted = predict(configuration, _profile(configuration.model, [configuration], folder))
