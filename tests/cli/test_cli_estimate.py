@@ -96,6 +96,8 @@ def test_json_says_what_was_assumed(call: Call, run_file: Path) -> None:
         "gradient_bytes": 4,
         "optimizer_bytes": 10,
         "memory_limit_bytes": int(0.9 * (80 << 30)),
+        "attention": "flash",
+        "masked_share": None,
     }
 
 

@@ -134,7 +134,8 @@ def test_json_is_a_plan_file_with_the_estimate_beside_it() -> None:
     assert set(told) == {
         "model", "num_parameters", "tokens_per_sample", "num_blocks", "device", "num_devices", "devices_per_rank",
         "assumed", "step_s", "samples_per_s", "tokens_per_s", "model_tflops_per_device", "utilisation", "time_shares",
-        "recomputed_blocks", "swapped_blocks", "unlimited_step_s", "smallest_limit_bytes",
+        "recomputed_blocks", "swapped_blocks", "policy_costs", "expected_error", "unlimited_step_s",
+        "smallest_limit_bytes",
     }  # fmt: skip
     assert told["step_s"] == pytest.approx(content["predicted"]["step_ms"] / 1000)
     assert told["assumed"]["matmul_fraction"] == DEVICE.matmul_fraction["bf16"]

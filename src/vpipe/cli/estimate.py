@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vpipe.cli.shared import read_config_aloud, short
+from vpipe.config import RunConfig
+from vpipe.config.estimated import RunWishes, run_wishes
+from vpipe.config.planned import name_schedules
 from vpipe.errors import PlanError
 from vpipe.plan.analytic import Machine, ModelWork, Precision
 from vpipe.plan.analytic_estimate import estimate
@@ -18,14 +22,12 @@ from vpipe.plan.analytic_explain import estimate_lines, estimate_to_dict
 from vpipe.plan.devices import DEVICES, LINKS, find_device, find_link
 from vpipe.plan.memory import Policy
 from vpipe.plan.units import format_bytes, parse_bytes
-from vpipe.schedule.registry import SCHEDULES, find_entry
 
 if TYPE_CHECKING:
     from vpipe.train.estimating.count import Assumptions
 
 __all__ = ["command"]
 
-_NOT_CHOSEN = ("naive", "searched")
 _USUAL_SIZES = (1, 2, 4, 8)
 _USUAL_SAMPLES = 8
 """Per rank, in a batch, where nothing is said: enough to keep a pipeline busy for nine tenths of the time."""
@@ -83,13 +85,17 @@ def _list_tables(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     help="Samples per update.  [default: as published, at most 8 per rank; or the run's]",
 )
 @click.option(
-    "--microbatch-size", metavar="N[,N...]", help="Those to choose from.  [default: 1,2,4,8 as far as useful]"
+    "--microbatch-size",
+    metavar="N[,N...]",
+    help="Those to choose from.  [default: the run's own, else 1,2,4,8 as far as useful]",
 )
 @click.option("--sequence-length", type=click.IntRange(2), help="Tokens per sample of a published model.")
 @click.option(
-    "--schedule", default="1f1b", show_default=True, metavar="NAME[,NAME...]|auto", help="See `vpipe schedule --list`."
+    "--schedule",
+    metavar="NAME[,NAME...]|auto",
+    help="See `vpipe schedule --list`.  [default: the run's own, else 1f1b]",
 )
-@click.option("--stages-per-rank", type=click.IntRange(1), help="[default: the schedule's own]")
+@click.option("--stages-per-rank", type=click.IntRange(1), help="[default: the run's own, else the schedule's]")
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16", "tf32", "fp32"]),
@@ -98,7 +104,9 @@ def _list_tables(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option("--weight-bytes", type=click.IntRange(1), help="Per parameter.  [default: the type's size]")
 @click.option("--gradient-bytes", type=click.IntRange(1), help="Per parameter.  [default: as weights]")
 @click.option(
-    "--optimizer-bytes", type=click.IntRange(0), help="Per parameter.  [default: Adam's 8, and 4 for a master copy]"
+    "--optimizer-bytes",
+    type=click.IntRange(0),
+    help="Per parameter.  [default: those of the run's optimizer, else Adam's 8, and 4 for a master copy]",
 )
 @click.option(
     "--attention", type=click.Choice(["flash", "plain"]), default="flash", show_default=True, help="plain holds scores."
@@ -106,7 +114,9 @@ def _list_tables(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option(
     "--matmul-fraction", type=click.FloatRange(0, 1, min_open=True), help="Share of the peak that is reached."
 )
-@click.option("--memory-limit", metavar="SIZE", help="Per device, e.g. 70GiB.  [default: 90 % of the device's memory]")
+@click.option(
+    "--memory-limit", metavar="SIZE", help="Per device, e.g. 70GiB.  [default: the run's own, else 90 % of it]"
+)
 @click.option("--no-swap", is_flag=True, help="Never move activations to the host.")
 @click.option("--no-recompute", is_flag=True, help="Never recompute activations.")
 @click.option("--all-stages", is_flag=True, help="Show every stage of a long pipeline.")
@@ -140,30 +150,42 @@ def command(
       step_s, samples_per_s, tokens_per_s, model_tflops_per_device, utilisation
       time_shares        what all devices' time goes into; adds up to 1
       recomputed_blocks, swapped_blocks
+      policy_costs       of each kind of block that does not keep: policy,
+                         num_blocks, block, saved_bytes, ms, per microbatch
+      expected_error     mean_absolute, lowest, highest, of published runs
+      from_run           what a run's YAML decided, by its keys
       unlimited_step_s   if memory were no limit; null where nothing is recomputed or swapped
       smallest_limit_bytes  the least memory per device that a plan exists for
     """
     # Collecting garbage would walk through millions of simulated actions again and again, and there is none.
     gc.disable()
+    asked_batch = batch_size
     click.get_current_context().call_on_close(gc.enable)
-    machine = _machine(options)  # before torch is imported: mistakes are told at once
-    schedules = _schedules(options["schedule"])
-    limit = options["memory_limit"]
-    counted, num_ranks, batch_size = _counted(model, ranks, batch_size, machine, options)
+    config = read_config_aloud(Path(model), ()) if model.endswith((".yml", ".yaml")) else None
+    run = None if config is None else run_wishes(config)
+    machine = _machine(options, 8 if run is None else run.state_bytes)  # before torch: mistakes are told at once
+    schedules = _schedules(options["schedule"], run)
+    limits = _limits(options["memory_limit"], run, machine)
+    counted, num_ranks, batch_size = _counted(model, config, run, ranks, batch_size, machine, options)
     found = estimate(
         counted,
         machine,
         num_ranks,
         batch_size,
         schedules=schedules,
-        memory_limit=int(machine.device.memory_bytes * _USABLE) if limit is None else parse_bytes(limit),
-        policies=_policies(options),
-        stages_per_rank=options["stages_per_rank"],
+        memory_limit=limits,
+        policies=_policies(options, run),
+        stages_per_rank=_stages_per_rank(options, run),
+        options=_schedule_options(run, num_ranks),
     )
     content = estimate_to_dict(found)
-    click.echo(
-        json.dumps(content) if form == "json" else "\n".join(estimate_lines(found, all_stages=options["all_stages"]))
-    )
+    taken = _taken(run, ranks, asked_batch, options)
+    if taken:
+        content["estimate"]["from_run"] = taken
+    if form == "json":
+        click.echo(json.dumps(content))
+    else:
+        click.echo("\n".join([*_run_lines(model, taken), *estimate_lines(found, all_stages=options["all_stages"])]))
     if output is not None:
         plan = {key: value for key, value in content.items() if key != "estimate"}
         output.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
@@ -171,7 +193,7 @@ def command(
             click.echo(f"\nwritten to {short(output)}")
 
 
-def _machine(options: dict[str, Any]) -> Machine:
+def _machine(options: dict[str, Any], state_bytes: int) -> Machine:
     device = find_device(options["device"])
     compute = options["dtype"] or next(iter(device.peak_tflops))
     if options["matmul_fraction"] is not None:
@@ -180,44 +202,91 @@ def _machine(options: dict[str, Any]) -> Machine:
         )
     size = 2 if compute in ("bf16", "fp16") else 4
     weight = options["weight_bytes"] or size
-    adam = 8 if weight == 4 else 12
+    state = state_bytes if weight == 4 else state_bytes + 4
     precision = Precision(
         compute,
         weight,
         options["gradient_bytes"] or weight,
-        adam if options["optimizer_bytes"] is None else options["optimizer_bytes"],
+        state if options["optimizer_bytes"] is None else options["optimizer_bytes"],
     )
     return Machine(device, find_link(options["link"]), precision, options["devices_per_rank"], not options["no_swap"])
 
 
-def _schedules(names: str) -> tuple[str, ...]:
-    if names == "auto":
-        return tuple(name for name, entry in SCHEDULES.items() if entry.synchronous and name not in _NOT_CHOSEN)
-    found = tuple(name.strip() for name in names.split(","))
-    for name in found:
-        find_entry(name)
-    return found
+def _schedules(names: str | None, run: RunWishes | None) -> tuple[str, ...]:
+    if names is None:
+        return ("1f1b",) if run is None else run.schedules
+    return tuple(found for name in names.split(",") for found in name_schedules(name.strip()))
 
 
-def _policies(options: dict[str, Any]) -> tuple[Policy, ...]:
+def _limits(size: str | None, run: RunWishes | None, machine: Machine) -> Sequence[int]:
+    if size is not None:
+        return [parse_bytes(size)]
+    if run is not None and run.limits is not None:
+        return run.limits
+    return [int(machine.device.memory_bytes * _USABLE)]
+
+
+def _policies(options: dict[str, Any], run: RunWishes | None) -> tuple[Policy, ...]:
     left_out = {Policy.RECOMPUTE: options["no_recompute"], Policy.SWAP: options["no_swap"]}
-    return tuple(policy for policy in Policy if not left_out.get(policy))
+    return tuple(policy for policy in (Policy if run is None else run.policies) if not left_out.get(policy))
+
+
+def _stages_per_rank(options: dict[str, Any], run: RunWishes | None) -> int | None:
+    """Return those asked for, else the run's; another schedule than the run's has its own."""
+    if options["stages_per_rank"] or run is None or options["schedule"]:
+        return int(options["stages_per_rank"]) if options["stages_per_rank"] else None
+    return run.stages_per_rank
+
+
+def _schedule_options(run: RunWishes | None, num_ranks: int) -> dict[str, Any]:
+    """Return the run's options of schedules; depths are those of its own number of ranks."""
+    if run is None:
+        return {}
+    return {name: value for name, value in run.options.items() if name != "depths" or num_ranks == run.num_ranks}
+
+
+def _taken(run: RunWishes | None, ranks: int | None, batch_size: int | None, options: dict[str, Any]) -> dict[str, str]:
+    """Return what the run says and no option says otherwise, by the run's keys."""
+    if run is None:
+        return {}
+    given = {
+        "pipeline.num_ranks": ranks,
+        "pipeline.schedule": options["schedule"],
+        "pipeline.stages_per_rank": options["stages_per_rank"] or options["schedule"],
+        "pipeline.num_microbatches": options["microbatch_size"],
+        "pipeline.stage_to_depth_map": ranks is not None and ranks != run.num_ranks,
+        "train.batch_size": batch_size,
+        "optimizer.name": options["optimizer_bytes"],
+        "plan.memory_limit": options["memory_limit"],
+    }
+    return {key: value for key, value in run.said.items() if given.get(key) in (None, False)}
+
+
+def _run_lines(name: str, taken: Mapping[str, str]) -> list[str]:
+    if not taken:
+        return []
+    said = ", ".join(f"{key} {value}" for key, value in taken.items())
+    return [f"From {name}: {said}. The rest is by options and defaults; cuts and policies are planned anew."]
 
 
 def _counted(
-    name: str, ranks: int | None, batch_size: int | None, machine: Machine, options: dict[str, Any]
+    name: str,
+    config: RunConfig | None,
+    run: RunWishes | None,
+    ranks: int | None,
+    batch_size: int | None,
+    machine: Machine,
+    options: dict[str, Any],
 ) -> tuple[ModelWork, int, int]:
     """Return the model, counted, the number of ranks and the batch size."""
-    is_run = name.endswith((".yml", ".yaml"))
-    config = read_config_aloud(Path(name), ()) if is_run else None
-
     from vpipe.train.estimating.models import count_published, count_run, find_published
 
-    if config is not None:
+    if config is not None and run is not None:
         if options["sequence_length"]:
             raise click.UsageError("--sequence-length is for published models; a run's data has its own")
-        num_ranks, batch = ranks or config.num_ranks, batch_size or config.train.batch_size
-        return count_run(config, _sizes(options, batch, num_ranks), _assumptions(machine, options)), num_ranks, batch
+        num_ranks, batch = ranks or run.num_ranks, batch_size or run.batch_size
+        sizes = _sizes(options, batch, num_ranks, run.num_microbatches)
+        return count_run(config, sizes, _assumptions(machine, options)), num_ranks, batch
     published = find_published(name)
     if options["sequence_length"]:
         published = dataclasses.replace(published, sequence_length=options["sequence_length"])
@@ -234,9 +303,16 @@ def _assumptions(machine: Machine, options: dict[str, Any]) -> Assumptions:
     return Assumptions(DTYPES[machine.precision.activation_type], options["attention"])
 
 
-def _sizes(options: dict[str, Any], batch_size: int, num_ranks: int) -> list[int]:
-    """Return the microbatch sizes to try: those given, or small ones that give every rank something to do."""
+def _sizes(options: dict[str, Any], batch_size: int, num_ranks: int, own_count: int | None = None) -> list[int]:
+    """Return the microbatch sizes to try: those given, the run's own, or small ones that keep every rank busy."""
     given = options["microbatch_size"]
+    if given is None and own_count is not None:
+        if batch_size % own_count:
+            raise PlanError(
+                f"a batch of {batch_size} samples cannot be cut into the run's {own_count} microbatches; give "
+                "--microbatch-size, or a --batch-size that it divides"
+            )
+        return [batch_size // own_count]
     if given is None:
         fitting = [size for size in _USUAL_SIZES if batch_size % size == 0]
         return [size for size in fitting if size == 1 or batch_size // size >= 4 * num_ranks]

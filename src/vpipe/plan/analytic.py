@@ -72,6 +72,10 @@ class ModelWork:
     sizes: Mapping[int, tuple[BlockWork, ...]]
     num_kinds: int
     """Blocks that are not like an earlier one."""
+    attention: str = "flash"
+    """`flash`: one kernel that holds no scores; `plain`: scores are held."""
+    masked_share: float | None = None
+    """Of the tokens, those that are masked and predicted; None where a model has no such thing."""
 
 
 @dataclass(frozen=True)

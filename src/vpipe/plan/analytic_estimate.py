@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from vpipe.plan.analytic import BlockWork, Machine, ModelWork, analytic_profile, operation_ms
+from vpipe.plan.analytic_screen import Screened, find_promising_plan
 from vpipe.plan.memory import Policy
 from vpipe.plan.search import Outcome, Request, find_plan
-from vpipe.plan.situation import Plan
-from vpipe.schedule.idle import idle_times
-from vpipe.schedule.recompute_ahead import insert_recomputes
+from vpipe.plan.situation import Plan, arrange
+from vpipe.schedule.action import Kind
+from vpipe.schedule.idle import CAUSES, idle_times
+from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate import simulate
 
 __all__ = ["SHARES", "Estimate", "estimate", "step_shares"]
@@ -22,12 +26,13 @@ SHARES: dict[str, str] = {
     "memory": "operations bound by the device's memory",
     "exchange": "exchanges among the devices of a rank",
     "recompute": "recomputation",
-    "swap": "waiting for activations from the host",
+    "swap": "moves to the host's memory and back",
     "step": "updates of the weights",
     "warmup": "waiting while the pipeline fills",
     "cooldown": "waiting while it drains",
     "imbalance": "waiting for stages that take longer",
     "communication": "waiting for messages",
+    "waiting": "waiting, in a schedule too long to say for what",
 }
 """What the ranks' time goes into, and how it is called."""
 
@@ -44,6 +49,8 @@ class Estimate:
     outcome: Outcome
     unlimited_ms: float | None
     """Time of a step with the same microbatches if memory were no limit; None where all activations are kept anyway."""
+    screened: Screened | None = None
+    """Which settings were planned, where not all were."""
 
     @property
     def plan(self) -> Plan:
@@ -97,9 +104,10 @@ def estimate(
     batch_size: int,
     *,
     schedules: Sequence[str] = ("1f1b",),
-    memory_limit: int,
+    memory_limit: int | Sequence[int],
     policies: Sequence[Policy] = tuple(Policy),
     stages_per_rank: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """Find the plan with the least time per sample on a machine.
 
@@ -109,9 +117,10 @@ def estimate(
         num_ranks: stages' owners in the pipeline.
         batch_size: samples per update.
         schedules: names to choose from.
-        memory_limit: bytes that each device may hold.
+        memory_limit: bytes that each device may hold, or those of each rank.
         policies: what blocks may do with their activations.
         stages_per_rank: None: as the schedule has it.
+        options: of the schedules, as `Request` has them.
 
     Raises:
         PlanError: more stages than blocks, or nothing fits: the text has the smallest limit that something fits in.
@@ -123,12 +132,13 @@ def estimate(
         batch_size=batch_size,
         schedules=schedules,
         num_microbatches=[batch_size // size for size in model.sizes],
-        limits=[memory_limit],
+        limits=[memory_limit] if isinstance(memory_limit, int) else memory_limit,
         stages_per_rank=stages_per_rank,
+        options=options or {},
         is_eager=False,
         policies=policies,
     )
-    outcome = find_plan(request)
+    outcome, screened = find_promising_plan(request)
     unlimited = None
     if set(outcome.best.policies) != {Policy.KEEP}:
         best = outcome.best.setting
@@ -136,7 +146,7 @@ def estimate(
             replace(request, limits=None, schedules=[best.schedule], num_microbatches=[best.num_microbatches])
         )
         unlimited = free.best.sample_ms * batch_size
-    return Estimate(model, machine, outcome, unlimited)
+    return Estimate(model, machine, outcome, unlimited, screened)
 
 
 def step_shares(plan: Plan, works: Sequence[BlockWork], machine: Machine) -> dict[str, float]:
@@ -150,13 +160,28 @@ def step_shares(plan: Plan, works: Sequence[BlockWork], machine: Machine) -> dic
     computed = math.fsum(spent.values())
     spent["recompute"] = count * math.fsum(costs.recompute)
     spent["swap"] = max(0.0, count * math.fsum(plan.stage_ms) - spent["recompute"] - computed)
-    if setting.synchronous:
-        spent["step"] = math.fsum(_per_stage(costs.step, len(plan.partition)))
+    schedule, later = _batches(plan)
+    spent["step"] = _num_updates(schedule, count) * math.fsum(_per_stage(costs.step, len(plan.partition)))
     total = num_ranks * plan.step_ms
     idle = total - math.fsum(spent.values())
-    for cause, share in _idle_causes(plan).items():
-        spent[cause] += share * idle
+    for cause, share in _idle_causes(plan, schedule, later).items():
+        spent["swap" if cause == "host" else cause] += share * idle
     return {kind: time / total for kind, time in spent.items()}
+
+
+def _batches(plan: Plan) -> tuple[Schedule, Schedule | None]:
+    """Return the schedule of a batch; of an asynchronous plan, one until it is steady, and one of a batch more."""
+    setting = plan.setting
+    if setting.synchronous:
+        return arrange(setting.build(), plan), None
+    steady = setting.num_batches_until_steady
+    return arrange(setting.build(steady), plan), arrange(setting.build(steady + 1), plan)
+
+
+def _num_updates(schedule: Schedule, num_microbatches: int) -> float:
+    """Count the updates of a batch."""
+    kinds = Counter(action.kind for action in schedule.stage_order(0))
+    return num_microbatches * kinds[Kind.STEP] / kinds[Kind.F]
 
 
 def _kinds_ms(work: BlockWork, machine: Machine) -> dict[str, float]:
@@ -170,15 +195,21 @@ def _kinds_ms(work: BlockWork, machine: Machine) -> dict[str, float]:
     return times | {"exchange": exchanged}
 
 
-def _idle_causes(plan: Plan) -> Mapping[str, float]:
-    """Return how the idle time divides; of an asynchronous plan, or one of very many actions, only that it is there."""
-    schedule = plan.setting.build()
-    if not plan.setting.synchronous or sum(map(len, schedule.orders)) > _MAX_EXPLAINED:
-        return {"imbalance": 1.0}
-    ranks = idle_times(simulate(insert_recomputes(schedule, plan.ahead), plan.costs))
-    causes = {cause: math.fsum(rank[cause] for rank in ranks) for cause in ranks[0]}
-    whole = math.fsum(causes.values())
-    return {cause: time / whole for cause, time in causes.items()} if whole else {"imbalance": 1.0}
+def _idle_causes(plan: Plan, schedule: Schedule, later: Schedule | None) -> Mapping[str, float]:
+    """Return how the idle time divides: of an asynchronous plan, what a batch more adds to it."""
+    if sum(map(len, (later or schedule).orders)) > _MAX_EXPLAINED:
+        return {"waiting": 1.0}
+    times = _idle_ms(plan, schedule)
+    if later is not None:
+        more = _idle_ms(plan, later)
+        times = {cause: max(0.0, more[cause] - times[cause]) for cause in CAUSES}
+    whole = math.fsum(times.values())
+    return {cause: time / whole for cause, time in times.items()} if whole else {"imbalance": 1.0}
+
+
+def _idle_ms(plan: Plan, schedule: Schedule) -> dict[str, float]:
+    ranks = idle_times(simulate(schedule, plan.costs))
+    return {cause: math.fsum(rank[cause] for rank in ranks) for cause in CAUSES}
 
 
 def _per_stage(times: float | Sequence[float], num_stages: int) -> Sequence[float]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from vpipe.plan.analytic import Machine
+from vpipe.plan.analytic import Machine, ModelWork
+from vpipe.plan.analytic_accuracy import COMPARED
 from vpipe.plan.analytic_estimate import SHARES, Estimate
-from vpipe.plan.memory import Policy
+from vpipe.plan.costs import host_ms
+from vpipe.plan.memory import Policy, each_bytes
 from vpipe.plan.plan_file import plan_to_dict
 from vpipe.plan.table import format_table
 from vpipe.plan.units import describe_memory, format_bytes
 
-__all__ = ["assumption_lines", "estimate_lines", "estimate_to_dict"]
+__all__ = ["accuracy_line", "assumption_lines", "estimate_lines", "estimate_to_dict", "policy_lines"]
 
 _ADVICE = {
     "products": "a faster device, or a smaller type, would help",
@@ -22,8 +25,9 @@ _ADVICE = {
     "recompute": "more memory, more ranks or smaller microbatches would help",
     "swap": "a faster link to the host, recomputing instead (--no-swap), or more memory would help",
     "step": "a larger batch would help",
+    "waiting": "fewer microbatches would show for what",
     "warmup": "a larger --batch-size, smaller microbatches, fewer ranks, or --schedule auto would help",
-    "imbalance": "blocks cannot be cut any finer: other numbers of ranks, or several stages per rank, may help",
+    "imbalance": "stages of whole blocks differ: other numbers of ranks, or several stages per rank, may help",
     "communication": "a faster link, or larger microbatches, would help",
 }
 
@@ -45,8 +49,10 @@ def estimate_lines(found: Estimate, *, all_stages: bool = False) -> list[str]:
         *_share_lines(found),
         "",
         *_stage_lines(found, all_stages=all_stages),
+        *policy_lines(found),
         "",
         *_limit_lines(found),
+        accuracy_line(found),
     ]
 
 
@@ -70,10 +76,17 @@ def assumption_lines(found: Estimate) -> list[str]:
         f"{precision.activation_type}; memory per device: at most {format_bytes(found.outcome.request.rank_limits[0])} "
         f"of {format_bytes(device.memory_bytes)}",
         f"Batch: {setting.batch_size} samples",
+        _model_words(model),
     ]
     if machine.devices_per_rank > 1:
         lines.append(_splitting(machine))
     return lines
+
+
+def _model_words(model: ModelWork) -> str:
+    attention = "holds no scores" if model.attention == "flash" else "holds its scores"
+    masked = "" if model.masked_share is None else f"; of the tokens {model.masked_share:.0%} are masked and predicted"
+    return f"Attention: {model.attention}, {attention}{masked}"
 
 
 def _ranks(found: Estimate) -> str:
@@ -116,10 +129,19 @@ def _limiting(found: Estimate) -> Iterator[str]:
     names = SHARES | {"warmup": "waiting while the pipeline fills and drains"}
     ranked = sorted((waits | {"products": shares["products"]}).items(), key=lambda pair: -pair[1])
     first = ranked[0][0]
-    yield f"Limited by {names[first]}: {_ADVICE[first]}."
+    yield f"Limited by {names[first]}: {_advice(found, first)}."
     second = max(waits, key=waits.__getitem__)
     if second != first and waits[second] >= 0.02:
-        yield f"After that, {names[second]} ({waits[second]:.1%}): {_ADVICE[second]}."
+        yield f"After that, {names[second]} ({waits[second]:.1%}): {_advice(found, second)}."
+
+
+def _advice(found: Estimate, kind: str) -> str:
+    """Say what would help, of what has not been done or ruled out."""
+    if kind == "swap" and Policy.RECOMPUTE not in found.outcome.request.policies:
+        return "a faster link to the host, recomputing instead (without --no-recompute), or more memory would help"
+    if kind == "step" and not found.plan.setting.synchronous:
+        return "a schedule with fewer updates, such as a synchronous one, would help"
+    return _ADVICE[kind]
 
 
 def _stage_lines(found: Estimate, *, all_stages: bool) -> list[str]:
@@ -137,7 +159,7 @@ def _stage_lines(found: Estimate, *, all_stages: bool) -> list[str]:
                 blocks[start].name if stop == start + 1 else f"{blocks[start].name} to {blocks[stop - 1].name}",
                 f"{forward:.4g} ms",
                 f"{both - forward:.4g} ms",
-                f"{both * plan.setting.num_microbatches / plan.step_ms:.0%}",
+                f"{plan.busy_ms[stage] * plan.setting.num_microbatches / plan.step_ms:.0%}",
                 format_bytes(plan.memory[rank].total),
                 _policy_words(plan.policies[start:stop]),
             ]
@@ -147,8 +169,9 @@ def _stage_lines(found: Estimate, *, all_stages: bool) -> list[str]:
     if hidden > 1 and not all_stages:
         lines[1 + _FIRST : -_LAST] = [f"  ... {hidden} more (--all-stages shows them)"]
     fullest = max(range(len(plan.memory)), key=lambda rank: plan.memory[rank].total)
-    busiest = max(range(len(plan.stage_ms)), key=plan.stage_ms.__getitem__)
-    over = plan.stage_ms[busiest] / (sum(plan.stage_ms) / len(plan.stage_ms)) - 1
+    busy = plan.busy_ms
+    busiest = max(range(len(busy)), key=busy.__getitem__)
+    over = busy[busiest] / (sum(busy) / len(busy)) - 1
     return [
         f"Plan: {plan.setting.describe()}",
         *lines,
@@ -163,14 +186,76 @@ def _policy_words(policies: Sequence[Policy]) -> str:
     return f"all {next(iter(counts))}" if len(counts) == 1 else ", ".join(f"{n} {word}" for word, n in counts.items())
 
 
+def policy_lines(found: Estimate) -> list[str]:
+    """Say what each kind of block that recomputes or swaps saves of every microbatch in flight, and what that costs."""
+    costs = policy_costs(found)
+    if not costs:
+        return []
+    rows = [["", "", "saves", "costs for each microbatch"]]
+    for item in costs:
+        price = "more computing" if item["policy"] == Policy.RECOMPUTE else "on the link to the host"
+        rows.append(
+            [
+                f"{item['num_blocks']} x {item['policy']}",
+                f"like {item['block']}",
+                format_bytes(item["saved_bytes"]),
+                f"{item['ms']:.4g} ms {price}",
+            ]
+        )
+    return ["Each of the blocks that do not keep their activations:", *format_table(rows, left={0, 1, 3})]
+
+
+def policy_costs(found: Estimate) -> list[dict[str, Any]]:
+    """Return, for each kind of block that recomputes or swaps, how many do, the first, and bytes and ms of each."""
+    profile = found.outcome.request.profile
+    first: dict[tuple[Policy, int, float], str] = {}
+    kinds: Counter[tuple[Policy, int, float]] = Counter()
+    for block, policy in zip(profile.at(found.plan.setting.microbatch_size).blocks, found.plan.policies, strict=True):
+        if policy is Policy.KEEP:
+            continue
+        held, moved = each_bytes(block, policy)
+        time = block.recompute_ms if policy is Policy.RECOMPUTE else host_ms(profile.host, moved)
+        kind = policy, block.activation_bytes - held, time
+        first.setdefault(kind, block.name)
+        kinds[kind] += 1
+    return [
+        {"policy": kind[0].value, "num_blocks": count, "block": first[kind], "saved_bytes": kind[1], "ms": kind[2]}
+        for kind, count in kinds.items()
+    ]
+
+
+def accuracy_line(found: Estimate) -> str:
+    """Say how far estimates of published runs were off, and what this one has that none of those had."""
+    setting, device = found.plan.setting, found.machine.device.name
+    lacking = {
+        f"on {device}": device not in COMPARED.devices,
+        "with swapping": Policy.SWAP in found.plan.policies or bool(setting.swap_versions),
+        "with updates between microbatches": not setting.synchronous,
+    }
+    none = [words for words, is_lacking in lacking.items() if is_lacking]
+    return (
+        f"How far off: for {COMPARED.num_runs} published runs the time of a step was estimated {COMPARED.mean:.0%} off "
+        f"on average, from {COMPARED.lowest:+.0%} to {COMPARED.highest:+.0%}"
+        + (f"; none was {', or '.join(none)}" if none else "")
+        + " (docs/estimate.md)."
+    )
+
+
 def _limit_lines(found: Estimate) -> list[str]:
     outcome, plan = found.outcome, found.plan
-    lines = [f"No plan of these settings needs less than {outcome.lower_bound_ms / 1000:.4g} s per step."]
+    lines = []
+    if found.screened is not None:
+        lines.append(
+            f"Of {found.screened.num_settings} settings, those that promised most were planned: "
+            f"{' and '.join(found.screened.planned)}. What follows is of these."
+        )
+    lines += [f"No plan of these settings needs less than {outcome.lower_bound_ms / 1000:.4g} s per step."]
     if found.unlimited_ms is not None:
         gain = plan.step_ms / found.unlimited_ms - 1
         lines.append(
             f"Without a limit of memory: {found.unlimited_ms / 1000:.4g} s per step; keeping to "
-            f"{format_bytes(outcome.request.rank_limits[0])} costs {gain:.1%}."
+            f"{format_bytes(outcome.request.rank_limits[0])} "
+            + (f"costs {gain:.1%}." if gain < 1 else f"takes {gain + 1:.3g} times as long.")
         )
     limit, smallest = outcome.smallest_limits[0], outcome.smallest
     fullest = max(smallest.memory, key=lambda memory: memory.total)
@@ -207,7 +292,10 @@ def estimate_to_dict(found: Estimate) -> dict[str, Any]:
             "gradient_bytes": precision.gradient_bytes,
             "optimizer_bytes": precision.optimizer_bytes,
             "memory_limit_bytes": int(found.outcome.request.rank_limits[0]),
+            "attention": model.attention,
+            "masked_share": model.masked_share,
         },
+        "expected_error": {"mean_absolute": COMPARED.mean, "lowest": COMPARED.lowest, "highest": COMPARED.highest},
         "step_s": found.plan.step_ms / 1000,
         "samples_per_s": found.samples_per_s,
         "tokens_per_s": found.tokens_per_s,
@@ -216,6 +304,7 @@ def estimate_to_dict(found: Estimate) -> dict[str, Any]:
         "time_shares": found.shares,
         "recomputed_blocks": found.plan.policies.count(Policy.RECOMPUTE),
         "swapped_blocks": found.plan.policies.count(Policy.SWAP),
+        "policy_costs": policy_costs(found),
         "unlimited_step_s": None if found.unlimited_ms is None else found.unlimited_ms / 1000,
         "smallest_limit_bytes": found.outcome.smallest_limits[0],
     }

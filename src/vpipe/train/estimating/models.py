@@ -138,4 +138,6 @@ def count_model(
         tokens_per_sample=0 if tokens is None else tokens.shape[1],
         sizes=works,
         num_kinds=count_kinds(chain, first),
+        attention=assumptions.attention,
+        masked_share=assumptions.target_share if "mlm" in chain.loss.parts else None,
     )
