@@ -209,10 +209,12 @@ def simulator_costs(
     policies: Sequence[Policy],
     placement: Placement,
     num_versions: Sequence[int] = (),
+    moves: Sequence[bool] = (),
 ) -> Costs:
     """Return the simulator's costs, in ms and bytes, of a partition with a policy per block.
 
-    `num_versions` is how many weight versions each stage has; empty: one.
+    `num_versions` is how many weight versions each stage has; empty: one. `moves` tells the stages that have enough in
+    flight for activations to be moved: in others, blocks that swap keep; empty: all have.
     """
     speeds = speeds_of(profile, placement.num_ranks)
     ends = list(accumulate(partition))
@@ -221,10 +223,11 @@ def simulator_costs(
     for stage, (start, stop) in enumerate(pairwise([0, *ends])):
         speed = speeds[placement.rank_of(stage)]
         inside = [(blocks[index], policies[index]) for index in range(start, stop)]
-        # What is saved is noted forward and found again backward, which take about the same time. Where one block swaps,
-        # it is noted of those that keep as well: what they share stays.
+        # What is saved is noted forward and found again backward, which take about the same time. Where one block
+        # swaps, it is noted of those that keep as well: what they share stays.
         noting = {"forward": 0.5, "input_grad": 0.5}
-        is_noted = any(policy is Policy.SWAP for _, policy in inside)
+        is_moving = not moves or moves[stage]
+        is_noted = is_moving and any(policy is Policy.SWAP for _, policy in inside)
         handling = is_noted * math.fsum(block.swap_ms for block, policy in inside if policy is not Policy.RECOMPUTE)
         for name in ("forward", "input_grad", "weight_grad", "step"):
             own = math.fsum(getattr(block, f"{name}_ms") for block, _ in inside)
@@ -233,7 +236,7 @@ def simulator_costs(
             times["step"][-1] += math.fsum(block.version_ms for block, _ in inside) / speed
         again = math.fsum(block.recompute_ms for block, policy in inside if policy is Policy.RECOMPUTE)
         times["recompute"].append(again / speed)
-        swapped = sum(each_bytes(block, policy)[1] for block, policy in inside)
+        swapped = is_moving * sum(each_bytes(block, policy)[1] for block, policy in inside)
         times["move"].append(host_ms(profile.host, swapped) / 2)
         weights = sum(block.parameter_bytes for block, _ in inside)
         times["move_versions"].append(host_ms(profile.host, weights) / 2)

@@ -137,7 +137,12 @@ def _policy_words(request: Request, plan: Plan, stage: int, rank: int, start: in
         noted = (block.swap_ms for block, policy in zip(blocks, own, strict=True) if policy is not Policy.RECOMPUTE)
         handling = math.fsum(noted) / speeds_of(profile, plan.setting.num_ranks)[rank]
         size = sum(block.activation_bytes for block in away)
-        words.append(f"{len(away)} swapped ({_swap_words(profile, size, handling)})")
+        is_moving = plan.costs.move[stage] > 0
+        words.append(
+            f"{len(away)} swapped ({_swap_words(profile, size, handling)})"
+            if is_moving
+            else f"{len(away)} to swap, but too few are in flight: kept"
+        )
     if stage in plan.setting.swap_versions:
         weights = sum(block.parameter_bytes for block in profile.sizes[0].blocks[start:stop])
         words.append(f"older weights swapped ({_swap_words(profile, weights)})")

@@ -188,7 +188,8 @@ class Situation:
         ]
         memory = rank_memory(self.schedule, self.loads, stages)
         versions = [load.num_versions for load in self.loads]
-        costs = simulator_costs(self.profile, blocks, partition, policies, placement, versions)
+        moves = [any(moment.copies < moment.full for moment in load.moments) for load in self.loads]
+        costs = simulator_costs(self.profile, blocks, partition, policies, placement, versions, moves)
         return Plan(
             self.setting, tuple(partition), tuple(policies), memory, costs, math.nan, tuple(ahead), self.updates
         )
