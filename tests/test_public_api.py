@@ -25,6 +25,7 @@ vpipe.Action(0, vpipe.Kind.F, 0), vpipe.Placement(4), vpipe.Schedule, vpipe.Weig
 vpipe.ConfigError, vpipe.VPipeError
 assert "pydantic" not in sys.modules, "pydantic"
 vpipe.load_config, vpipe.RunConfig
+vpipe.find_plan, vpipe.Plan, vpipe.read_profile, vpipe.decide, vpipe.explain_lines, vpipe.simulate_run
 assert "torch" not in sys.modules, "torch"
 """
 

@@ -2,8 +2,8 @@
 
 What a program needs is here: `Pipeline` trains a model that is spread over ranks; `Chain` and `Block` describe one that
 is no plain row of modules; `build_schedule` and `simulate` show what a pipeline does without running it; `load_config`
-reads the YAML of a run. Every name is imported when it is first used, so schedules and configurations work without
-torch.
+reads the YAML of a run, and `find_plan` plans it from its `Profile`. Every name is imported when it is first used, so
+schedules, configurations and plans work without torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vpipe._version import __version__
 
 if TYPE_CHECKING:
     from vpipe.config.load import load_config
+    from vpipe.config.planned import build_request, decide
     from vpipe.config.run import RunConfig
     from vpipe.data.source import ArraySource, BatchSource, FieldSpec
     from vpipe.errors import (
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from vpipe.model.block import Block, ParameterRef
     from vpipe.model.chain import Chain
     from vpipe.model.loss import CallableLoss, Loss
+    from vpipe.plan.explain import explain_lines
+    from vpipe.plan.profile import Profile, read_profile
+    from vpipe.plan.search import find_plan
+    from vpipe.plan.situation import Plan
+    from vpipe.report.sweep_simulation import simulate_run
     from vpipe.runtime.batch import Batch
     from vpipe.runtime.hooks import Hooks
     from vpipe.runtime.pipeline import Pipeline, StepResult
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from vpipe.schedule.schedule import Schedule, WeightRule
     from vpipe.schedule.simulate import Simulation, simulate
     from vpipe.schedule.validate import validate_schedule
+    from vpipe.train.profile import profile_config
 
 __all__ = [
     "Action",
@@ -69,7 +76,9 @@ __all__ = [
     "PeerLostError",
     "Pipeline",
     "Placement",
+    "Plan",
     "PlanError",
+    "Profile",
     "RunConfig",
     "Schedule",
     "ScheduleError",
@@ -79,20 +88,33 @@ __all__ = [
     "VPipeError",
     "WeightRule",
     "__version__",
+    "build_request",
     "build_schedule",
+    "decide",
+    "explain_lines",
+    "find_plan",
     "load_config",
+    "profile_config",
+    "read_profile",
     "simulate",
+    "simulate_run",
     "validate_schedule",
 ]
 
 _HOMES = {
     "vpipe.config.load": ("load_config",),
+    "vpipe.config.planned": ("build_request", "decide"),
     "vpipe.config.run": ("RunConfig",),
     "vpipe.data.source": ("ArraySource", "BatchSource", "FieldSpec"),
     "vpipe.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "vpipe.model.block": ("Block", "ParameterRef"),
     "vpipe.model.chain": ("Chain",),
     "vpipe.model.loss": ("CallableLoss", "Loss"),
+    "vpipe.plan.explain": ("explain_lines",),
+    "vpipe.plan.profile": ("Profile", "read_profile"),
+    "vpipe.plan.search": ("find_plan",),
+    "vpipe.plan.situation": ("Plan",),
+    "vpipe.report.sweep_simulation": ("simulate_run",),
     "vpipe.runtime.batch": ("Batch",),
     "vpipe.runtime.hooks": ("Hooks",),
     "vpipe.runtime.pipeline": ("Pipeline", "StepResult"),
@@ -103,6 +125,7 @@ _HOMES = {
     "vpipe.schedule.schedule": ("Schedule", "WeightRule"),
     "vpipe.schedule.simulate": ("Simulation", "simulate"),
     "vpipe.schedule.validate": ("validate_schedule",),
+    "vpipe.train.profile": ("profile_config",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

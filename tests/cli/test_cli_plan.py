@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ model: {num_layers: 4, hidden_size: 32, num_heads: 2, intermediate_size: 64}
 pipeline: {num_ranks: 3, num_microbatches: 4}
 train: {iterations: 3, batch_size: 8}
 """
+DOCUMENT = Path(__file__).parents[2] / "docs" / "planner.md"
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -122,6 +124,38 @@ def test_json_and_auto(call: Call) -> None:
     assert len(content["policies"]) == 9
 
 
+def test_a_schedule_has_as_many_stages_as_a_run_of_it(call: Call) -> None:
+    for name, number in (("zb-v", 6), ("interleaved", 6), ("gpipe", 3)):
+        code, out, err = call("--format", "json", "--schedule", name)
+        assert (code, err) == (0, "")
+        assert (json.loads(out)["schedule"], len(json.loads(out)["partition"])) == (name, number)
+    chosen = json.loads(call("--format", "json", "--schedule", "zb-v,gpipe")[1])
+    assert len(chosen["partition"]) == {"zb-v": 6, "gpipe": 3}[chosen["schedule"]]
+
+
+def test_a_partition_is_given_as_a_list_or_a_file(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("--partition", "[4,4,1]")[1] == call("--partition", "4,4,1")[1].replace("on 4,4,1:", "on [4,4,1]:")
+    monkeypatch.chdir(folder)
+    assert call("--partition", "uniform", "--schedule", "zb-v", "-o", folder / "p.json")[0] == 0
+    content = json.loads(call("--partition", "p.json", "--format", "json", "--set", "pipeline.schedule=auto")[1])
+    assert (content["schedule"], content["partition"]) == ("zb-v", [2, 2, 2, 1, 1, 1])
+
+
+def test_json_has_what_else_there_would_be(call: Call) -> None:
+    content = json.loads(call("--format", "json")[1])
+    assert content["bottleneck"]["stage_ms"] == pytest.approx(content["stages"][0]["forward_ms"] * 3)
+    assert {"uniform", "parameters", "compute"} < content["alternatives"].keys()
+    assert content["alternatives"]["uniform"]["partition"] == [3, 3, 3]
+    assert content["alternatives"]["uniform"]["fits"] is True
+    assert len(content["smallest_limits"]) == 3
+
+
+def test_the_runs_own_partition_is_judged_as_it_runs(call: Call) -> None:
+    out = call("--set", "plan.partition=[3,3,3]")[1]
+    (own,) = (line for line in out.splitlines() if line.startswith("The run's own"))
+    assert own.endswith("ms per step (1f1b, 4 x 2 samples)")
+
+
 def test_a_partition_by_hand_is_simulated_and_bettered(call: Call) -> None:
     code, out, _ = call("--partition", "1,1,7")
     assert code == 0
@@ -142,8 +176,9 @@ def test_a_partition_by_hand_is_simulated_and_bettered(call: Call) -> None:
         (("--memory-limit", "much"), "'much' is no size"),
         (("--memory-limit", "1GiB,1GiB"), "memory_limit has 2 entries for 3 ranks"),
         (("--partition", "4,4"), "has 8 blocks in all"),
-        (("--partition", "best"), "partition 'best' is unknown"),
-        (("--schedule", "zigzag"), "unknown schedule 'zigzag'"),
+        (("--partition", "best"), "best: no such file"),
+        (("--schedule", "zigzag"), "pipeline.schedule = 'zigzag' is not one of "),
+        (("--schedule", "1f1b,zigzag"), "unknown schedule 'zigzag'"),
         (("--microbatches", "some"), "--microbatches 'some' is neither"),
         (("--set", "model.num_layers=5"), "is of a model of 9 blocks, and the run's has 11"),
         (
@@ -175,6 +210,18 @@ def test_without_a_profile_it_measures(call: Call, monkeypatch: pytest.MonkeyPat
     assert call("--microbatches", "auto", profile=None)[0] == 0
     assert call("--microbatches", "2,8", profile=None)[0] == 0
     assert asked == [(3, (2,)), (3, (1,)), (3, (1, 4))]
+
+
+def test_the_example_of_the_documentation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(compile(program, str(DOCUMENT), "exec"), {})
+    *explained, best, rate = capsys.readouterr().out.splitlines()
+    assert explained[0] == "Plan: 1f1b, 4 x 2 samples, partition [4, 3, 2]"
+    assert best.startswith("(4, 3, 2) ")
+    assert float(rate) > 0
 
 
 def test_planning_needs_no_torch(folder: Path) -> None:

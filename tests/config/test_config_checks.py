@@ -110,7 +110,7 @@ def test_legal(changes: dict[str, Any]) -> None:
         ),
         (
             {"pipeline.num_ranks": 50, "plan.partition": "uniform"},
-            "pipeline.num_ranks = 50 with 1 stages each makes 50 stages out of 49 blocks; use at most 49 stages",
+            "pipeline.num_ranks = 50 with 1 stage each makes 50 stages out of 49 blocks; use at most 49 stages",
         ),
         (
             {"pipeline.macrobatch": True},

@@ -8,7 +8,7 @@ import pytest
 
 from vpipe.config import RunConfig, build_config
 from vpipe.config.planned import decide, name_schedules, own_counts, sizes_needed, with_plan
-from vpipe.errors import PlanError
+from vpipe.errors import ConfigError, PlanError
 from vpipe.plan.profile import BlockProfile, Profile, SizeProfile
 
 RUN: dict[str, Any] = {
@@ -68,6 +68,31 @@ def test_named_cuts_and_lists_are_kept() -> None:
     assert (run.plan.partition, run.plan.policies, run.recompute_ratios) == ([5, 2, 2], None, [1.0, 1.0, 1.0])
 
 
+def test_a_schedule_is_chosen_for_named_cuts_and_for_lists() -> None:
+    names = [[3, 3, 3], [2, 2, 2, 1, 1, 1]]
+    assert planned("pipeline.schedule=auto").plan.partition in names
+    assert planned("pipeline.schedule=auto", "plan.partition=[3,3,3]").pipeline.stages_per_rank == 1
+    run = planned("pipeline.schedule=auto", "plan.partition=[2,2,2,1,1,1]")
+    assert (run.pipeline.stages_per_rank, run.plan.partition) == (2, [2, 2, 2, 1, 1, 1])
+    assert planned("pipeline.schedule=auto", "pipeline.recompute_ratio=1").pipeline.recompute_ratio == 1
+    with pytest.raises(ConfigError, match=r"has 4 entries for 3 stages"):
+        run_with("pipeline.schedule=auto", "plan.partition=[4,3,1,1]")
+    with pytest.raises(PlanError, match=r"recompute_ratio has 3 entries for 6 stages"):
+        decide(
+            run_with("pipeline.schedule=auto", "plan.partition=[2,2,2,1,1,1]", "pipeline.recompute_ratio=[1,0,0]"),
+            profile_of(),
+        )
+
+
+def test_only_a_planned_run_recomputes_ahead_by_itself() -> None:
+    cut, slow = "plan.partition=[6,2,1]", "pipeline.recompute_ratio=[0,0.5,1]"
+    assert decide(run_with(cut, slow), profile_of()).plan.ahead == ()
+    run = planned(cut, slow, "plan.memory_limit=1GiB")
+    assert run.plan.recompute_ahead
+    told = decide(run_with(cut, slow, "plan.memory_limit=1GiB", "plan.recompute_ahead=[1]"), profile_of()).plan
+    assert told.ahead == (1,)
+
+
 def test_microbatches_and_schedule() -> None:
     run = planned("pipeline.num_microbatches=auto", "pipeline.schedule=auto", "plan.partition=auto")
     assert run.pipeline.num_microbatches in (6, 12)
@@ -99,6 +124,15 @@ def test_never_recompute_is_kept() -> None:
     # Without recomputation only swapping is left, and this profile has no host memory.
     with pytest.raises(PlanError, match="cannot be kept"):
         planned("plan.partition=uniform", "pipeline.recompute=never", "plan.memory_limit=14kB")
+
+    run = planned("plan.partition=auto", "pipeline.recompute=never")
+    assert run.plan.policies == ["keep"] * 9
+
+
+def test_what_keeps_the_last_microbatch_is_not_predicted() -> None:
+    run = run_with("pipeline.schedule=gpipe", "pipeline.recompute=except_last")
+    with pytest.raises(PlanError, match="'except_last' keeps a batch's last microbatch whole, which is not predicted"):
+        decide(run, profile_of())
 
 
 def test_sizes_needed() -> None:

@@ -60,6 +60,49 @@ def test_what_moving_weights_costs_is_named() -> None:
     assert "all kept, older weights swapped (2 ms, and 4 ms on the host link)" in lines
 
 
+def test_microbatches_in_flight_are_told() -> None:
+    lines = plan_lines(request := Request(uniform_profile(8), 4, 8), judge_partition(request, [2] * 4))
+    head = next(line for line in lines if "in flight" in line)
+    end = head.index("in flight") + len("in flight")
+    rows = lines[lines.index(head) + 1 :][:4]
+    assert [row[:end].split()[-1] for row in rows] == ["4", "3", "2", "1"]
+
+
+def test_the_compute_cut_gives_a_slow_rank_less() -> None:
+    request = Request(uniform_profile(9, rank_speeds=(1.0, 0.3)), 2, 8)
+    assert find_plan(request).naive["compute"].partition == (7, 2)
+    assert find_plan(Request(uniform_profile(8), 2, 8)).naive["compute"].partition == (4, 4)
+
+
+def test_what_does_not_fit_is_not_called_fast_and_nothing_is_minus_zero() -> None:
+    kept = judge_partition(Request(uniform_profile(8), 2, 8), [4, 4], [Policy.KEEP] * 8)
+    request = Request(uniform_profile(8), 2, 8, limits=[int(0.7 * kept.memory[0].most)])
+    outcome = find_plan(request)
+    large = judge_partition(request, [4, 4], [Policy.KEEP] * 8)
+    assert large.sample_ms < outcome.best.sample_ms
+    told = compare_lines(outcome, large, "by hand")[-1]
+    assert told.startswith("  to fit, the planner would change what ")
+    share = outcome.best.sample_ms / large.sample_ms - 1
+    assert told.endswith(f"{share:.1%} slower")
+    rows = explain_lines(replace(outcome, ranked=(outcome.best, replace(large, step_ms=outcome.best.step_ms - 1e-9))))
+    assert not any("-0.0%" in row for row in rows)
+    assert not any("does not fit" in row and "%" in row for row in rows)
+    assert any("does not fit" in row for row in rows)
+
+
+def test_recomputing_ahead_is_a_change_that_is_named() -> None:
+    profile = uniform_profile(8)
+    request = Request(profile, 4, 8, is_eager=False)
+    outcome = find_plan(request)
+    again = [Policy.RECOMPUTE] * 8
+    plain, ahead = (judge_partition(request, [2] * 4, again, stages) for stages in ((), None))
+    assert ahead.ahead
+    assert ahead.step_ms < plain.step_ms
+    told = compare_lines(replace(outcome, best=ahead), plain, "by hand")[-1]
+    stages = " ".join(map(str, ahead.ahead))
+    assert told.startswith(f"  the planner would let stages {stages} recompute before the gradient arrives: ")
+
+
 def test_a_slow_rank_is_named_as_the_bottleneck() -> None:
     outcome = find_plan(Request(uniform_profile(2, rank_speeds=(1.0, 0.25)), 2, 8))
     assert "Bottleneck: stage 1 on rank 1, whose speed is 0.25: 12 ms per microbatch" in "\n".join(

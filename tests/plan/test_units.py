@@ -21,7 +21,17 @@ def test_other_texts_are_refused(text: str) -> None:
         parse_bytes(text)
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (2**20, "1 MiB"), (1.5 * 2**30, "1.5 GiB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.7 * 2**10, "0.976 MiB"),
+        (999.4 * 2**10, "999 KiB"),
+        (2**20, "1 MiB"),
+        (1.5 * 2**30, "1.5 GiB"),
+    ],
+)
 def test_sizes_are_written(size: float, text: str) -> None:
     assert format_bytes(size) == text
 

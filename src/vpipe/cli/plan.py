@@ -12,19 +12,15 @@ import click
 from vpipe.cli.profiling import obtain_profile, read_counts, read_profile_aloud
 from vpipe.cli.shared import read_config_aloud, short
 from vpipe.config import RunConfig
-from vpipe.config.planned import (
-    build_request,
-    given_policies,
-    name_schedules,
-    resolve_cut,
-    sizes_needed,
-)
+from vpipe.config.planned import build_request, judge_by_hand, name_schedules, sizes_needed
+from vpipe.errors import PlanError
 from vpipe.plan.explain import compare_lines, explain_lines, plan_lines
-from vpipe.plan.plan_file import plan_to_dict
+from vpipe.plan.plan_file import outcome_to_dict, plan_to_dict
 from vpipe.plan.profile import Profile
-from vpipe.plan.search import Outcome, Request, find_plan, judge_partition
+from vpipe.plan.search import Outcome, Request, find_plan
 from vpipe.plan.situation import Plan
 from vpipe.plan.units import parse_bytes
+from vpipe.schedule.registry import known_entry
 
 __all__ = ["command"]
 
@@ -48,7 +44,11 @@ __all__ = ["command"]
     "--memory-limit", metavar="SIZE[,SIZE...]", help="Bytes that a rank may hold, e.g. 4GiB: one for all, or one each."
 )
 @click.option(
-    "--partition", default="auto", show_default=True, help="auto, uniform, parameters, compute, or 12,13,13,11."
+    "--partition",
+    default="auto",
+    show_default=True,
+    metavar="NAME|LIST|FILE",
+    help="auto, uniform, parameters, compute, blocks per stage as 12,13,13,11, or a plan file.",
 )
 @click.option("--schedule", help="A schedule's name, several (1f1b,zb-h1), or auto.  [default: the run's own]")
 @click.option("--microbatches", metavar="N[,N...]|auto", help="Slices of a batch.  [default: the run's own]")
@@ -68,23 +68,52 @@ def command(
     """Plan the run of the YAML file CONFIG: cuts, policies, microbatches, depths, and the schedule with `auto`.
 
     Finds the plan with the least time per sample that every rank has the memory for, ranked by the simulator, and
-    explains it. Another --partition is checked and simulated instead, and compared with what the planner would do.
+    explains it. Another --partition is checked and simulated instead, as a run with it would run, and compared with
+    what the planner would do. The options of one value say what --set plan.memory_limit, plan.partition,
+    pipeline.schedule and pipeline.num_microbatches would.
+
+    A run takes all of a plan from the file that -o writes: --set plan.partition=FILE.
     """
-    run = read_config_aloud(config, overrides)
+    given = [*overrides, *_as_overrides(memory_limit, partition, schedule, microbatches)]
+    run = read_config_aloud(config, given)
     counts = read_counts(run, microbatches)
-    profile = _profile_of(config, overrides, run, profile_file, counts)
-    request = _request(run, profile, counts, memory_limit, schedule)
+    profile = _profile_of(config, given, run, profile_file, counts)
+    request = _request(run, profile, counts, schedule)
     outcome = find_plan(request)
-    plan = outcome.best if partition == "auto" else _by_hand(run, request, _partition(partition))
-    content = plan_to_dict(plan, profile, outcome.lower_bound_ms)
+    is_free = partition == "auto"
+    plan = outcome.best if is_free else judge_by_hand(run, request, run.plan.partition, is_planned=run.needs_plan)
+    content = {**plan_to_dict(plan, profile, outcome.lower_bound_ms), **outcome_to_dict(outcome, plan)}
     if form == "json":
         click.echo(json.dumps(content))
     else:
-        click.echo("\n".join(_lines(run, outcome, plan, partition)))
+        click.echo("\n".join(_lines(run, outcome, plan, None if is_free else partition)))
     if output is not None:
         output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if form == "text":
             click.echo(f"\nwritten to {short(output)}")
+
+
+def _as_overrides(
+    memory_limit: str | None, partition: str, schedule: str | None, microbatches: str | None
+) -> list[str]:
+    """Say with --set what the options of one value say, so that what is planned is what a run with it is."""
+    given = []
+    if memory_limit is not None:
+        given.append(f"plan.memory_limit={[parse_bytes(part) for part in memory_limit.split(',')]}")
+    if partition != "auto":
+        given.append(f"plan.partition={_partition(partition)}")
+    if schedule is not None and "," not in schedule:
+        given.append(f"pipeline.schedule={schedule}")
+    if microbatches is not None and (microbatches == "auto" or microbatches.isdigit()):
+        given.append(f"pipeline.num_microbatches={microbatches}")
+    return given
+
+
+def _partition(text: str) -> str:
+    """Return a partition as YAML: a list with its brackets, a file of the working directory with its folder."""
+    if all(part.strip().isdigit() for part in text.split(",")):
+        return f"[{text}]"
+    return str(Path(text).absolute()) if Path(text).is_file() else text
 
 
 def _profile_of(
@@ -95,39 +124,34 @@ def _profile_of(
     return read_profile_aloud(file, run)
 
 
-def _request(
-    run: RunConfig, profile: Profile, counts: Sequence[int] | None, memory_limit: str | None, schedules: str | None
-) -> Request:
-    """Return what the run asks the planner, with what the options say instead."""
+def _request(run: RunConfig, profile: Profile, counts: Sequence[int] | None, schedules: str | None) -> Request:
+    """Return what the run asks the planner, with several numbers of microbatches or schedules where these are given."""
     request = replace(build_request(run, profile), num_microbatches=counts)
-    if memory_limit is not None:
-        request = replace(request, limits=[parse_bytes(part) for part in memory_limit.split(",")])
-    if schedules is not None:
-        names = [each for name in schedules.split(",") for each in name_schedules(name.strip())]
-        several = len(names) > 1 and run.pipeline.stages_per_rank == 1
-        request = replace(request, schedules=names, stages_per_rank=None if several else request.stages_per_rank)
-    return request
+    if schedules is None or "," not in schedules:
+        return request
+    names = [each for name in schedules.split(",") for each in name_schedules(name.strip())]
+    entry, per_rank = known_entry(run.pipeline.schedule), run.pipeline.stages_per_rank
+    is_default = per_rank == (1 if entry is None else entry.default_stages_per_rank)
+    return replace(request, schedules=names, stages_per_rank=None if is_default else per_rank)
 
 
-def _partition(text: str) -> str | list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        return text
-    return [int(part) for part in parts]
-
-
-def _by_hand(run: RunConfig, request: Request, partition: str | Sequence[int]) -> Plan:
-    """Judge a partition that was asked for, with what the run says about activations where it says something."""
-    cut = resolve_cut(partition, request.profile, run.num_stages)
-    return judge_partition(request, cut, given_policies(run, cut))
-
-
-def _lines(run: RunConfig, outcome: Outcome, plan: Plan, partition: str) -> list[str]:
-    if partition != "auto":
+def _lines(run: RunConfig, outcome: Outcome, plan: Plan, partition: str | None) -> list[str]:
+    if partition is not None:
         return [*plan_lines(outcome.request, plan), "", *compare_lines(outcome, plan, f"Partition {partition}")]
     lines = explain_lines(outcome)
     own = run.plan.partition
     if isinstance(own, list):
-        request = replace(outcome.request, schedules=name_schedules(run.pipeline.schedule))
-        lines += ["", *compare_lines(outcome, _by_hand(run, request, own), "The run's own")]
+        request, pipeline = outcome.request, run.pipeline
+        if pipeline.schedule != "auto":  # several may have been asked for
+            names = name_schedules(pipeline.schedule)
+            request = replace(request, schedules=names, stages_per_rank=pipeline.stages_per_rank)
+        lines += ["", *_own_lines(run, outcome, request)]
     return lines
+
+
+def _own_lines(run: RunConfig, outcome: Outcome, request: Request) -> list[str]:
+    try:
+        plan = judge_by_hand(run, request, run.plan.partition, is_planned=run.needs_plan)
+    except PlanError as error:
+        return [f"The run's own {run.plan.partition} cannot be compared: {error}"]
+    return compare_lines(outcome, plan, "The run's own")

@@ -111,12 +111,14 @@ def _check_partition(run: RunConfig) -> Iterator[Problem]:
     keys = ("plan.partition", "pipeline.num_ranks", "pipeline.stages_per_rank", "launch.machines", "model.num_layers")
     if isinstance(partition, list):
         blocks = sum(partition) if num_blocks is None else num_blocks
-        for reason in check_partition(partition, blocks, run.num_stages):
+        # The planner looks for schedules with that many stages.
+        is_open = run.pipeline.schedule == "auto" and len(partition) % run.num_ranks == 0
+        for reason in check_partition(partition, blocks, len(partition) if is_open else run.num_stages):
             yield Problem(keys, f"plan.partition = {show(partition)}: {reason}")
     elif num_blocks is not None and run.num_stages > num_blocks:
         yield Problem(
             keys,
-            f"pipeline.num_ranks = {run.num_ranks} with {run.pipeline.stages_per_rank} stages each makes "
+            f"pipeline.num_ranks = {run.num_ranks} with {_stages(run.pipeline.stages_per_rank)} each makes "
             f"{run.num_stages} stages out of {num_blocks} blocks; use at most {num_blocks} stages",
         )
 
@@ -290,6 +292,10 @@ def _check_optimizer(run: RunConfig) -> Iterator[Problem]:
             "optimizer.step_size_iterations and optimizer.step_size_epochs are both missing; "
             "optimizer.learning_rate_policy = 'step' needs one of them",
         )
+
+
+def _stages(number: int) -> str:
+    return f"{number} stage" + "s" * (number != 1)
 
 
 def _nearest_divisors(number: int, near: int) -> list[int]:

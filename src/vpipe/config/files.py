@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vpipe.config.fields import show
 from vpipe.config.problems import did_you_mean
@@ -177,7 +177,7 @@ def _read_object(path: Path, keys: tuple[str, ...], ignored: tuple[str, ...] = (
     return content
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -29,9 +29,9 @@ def _check_policies(run: RunConfig) -> Iterator[Problem]:
     policies, partition = plan.policies, plan.partition
     chosen = pipeline.recompute is not None or any(run.recompute_ratios)
     keys = ("plan.policies", "plan.partition", "pipeline.recompute", "pipeline.recompute_ratio")
-    if partition == "auto" and (policies is not None or chosen):
-        what = "plan.policies" if policies is not None else "pipeline.recompute or recompute_ratio"
-        yield Problem(keys, f"plan.partition = 'auto' lets the planner choose what recomputes; leave {what} out")
+    if partition == "auto" and (fix := _fix_choice(run)):
+        how = f"leave {fix[0]} out, or say --set {fix[1]}"
+        yield Problem(keys, f"plan.partition = 'auto' lets the planner choose what recomputes; {how}")
         return
     if policies is None:
         return
@@ -44,6 +44,18 @@ def _check_policies(run: RunConfig) -> Iterator[Problem]:
         yield Problem((*keys, "model.num_layers"), text)
 
 
+def _fix_choice(run: RunConfig) -> tuple[str, str] | None:
+    """Return the key that says what recomputes, and how to say that it does not; None where nothing is said.
+
+    `never` says what the planner may not do, which it keeps.
+    """
+    if run.plan.policies is not None:
+        return "plan.policies", "plan.policies=null"
+    if run.pipeline.recompute in ("always", "except_last"):
+        return "pipeline.recompute", "pipeline.recompute=null"
+    return ("pipeline.recompute_ratio", "pipeline.recompute_ratio=0") if any(run.recompute_ratios) else None
+
+
 def _check_stages(run: RunConfig, key: str, stages: object) -> Iterator[Problem]:
     for stage in stages if isinstance(stages, list) else ():
         if stage >= run.num_stages:
@@ -54,6 +66,12 @@ def _check_stages(run: RunConfig, key: str, stages: object) -> Iterator[Problem]
 
 def _check_limit(run: RunConfig) -> Iterator[Problem]:
     limit = run.plan.memory_limit
+    if run.needs_plan and run.pipeline.recompute == "except_last" and run.plan.partition != "auto":
+        yield Problem(
+            ("pipeline.recompute", "plan.memory_limit", "plan.partition", "pipeline.num_microbatches"),
+            "pipeline.recompute = 'except_last' keeps a batch's last microbatch whole, which plan.memory_limit and "
+            "what is left to the planner cannot count with; give 'always', recompute_ratio or plan.policies, or null",
+        )
     if isinstance(limit, list) and len(limit) not in (1, run.num_ranks):
         text = (
             f"plan.memory_limit has {len(limit)} entries for {run.num_ranks} ranks; give one for all, or one per rank"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from vpipe.config.profiled import check_profile_fits
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import LaunchConfig
 from vpipe.errors import PlanError
+from vpipe.plan.by_hand import Given
 from vpipe.plan.memory import Policy
-from vpipe.plan.partition import partition_by_weight, partition_uniform
 from vpipe.plan.plan_file import trailing_policies
 from vpipe.plan.profile import Profile
-from vpipe.plan.search import Outcome, Request, find_plan, plan_partition
+from vpipe.plan.search import Outcome, Request, find_plan, judge_partition, plan_partition
 from vpipe.plan.setting import sizes_to_profile
 from vpipe.plan.situation import Plan
 from vpipe.schedule.registry import SCHEDULES, find_entry
@@ -23,9 +24,9 @@ __all__ = [
     "build_request",
     "decide",
     "given_policies",
+    "judge_by_hand",
     "name_schedules",
     "own_counts",
-    "resolve_cut",
     "sizes_needed",
     "with_plan",
 ]
@@ -115,27 +116,6 @@ def _version_moves(run: RunConfig, profile: Profile) -> bool | Sequence[int] | N
     return False if run.plan.swap_versions is None and not is_open else run.plan.swap_versions
 
 
-def resolve_cut(partition: Sequence[int] | str, profile: Profile, num_stages: int) -> list[int]:
-    """Turn a partition other than `auto` into blocks per stage.
-
-    Raises:
-        PlanError: fewer blocks than stages, or an unknown name.
-    """
-    if not isinstance(partition, str):
-        return list(partition)
-    blocks = profile.sizes[0].blocks
-    if partition == "uniform":
-        return partition_uniform(len(blocks), num_stages)
-    if partition == "parameters":
-        return partition_by_weight([block.parameter_bytes for block in blocks], num_stages)
-    if partition == "compute":
-        return partition_by_weight([block.forward_ms + block.backward_ms for block in blocks], num_stages)
-    raise PlanError(
-        f"partition '{partition}' is unknown; use auto, uniform, parameters, compute, or blocks per stage such as "
-        "12,13,13,11"
-    )
-
-
 def decide(run: RunConfig, profile: Profile) -> Decision:
     """Plan a run: choose what it leaves open, keep what it gives.
 
@@ -149,18 +129,46 @@ def decide(run: RunConfig, profile: Profile) -> Decision:
     if run.plan.partition == "auto":
         found = find_plan(request)
         return Decision(request, found.best, found)
-    # What is given by hand is not changed beyond what was left open.
-    fixed = replace(request, is_eager=False)
-    cut = resolve_cut(run.plan.partition, profile, run.num_stages)
-    return Decision(request, plan_partition(fixed, cut, given_policies(run, cut)))
+    return Decision(request, plan_partition(*_by_hand(run, request, run.plan.partition, is_planned=run.needs_plan)))
+
+
+def judge_by_hand(run: RunConfig, request: Request, partition: Sequence[int] | str, *, is_planned: bool) -> Plan:
+    """Judge a partition as a run with it would run; one that is not planned does nothing that it does not say itself.
+
+    Raises:
+        PlanError: it does not cut the model into the stages.
+    """
+    return judge_partition(*_by_hand(run, request, partition, is_planned=is_planned))
+
+
+def _by_hand(
+    run: RunConfig, request: Request, partition: Sequence[int] | str, *, is_planned: bool
+) -> tuple[Request, Sequence[int] | str, Given, Collection[int] | None]:
+    """Return what judges a given partition: what is given by hand is not changed beyond what was left open."""
+    ahead = run.plan.recompute_ahead
+    chosen = None if is_planned and not ahead else ahead
+    return replace(request, is_eager=False), partition, partial(given_policies, run), chosen
 
 
 def given_policies(run: RunConfig, cut: Sequence[int]) -> Sequence[Policy] | None:
-    """Return what the run itself says about activations; None leaves them to the planner."""
-    if run.plan.policies is not None and len(run.plan.policies) == sum(cut):
+    """Return what the run itself says about activations; None leaves them to the planner.
+
+    Raises:
+        PlanError: it lists ratios for another number of stages, or recomputes in a way that is not predicted.
+    """
+    if run.plan.policies is not None:
         return [Policy(name) for name in run.plan.policies]
+    if run.pipeline.recompute == "except_last":
+        raise PlanError(
+            "pipeline.recompute = 'except_last' keeps a batch's last microbatch whole, which is not predicted: give "
+            "'always', or recompute_ratio, or plan.policies"
+        )
     ratios = run.recompute_ratios
-    return trailing_policies(cut, ratios) if any(ratios) and len(ratios) == len(cut) else None
+    if len(set(ratios)) == 1:
+        ratios = ratios[:1] * len(cut)
+    if len(ratios) != len(cut):
+        raise PlanError(f"pipeline.recompute_ratio has {len(ratios)} entries for {len(cut)} stages; give one per stage")
+    return trailing_policies(cut, ratios) if any(ratios) else None
 
 
 def with_plan(run: RunConfig, plan: Plan) -> RunConfig:

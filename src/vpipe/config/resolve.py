@@ -161,7 +161,7 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
 def _without_another_prediction(run: RunConfig) -> tuple[RunConfig, list[str]]:
     """Leave out what was predicted of another model, and say so."""
     measured = (run.plan.predicted or {}).get("made_of")
-    other = other_keys(run, measured) if isinstance(measured, dict) else []
+    other = other_keys(run, {key: str(value) for key, value in measured.items()}) if isinstance(measured, dict) else []
     if not other:
         return run, []
     text = f"plan.partition was planned with {'; with '.join(other)}: the prediction does not hold"

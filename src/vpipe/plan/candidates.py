@@ -9,7 +9,7 @@ import numpy as np
 
 from vpipe.plan.costs import Array
 from vpipe.plan.partition import partition_by_weight, partition_uniform
-from vpipe.plan.partition_exact import cut_least_sum, each_matrix
+from vpipe.plan.partition_exact import cut_least_sum, cut_minimax, each_matrix
 from vpipe.plan.stage_times import StageTimes
 
 __all__ = ["candidate_cuts", "naive_cuts", "neighbours"]
@@ -42,8 +42,17 @@ def naive_cuts(times: StageTimes) -> dict[str, list[int]]:
     return {
         "uniform": partition_uniform(len(blocks), num_stages),
         "parameters": partition_by_weight([block.parameter_bytes for block in blocks], num_stages),
-        "compute": partition_by_weight([block.forward_ms + block.backward_ms for block in blocks], num_stages),
+        "compute": _by_compute(times),
     }
+
+
+def _by_compute(times: StageTimes) -> list[int]:
+    """Cut with the least measured time on the busiest stage; ranks that are faster get more."""
+    chain = times.chain
+    if len(set(times.speeds)) == 1:
+        return partition_by_weight([block.forward_ms + block.backward_ms for block in chain.blocks], len(times.speeds))
+    work = sum(chain.between(name) for name in ("forward_ms", "input_grad_ms", "weight_grad_ms"))
+    return cut_minimax([np.where(chain.is_stage, work / speed, np.inf) for speed in times.speeds])[1]
 
 
 def neighbours(partition: Sequence[int]) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ from vpipe.plan.search import Outcome, Request
 from vpipe.plan.situation import Plan
 from vpipe.plan.table import format_table
 from vpipe.plan.units import describe_memory, format_bytes
+from vpipe.schedule.memory import stage_activations
 
 __all__ = ["brief_lines", "compare_lines", "explain_lines", "plan_lines"]
 
@@ -68,11 +69,11 @@ def compare_lines(outcome: Outcome, plan: Plan, name: str) -> list[str]:
         for rank, (memory, limit) in enumerate(zip(plan.memory, limits, strict=True))
         if memory.most > outcome.request.usable_limits[rank]
     ]
-    gain = plan.sample_ms / best.sample_ms - 1
-    if gain < 0.001 and plan.fits(outcome.request.usable_limits):
+    gain, fits = plan.sample_ms / best.sample_ms - 1, plan.fits(outcome.request.usable_limits)
+    if gain < 0.001 and fits:
         return [*lines, "  the planner finds nothing better" if gain <= 0 else "  the planner gains under 0.1 %"]
-    changes = _changes(plan, best)
-    return [*lines, f"  the planner would {'; '.join(changes)}: {_versus(best, plan)}"]
+    changes, why = _changes(plan, best), "" if fits else "to fit, "
+    return [*lines, f"  {why}the planner would {'; '.join(changes)}: {_versus(best, plan)}"]
 
 
 def _changes(plan: Plan, best: Plan) -> list[str]:
@@ -84,22 +85,35 @@ def _changes(plan: Plan, best: Plan) -> list[str]:
     if plan.policies != best.policies:
         pairs = zip(plan.policies, best.policies, strict=True)
         changes.append(f"change what {sum(one is not other for one, other in pairs)} blocks do with activations")
-    return changes or ["change nothing"]
+    if plan.ahead != best.ahead:
+        stages = f"stages {' '.join(map(str, best.ahead))}" if best.ahead else "no stage"
+        changes.append(f"let {stages} recompute before the gradient arrives")
+    return changes
 
 
 def _versus(plan: Plan, other: Plan) -> str:
-    """Say how much faster `plan` is than `other`."""
-    gain = other.sample_ms / plan.sample_ms - 1
-    return f"{plan.sample_ms:.4g} instead of {other.sample_ms:.4g} ms per sample, {abs(gain):.1%} " + (
-        "faster" if gain >= 0 else "slower"
+    """Say how much faster or slower `plan` is than `other`: by how much the slower of both takes longer."""
+    slow, fast = max(plan.sample_ms, other.sample_ms), min(plan.sample_ms, other.sample_ms)
+    words = "faster" if plan.sample_ms <= other.sample_ms else "slower"
+    return (
+        f"{plan.sample_ms:.4g} instead of {other.sample_ms:.4g} ms per sample, {_percent(slow / fast - 1)} {words}"
+        if fast
+        else f"{plan.sample_ms:.4g} instead of {other.sample_ms:.4g} ms per sample"
     )
+
+
+def _percent(share: float) -> str:
+    """Write a share without a minus before a zero."""
+    return f"{share:.1%}".replace("-0.0%", "0.0%")
 
 
 def _stage_table(request: Request, plan: Plan) -> list[str]:
     blocks = request.profile.at(plan.setting.microbatch_size).blocks
     placement = plan.setting.build().placement
-    rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "activations"]]
-    costs = plan.costs
+    rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "in flight", "activations"]]
+    costs, setting = plan.costs, plan.setting
+    steady = setting.build() if setting.synchronous else setting.build(setting.num_batches_until_steady)
+    in_flight = stage_activations(steady)
     for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
         backward = plan.stage_ms[stage] - costs.forward[stage]
         work = plan.busy_ms[stage] * plan.setting.num_microbatches
@@ -112,10 +126,11 @@ def _stage_table(request: Request, plan: Plan) -> list[str]:
                 f"{costs.forward[stage]:.4g} ms",
                 f"{backward:.4g} ms",
                 f"{work / plan.step_ms:.0%}" if plan.step_ms else "",
+                str(in_flight[stage]),
                 _policy_words(request, plan, stage, placement.rank_of(stage), start, stop),
             ]
         )
-    return format_table(rows, left={3, 7})
+    return format_table(rows, left={3, 8})
 
 
 def _names(blocks: Sequence[BlockProfile]) -> str:
@@ -186,7 +201,7 @@ def _alternative_lines(outcome: Outcome) -> list[str]:
             notes.append(plan.setting.describe())
         elif plan.partition == outcome.best.partition:
             notes.append("the same cut")
-        slower = f"{plan.sample_ms / outcome.best.sample_ms - 1:.1%}" if outcome.best.sample_ms else ""
+        slower = _percent(plan.sample_ms / outcome.best.sample_ms - 1) if outcome.best.sample_ms and not over else ""
         rows.append([name, _short(plan.partition), f"{plan.step_ms:.4g}", f"{plan.sample_ms:.4g}", slower, *notes[:1]])
     return format_table([row + [""] * (6 - len(row)) for row in rows], left={0, 1, 5})
 

@@ -10,9 +10,10 @@ from typing import Any
 from vpipe.plan.memory import Policy
 from vpipe.plan.partition import recompute_blocks
 from vpipe.plan.profile import Profile
+from vpipe.plan.search import Outcome
 from vpipe.plan.situation import Plan
 
-__all__ = ["plan_to_dict", "trailing_policies"]
+__all__ = ["outcome_to_dict", "plan_to_dict", "trailing_policies"]
 
 _SWITCHES = {"microbatches_per_update": "macrobatch", "vertical_sync": "vertical_sync"}
 """Options of schedules that a run switches on by a key of another name."""
@@ -48,6 +49,31 @@ def plan_to_dict(plan: Plan, profile: Profile, lower_bound_ms: float | None = No
             **({"made_of": dict(profile.made_of)} if profile.made_of else {}),
         },
         "profile": profile.fingerprint,
+    }
+
+
+def outcome_to_dict(outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    """Return for JSON what there would be instead of `plan`, what limits it, and the least memory it could do with."""
+    stage = max(range(len(plan.stage_ms)), key=plan.stage_ms.__getitem__)
+    others = {"best": outcome.best, **dict(zip(["next_best"], outcome.ranked[1:2], strict=False)), **outcome.naive}
+    return {
+        "bottleneck": {
+            "stage": stage,
+            "rank": plan.setting.build().rank_of(stage),
+            "stage_ms": plan.stage_ms[stage],
+        },
+        "alternatives": {name: _alternative(outcome, other) for name, other in others.items() if other is not plan},
+        "smallest_limits": list(outcome.smallest_limits),
+    }
+
+
+def _alternative(outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    return {
+        "partition": list(plan.partition),
+        "setting": plan.setting.describe(),
+        "step_ms": plan.step_ms,
+        "sample_ms": plan.sample_ms,
+        "fits": plan.fits(outcome.request.usable_limits),
     }
 
 

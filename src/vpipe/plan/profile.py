@@ -188,14 +188,14 @@ class Profile:
         return _read_profile(content, source)
 
 
-def read_profile(path: Path) -> Profile:
+def read_profile(path: str | Path) -> Profile:
     """Read a profile from a file.
 
     Raises:
         PlanError: the file is missing or holds no profile.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read ({error}); write one with `vpipe profile CONFIG -o {path}`") from error
     return Profile.from_json(text, str(path))

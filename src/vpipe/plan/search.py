@@ -8,20 +8,19 @@ winners on boundaries are moved block by block while that helps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
 
 from vpipe.errors import PlanError
 from vpipe.plan.bounds import lower_bound_ms
+from vpipe.plan.by_hand import Given, cut_each, judge_cut, policies_of
 from vpipe.plan.candidates import candidate_cuts, naive_cuts, neighbours
 from vpipe.plan.limits import needed_limit, smallest_limits, usable_bytes
 from vpipe.plan.memory import Policy
-from vpipe.plan.partition import validate_partition
 from vpipe.plan.policies import Frontiers
-from vpipe.plan.profile import Profile
+from vpipe.plan.request import Request
 from vpipe.plan.setting import Setting, microbatch_choices, settings
 from vpipe.plan.situation import Plan, Situation
 from vpipe.plan.units import describe_memory, format_bytes
@@ -35,54 +34,6 @@ _MAX_ACTIONS = 50_000
 """Actions that ranking may simulate, and moving the boundaries of one plan: what takes about a tenth of a second."""
 _FEWEST_SIMULATED = 4
 """Plans that are simulated however many actions they have."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to plan for. Times are minimised per sample, at a fixed global batch."""
-
-    profile: Profile
-    num_ranks: int
-    batch_size: int
-    schedules: Sequence[str] = ("1f1b",)
-    num_microbatches: Sequence[int] | None = None
-    """Those to choose from; None: all that the profile tells about."""
-    limits: Sequence[int] | None = None
-    """Bytes per rank, or one number for all."""
-    stages_per_rank: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the schedules: `depths`, `vertical_sync`, `macrobatch`; each takes those it has."""
-    is_eager: bool = True
-    """Whether warmups deeper than the least are tried, where links take time."""
-    policies: Sequence[Policy] = tuple(Policy)
-    """What blocks may do."""
-    sockets: bool = False
-    """Whether ranks exchange messages through sockets, not in memory that both see."""
-
-    @property
-    def rank_limits(self) -> tuple[float, ...]:
-        """Return one limit per rank, infinite where there is none.
-
-        Raises:
-            PlanError: another number of limits than ranks, or one that is no number of bytes.
-        """
-        if self.limits is None:
-            return (math.inf,) * self.num_ranks
-        limits = tuple(self.limits) if len(self.limits) > 1 else tuple(self.limits) * self.num_ranks
-        if len(limits) != self.num_ranks:
-            raise PlanError(
-                f"memory_limit has {len(limits)} entries for {self.num_ranks} ranks; give one for all, or one per rank"
-            )
-        for rank, limit in enumerate(limits):
-            if limit < 1:
-                raise PlanError(f"memory_limit of rank {rank} is {limit} bytes; a limit is at least 1 byte")
-        return tuple(map(float, limits))
-
-    @property
-    def usable_limits(self) -> tuple[float, ...]:
-        """Return what every rank may be planned to hold."""
-        limits = self.rank_limits
-        return limits if self.limits is None else tuple(float(usable_bytes(int(limit))) for limit in limits)
 
 
 @dataclass(frozen=True)
@@ -109,7 +60,8 @@ class Outcome:
     def naive(self) -> Mapping[str, Plan]:
         """The `uniform`, `parameters` and `compute` cuts in the best plan's setting; they need not fit."""
         situation = next(each for each in self.situations if each.setting == self.best.setting)
-        return {name: _fixed(situation, cut) for name, cut in naive_cuts(situation.times).items()}
+        cuts = naive_cuts(situation.times).items()
+        return {name: judge_cut(situation, cut, _best_policies(situation, cut), None) for name, cut in cuts}
 
     @property
     def smallest_limits(self) -> tuple[int, ...]:
@@ -156,41 +108,44 @@ def find_plan(request: Request) -> Outcome:
     )
 
 
-def judge_partition(request: Request, partition: Sequence[int], policies: Sequence[Policy] | None = None) -> Plan:
-    """Simulate a partition given by hand, with policies given by hand or else the best that fit; it need not fit.
+def judge_partition(
+    request: Request, partition: Sequence[int] | str, policies: Given = None, ahead: Collection[int] | None = None
+) -> Plan:
+    """Simulate a partition given by hand or name, with given policies or else the best that fit; it need not fit.
 
-    Of several settings in the request, the one it does best in.
+    Of several settings in the request, the one it does best in. Stages of `ahead` recompute before the gradient
+    arrives; None: those that gain by it.
 
     Raises:
         PlanError: it does not cut the model into the stages, or has another number of policies than the model blocks.
     """
     plans: list[tuple[bool, float, int, Plan]] = []
-    for situation in _situations(request):
-        validate_partition(partition, len(situation.chain), situation.schedule.num_stages)
-        if policies is not None and len(policies) != len(situation.chain):
-            raise PlanError(f"{len(policies)} policies for {len(situation.chain)} blocks; give one per block")
-        plan = (
-            _fixed(situation, partition) if policies is None else situation.judge(situation.draft(partition, policies))
-        )
+    for situation, cut in cut_each(_situations(request), partition):
+        given = policies_of(policies, cut)
+        if given is not None and len(given) != len(situation.chain):
+            raise PlanError(f"{len(given)} policies for {len(situation.chain)} blocks; give one per block")
+        plan = judge_cut(situation, cut, given or _best_policies(situation, cut), ahead)
         plans.append((not plan.fits(situation.limits), plan.sample_ms, len(plans), plan))
     return min(plans)[-1]
 
 
-def plan_partition(request: Request, partition: Sequence[int], policies: Sequence[Policy] | None = None) -> Plan:
-    """Return the plan for a partition given by hand, with policies given by hand or else the best that fit.
+def plan_partition(
+    request: Request, partition: Sequence[int] | str, policies: Given = None, ahead: Collection[int] | None = None
+) -> Plan:
+    """Return the plan for a partition given by hand or name, as `judge_partition`.
 
     Raises:
         PlanError: it does not fit within the limits; the text names the smallest that it fits in. Or as
             `judge_partition`.
     """
-    plan = judge_partition(request, partition, policies)
+    plan = judge_partition(request, partition, policies, ahead)
     if plan.fits(request.usable_limits):
         return plan
-    situations = _situations(request)
-    if policies is None:
-        raise PlanError(_refusal(request, *_smallest(situations, partition), f" with partition {list(partition)}"))
-    given = f" with partition {list(partition)} and what it recomputes"
-    raise PlanError(_refusal(request, _needed(request, plan), plan, given))
+    given = f" with partition {list(plan.partition)}"
+    if policies_of(policies, plan.partition) is None:
+        situations = [each for each, _ in cut_each(_situations(request), plan.partition)]
+        raise PlanError(_refusal(request, *_smallest(situations, plan.partition), given))
+    raise PlanError(_refusal(request, _needed(request, plan), plan, f"{given} and what it recomputes"))
 
 
 def _needed(request: Request, plan: Plan) -> tuple[int, ...]:
@@ -295,8 +250,11 @@ def _busiest(situation: Situation, partition: Sequence[int]) -> float:
 
 def _fixed(situation: Situation, partition: Sequence[int]) -> Plan:
     """Judge a cut with the best policies that fit, or with everything kept where nothing fits."""
-    policies = situation.times.policies(partition) or (Policy.KEEP,) * len(situation.chain)
-    return situation.judge(situation.draft(partition, policies))
+    return situation.judge(situation.draft(partition, _best_policies(situation, partition)))
+
+
+def _best_policies(situation: Situation, partition: Sequence[int]) -> tuple[Policy, ...]:
+    return situation.times.policies(partition) or (Policy.KEEP,) * len(situation.chain)
 
 
 def _distinct(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:

@@ -34,7 +34,7 @@ def parse_bytes(text: str) -> int:
 def format_bytes(num_bytes: float) -> str:
     """Write a size with three digits or so."""
     power = 0
-    while num_bytes >= 1000 and power < len(_UNITS) - 1:
+    while num_bytes >= 999.5 and power < len(_UNITS) - 1:
         num_bytes /= 1024
         power += 1
     return f"{num_bytes:.0f} {_UNITS[power]}" if power == 0 else f"{num_bytes:.3g} {_UNITS[power]}"

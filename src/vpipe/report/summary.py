@@ -124,12 +124,12 @@ def _prediction(given: Any) -> str:
     if not given:
         return _MISSING
     step = given["step_ms"]
-    words = f"{step['predicted']:.1f} ms per iteration ({_number(step['error'], '{:+.1%}')})"
+    words = f"{step['predicted']:.1f} ms ({_number(step['error'], '{:+.1%}')})"
     ranks = [rank for rank in given.get("memory_bytes", []) if rank["error"] is not None]
     if not ranks:
         return words
     worst = max(ranks, key=lambda rank: abs(rank["error"]))
-    return f"{words}, {_size(worst['predicted'])} held where it is furthest off ({worst['error']:+.1%})"
+    return f"{words}; memory at worst {_size(worst['predicted'])} ({worst['error']:+.1%})"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.schedule import Schedule
 
-__all__ = ["peak_activations"]
+__all__ = ["peak_activations", "stage_activations"]
 
 
 def peak_activations(schedule: Schedule) -> tuple[float, ...]:
@@ -18,6 +18,11 @@ def peak_activations(schedule: Schedule) -> tuple[float, ...]:
     """
     stages_per_rank = schedule.placement.stages_per_rank
     return tuple(_peak(order) / stages_per_rank for order in schedule.orders)
+
+
+def stage_activations(schedule: Schedule) -> tuple[int, ...]:
+    """Return the largest number of microbatches that each stage holds, as `peak_activations` counts them."""
+    return tuple(_peak(schedule.stage_order(stage)) for stage in range(schedule.num_stages))
 
 
 def _peak(order: Iterable[Action]) -> int:
