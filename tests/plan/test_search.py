@@ -243,15 +243,13 @@ def test_stages_recompute_ahead_where_that_saves_time_and_fits() -> None:
     free = find_plan(Request(profile, 4, 8)).best
     limits = [free.memory[0].total - 100] * 4
     best = find_plan(Request(profile, 4, 8, limits=limits)).best
-    plain = judge_partition(Request(profile, 4, 8, limits=limits), best.partition, best.policies, ())
-    same = judge_partition(Request(profile, 4, 8, limits=limits), best.partition, best.policies)
-    assert same.ahead == best.ahead
+    plain = judge_partition(Request(profile, 4, 8, limits=limits), best.partition, best.policies, ahead=())
     assert best.ahead
     assert best.step_ms < plain.step_ms
     assert best.fits(limits)
     # A limit that the recomputed blocks one by one keep, and all at once would not.
     again = [Policy.RECOMPUTE] * 8
-    held = max(memory.most for memory in judge_partition(Request(profile, 4, 8), [2, 2, 2, 2], again, ()).memory)
+    held = max(memory.most for memory in judge_partition(Request(profile, 4, 8), [2, 2, 2, 2], again, ahead=()).memory)
     tight = find_plan(Request(profile, 4, 8, limits=[needed_limit(held)]))
     assert all(memory.total <= held for memory in tight.best.memory)
     assert 0 not in tight.best.ahead

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import combinations, pairwise
+from math import comb
 
 import numpy as np
 
 from vpipe.plan.costs import Array
+from vpipe.plan.memory import Policy
 from vpipe.plan.partition import partition_by_weight, partition_uniform
 from vpipe.plan.partition_exact import cut_least_sum, cut_minimax, each_matrix
 from vpipe.plan.stage_times import StageTimes
 
-__all__ = ["candidate_cuts", "naive_cuts", "neighbours"]
+__all__ = ["candidate_cuts", "exchanges", "naive_cuts", "neighbours", "searched_cuts"]
 
 _SLACKS = (1.0, 1.02, 1.05, 1.1)
 _ROUNDING = 1 + 1e-12
+_MOST_CUTS = 400
+"""Cuts that a search looks at; where there are no more, it looks at all."""
+
+Cost = tuple[float, ...]
 
 
 def candidate_cuts(times: StageTimes) -> list[list[int]]:
@@ -63,6 +70,66 @@ def neighbours(partition: Sequence[int]) -> Iterator[list[int]]:
             moved[cut] += step
             moved[cut + 1] -= step
             if min(moved[cut], moved[cut + 1]) > 0:
+                yield moved
+
+
+def exchanges(
+    policies: Sequence[Policy], ranks: Sequence[int], allowed: Sequence[Policy]
+) -> Iterator[tuple[Policy, ...]]:
+    """Yield the choices with another policy of one block, then of two blocks of a rank, one of which did not keep.
+
+    `ranks` is where each block is.
+    """
+    changes = [(block, other) for block, own in enumerate(policies) for other in allowed if other is not own]
+    for block, other in changes:
+        yield _with(policies, (block, other))
+    for first, second in combinations(changes, 2):
+        (one, _), (two, _) = first, second
+        if one != two and ranks[one] == ranks[two] and {policies[one], policies[two]} != {Policy.KEEP}:
+            yield _with(policies, first, second)
+
+
+def _with(policies: Sequence[Policy], *changes: tuple[int, Policy]) -> tuple[Policy, ...]:
+    changed = list(policies)
+    for block, policy in changes:
+        changed[block] = policy
+    return tuple(changed)
+
+
+def searched_cuts(
+    cost: Callable[[Sequence[int]], Cost], seeds: Iterable[Sequence[int]], num_blocks: int, num_stages: int
+) -> list[tuple[Cost, list[int]]]:
+    """Return cuts with their costs, the cheapest first: all of a short chain, else those met on the way down.
+
+    From the cheapest seed on, boundaries are moved by one block, or a whole stage is, while that is cheaper; then from
+    the others.
+    """
+    if comb(num_blocks - 1, num_stages - 1) <= _MOST_CUTS:
+        inner = combinations(range(1, num_blocks), num_stages - 1)
+        cuts = [[stop - start for start, stop in pairwise([0, *ends, num_blocks])] for ends in inner]
+        return sorted((cost(cut), cut) for cut in cuts)
+    costs = {tuple(seed): cost(seed) for seed in seeds}
+    for seed in sorted(costs, key=lambda cut: costs[cut]):
+        here, improving = seed, True
+        while improving and len(costs) < _MOST_CUTS:
+            improving = False
+            for cut in map(tuple, [*neighbours(here), *_shifts(here)]):
+                if cut not in costs and len(costs) < _MOST_CUTS:
+                    costs[cut] = cost(cut)
+                    if costs[cut] < costs[here]:
+                        here, improving = cut, True
+                        break
+    return sorted((found, list(cut)) for cut, found in costs.items())
+
+
+def _shifts(partition: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the cuts that move a stage by one block: those beside it get one more, and one fewer."""
+    for stage in range(1, len(partition) - 1):
+        for step in (1, -1):
+            moved = list(partition)
+            moved[stage - 1] += step
+            moved[stage + 1] -= step
+            if min(moved[stage - 1], moved[stage + 1]) > 0:
                 yield moved
 
 

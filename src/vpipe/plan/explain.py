@@ -215,9 +215,14 @@ def _limit_line(outcome: Outcome) -> str:
     limits, plan = outcome.smallest_limits, outcome.smallest
     rank = max(range(len(limits)), key=lambda each: plan.memory[each].most / limits[each])
     named = format_bytes(limits[0]) if len(set(limits)) == 1 else ", ".join(map(format_bytes, limits))
+    found, reason = "", "Less cannot"
+    even = "even when every block holds as little as it can, and"
+    if not outcome.is_smallest_proven:
+        is_shared = any(situation.shares_ranks for situation in outcome.situations)
+        why = "several stages share a rank" if is_shared else "stages are long"
+        found, reason, even = " (found; less may do)", f"It was searched for, not proven, because {why}", "then, and"
     return (
-        f"Smallest limit that can be kept: {named} per rank, at {plan.sample_ms:.4g} ms per sample "
-        f"({plan.setting.describe()}, {list(plan.partition)}). Less cannot: rank {rank} needs "
-        f"{describe_memory(plan.memory[rank])} even when every block holds as little as it can, and 1 % of a limit is "
-        "left to chance."
+        f"Smallest limit that can be kept{found}: {named} per rank, at {plan.sample_ms:.4g} ms per sample "
+        f"({plan.setting.describe()}, {list(plan.partition)}). {reason}: rank {rank} needs "
+        f"{describe_memory(plan.memory[rank])} {even} 1 % of a limit is left to chance."
     )

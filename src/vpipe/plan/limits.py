@@ -3,49 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vpipe.plan.candidates import searched_cuts
 from vpipe.plan.costs import Array, ChainCosts
 from vpipe.plan.loads import SWAP_BUFFERS, Moment, StageLoad
 from vpipe.plan.memory import Policy, each_bytes, transient_of
-from vpipe.plan.partition_exact import cut_minimax
+from vpipe.plan.partition_exact import cut_minimax, useful_intervals
 from vpipe.plan.policies import Frontiers, StageFit
+from vpipe.plan.shared_cuts import rank_bytes, small_cut
 from vpipe.plan.situation import Situation
 
-__all__ = ["least_bytes", "needed_limit", "smallest_limits", "usable_bytes"]
+__all__ = ["Smallest", "find_smallest", "least_bytes", "needed_limit", "scaled_limits", "usable_bytes"]
 
 _THRESHOLDS_TIMES_BLOCKS = 2400
 _SHARE_LEFT = 100
+_MOST_INTERVALS = 2000
+"""Intervals that frontiers are computed of to find the smallest limit of a long chain."""
 
 
-def smallest_limits(
-    situation: Situation, partition: Sequence[int] | None = None
-) -> tuple[tuple[int, ...], Sequence[int]]:
-    """Return the smallest limits per rank that can be kept, in the proportion of those given (equal if none are).
+@dataclass(frozen=True)
+class Smallest:
+    """A cut that small limits are enough for."""
 
-    Time does not count here. Of several stages on a rank each gets its share, so a little less may do, as for long
-    chains (`least_bytes`); otherwise it is exact. With a `partition`, those that this cut can keep.
+    partition: tuple[int, ...]
+    needs: tuple[float, ...]
+    """Fewest bytes found that each rank can do with."""
+    factor: float
+    """By how much the given limits have to be multiplied."""
+    is_proven: bool
+    """Whether no cut and no policies do with limits multiplied by less."""
 
-    Returns:
-        Limits, and the blocks per stage that keep them.
+
+def find_smallest(situation: Situation, partition: Sequence[int] | None = None) -> Smallest:
+    """Find what keeps the smallest limits, in the proportion of those given (equal if none are).
+
+    Time does not count here. It is exact for one stage per rank, as long as the frontiers of the intervals that matter
+    are; otherwise a search. With a `partition`, what keeps the smallest limits with this cut.
     """
     given = situation.limits if np.isfinite(situation.limits).all() else (1.0,) * len(situation.limits)
-    placement = situation.schedule.placement
-    times = situation.times
-    shares = [share * given[placement.rank_of(stage)] for stage, share in enumerate(situation.stage_shares)]
+    if situation.shares_ranks:
+        cut, is_proven = partition or small_cut(situation, given), False
+        needs = rank_bytes(situation, cut)
+    else:
+        least = _LeastBytes(situation.times.frontiers, situation.loads)
+        cut, is_complete = (partition, True) if partition else _small_cut(situation, given, least)
+        needs = least.of_cut(cut)
+        is_proven = is_complete and situation.times.frontiers.is_exact
+    factor = max(need / limit for need, limit in zip(needs, given, strict=True))
+    return Smallest(tuple(cut), needs, factor, is_proven)
+
+
+def scaled_limits(limits: Sequence[float], factor: float) -> tuple[int, ...]:
+    """Return the limits of which so many times the usable `limits` can be used; infinite ones count as 1 byte."""
+    given = limits if np.isfinite(limits).all() else (1.0,) * len(limits)
+    return tuple(needed_limit(int(np.ceil(factor * limit - 1e-6))) for limit in given)
+
+
+class _LeastBytes:
+    """Fewest bytes of stages that have their rank to themselves, by their frontiers."""
+
+    def __init__(self, frontiers: Frontiers, loads: Sequence[StageLoad]) -> None:
+        self.frontiers, self.loads = frontiers, loads
+        self._static = np.array([frontiers.chain.static_bytes(load) for load in loads])
+        self._fit = StageFit.of(loads, [1.0] * len(loads), [np.inf] * len(loads))
+        self._found: dict[tuple[int, int, int], float] = {}
+
+    def of_stages(self, stages: NDArray[np.intp], start: int, stop: int) -> Array:
+        """Return what each of some stages needs for one interval."""
+        fit = self._fit.select(stages)
+        return np.asarray(self.frontiers.least_bytes(start, stop, fit) + self._static[stages, start, stop])
+
+    def of_cut(self, partition: Sequence[int]) -> tuple[float, ...]:
+        """Return what every stage of a cut needs."""
+        keys = [(stage, *cut) for stage, cut in enumerate(pairwise([0, *accumulate(partition)]))]
+        for key in keys:
+            if key not in self._found:
+                self._found[key] = float(self.of_stages(np.array([key[0]]), *key[1:])[0])
+        return tuple(self._found[key] for key in keys)
+
+
+def _small_cut(situation: Situation, given: Sequence[float], least: _LeastBytes) -> tuple[Sequence[int], bool]:
+    """Return the cut whose stages need the smallest share of the limits, and whether all cuts were looked at."""
+    chain, frontiers = situation.chain, situation.times.frontiers
     relative = [
-        np.where(times.chain.is_stage, least_bytes(times.frontiers, load) / share, np.inf)
-        for load, share in zip(times.loads, shares, strict=True)
+        np.where(chain.is_stage, least_bytes(frontiers, load) / limit, np.inf)
+        for load, limit in zip(situation.loads, given, strict=True)
     ]
-    if partition is None:
-        _, partition = cut_minimax(relative)
-    cuts = zip(times.loads, shares, pairwise([0, *accumulate(partition)]), strict=True)
-    factor = max(_least_bytes_of(times.frontiers, load, *cut) / share for load, share, cut in cuts)
-    return tuple(needed_limit(int(np.ceil(factor * limit - 1e-6))) for limit in given), partition
+    _, cut = cut_minimax(relative)
+    if frontiers.is_short:
+        return cut, True
+
+    def cost(cut: Sequence[int]) -> tuple[float, ...]:
+        shares = np.array(least.of_cut(cut)) / given
+        return float(shares.max()), float(shares.sum())
+
+    # A better cut has none but intervals that may need less than the largest of this one.
+    factor = cost(cut)[0] * (1 + 1e-9)
+    tight = situation.under([factor * limit for limit in given]).times
+    allowed = np.array(useful_intervals([np.isfinite(matrix) for matrix in tight.optimistic]))
+    intervals = np.argwhere(allowed.any(axis=0))
+    if len(intervals) > _MOST_INTERVALS:
+        return searched_cuts(cost, [cut], len(chain), len(given))[0][1], False
+    relative = list(np.full(allowed.shape, np.inf))
+    for start, stop in intervals:
+        stages = np.flatnonzero(allowed[:, start, stop])
+        for stage, num_bytes in zip(stages, least.of_stages(stages, start, stop), strict=True):
+            relative[stage][start, stop] = num_bytes / given[int(stage)]
+    return cut_minimax(relative)[1], True
 
 
 def usable_bytes(limit: int) -> int:

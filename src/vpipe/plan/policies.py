@@ -43,6 +43,8 @@ class Frontier:
     """The row of the interval without the last block that each row extends."""
     is_exact: bool
     """False when ways were left out, so that the best one may be missing."""
+    alike: NDArray[np.intp]
+    """For each policy, a row that needs no more of anything than when every block has this policy."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,23 @@ class Frontiers:
             return None
         times = np.where(fits, self._times(points, start, stop, fit)[0], np.inf)
         row = int(np.lexsort((points[:, _HELD], points[:, _SWAPPED], points[:, _TIME], times))[0])
-        return self._policies(start, stop, row)
+        return self.policies_of(start, stop, row)
 
-    def _policies(self, start: int, stop: int, row: int) -> tuple[Policy, ...]:
+    def ways(self, start: int, stop: int, fit: StageFit, computes: NDArray[np.bool_]) -> tuple[Array, Array, Array]:
+        """Return what one stage takes in every way of its frontier, whatever the limit.
+
+        `computes` tells at which moments of `fit` it is this stage that runs.
+
+        Returns:
+            Time that it computes, time on the host link, and bytes at every moment: a row each.
+        """
+        points = self.interval(start, stop).points
+        held, transient = self._moments(points, start, stop, fit)
+        busy, host = self._busy(points, start, stop, fit)
+        return busy[0], host, held[0] + computes[:, None] * transient[0] + points[:, _MOVED]
+
+    def policies_of(self, start: int, stop: int, row: int) -> tuple[Policy, ...]:
+        """Return the policies of one way of a frontier."""
         chosen = []
         for end in range(stop, start, -1):
             frontier = self.interval(start, end)
@@ -157,6 +173,11 @@ class Frontiers:
         return tuple(reversed(chosen))
 
     def _bytes(self, points: Array, start: int, stop: int, fit: StageFit) -> Array:
+        held, transient = self._moments(points, start, stop, fit)
+        return np.asarray((held + transient).max(axis=1) + points[:, _MOVED])
+
+    def _moments(self, points: Array, start: int, stop: int, fit: StageFit) -> tuple[Array, Array]:
+        """Return what every stage holds at its moments, and what it needs there if it computes."""
         chain = self.chain
         given = (
             fit.full * chain.passing[start]
@@ -172,18 +193,21 @@ class Frontiers:
             + fit.stale[:, :, None] * (chain.arriving[start] - points[:, _MOVED])
         )
         transient = np.where(fit.gradients[:, :, None] > 0, points[:, _USUALLY], points[:, _FIRST])
-        peaks = given[:, :, None] + chosen + np.where((fit.is_weights | fit.is_step)[:, :, None], 0.0, transient)
-        return np.asarray(peaks.max(axis=1) + points[:, _MOVED])
+        return given[:, :, None] + chosen, np.where((fit.is_weights | fit.is_step)[:, :, None], 0.0, transient)
 
     def _times(self, points: Array, start: int, stop: int, fit: StageFit) -> Array:
+        busy, host = self._busy(points, start, stop, fit)
+        return np.asarray(np.maximum(np.maximum(busy, host), self.chain.transfer_ms[start, stop]))
+
+    def _busy(self, points: Array, start: int, stop: int, fit: StageFit) -> tuple[Array, Array]:
+        """Return how long every stage computes, and its host link copies."""
         chain = self.chain
         step = fit.updates * chain.step_ms[start, stop] + fit.version_copies * chain.version_ms[start, stop]
         given = (chain.compute_ms[start, stop] + step) / fit.speeds + chain.dispatch_ms
         given += fit.updates * chain.dispatch_each_ms
         compute = given[:, None] + points[:, _TIME] / fit.speeds[:, None]
         host = host_ms(chain.host, 1.0) * points[:, _SWAPPED]
-        busy = compute + chain.host_share * host
-        return np.asarray(np.maximum(np.maximum(busy, host), chain.transfer_ms[start, stop]))
+        return np.asarray(compute + chain.host_share * host), host
 
     def _options_of(self, block: BlockProfile) -> Array:
         rows = []
@@ -198,7 +222,7 @@ class Frontiers:
         options = self._options[start].copy()
         if Policy.SWAP in self.policies:
             options[self.policies.index(Policy.SWAP), _MOVED] = self.chain.arriving[start]
-        return self._frontier(options, 1, is_exact=True)
+        return self._frontier(options, 1, np.arange(len(options)), is_exact=True)
 
     def _extend(self, before: Frontier, index: int) -> Frontier:
         """Return the frontier with block `index` added, whose backward comes before that of all others."""
@@ -208,14 +232,18 @@ class Frontiers:
         change = np.array([nothing.after(block, policy, is_split=is_split) for policy in self.policies], dtype=float)
         left = old[None, :, _TRANSIENT] + change[:, None, :]
         grown[:, :, _TRANSIENT] = np.maximum(left, options[:, None, _TRANSIENT])
-        return self._frontier(grown.reshape(-1, grown.shape[-1]), len(old), is_exact=before.is_exact)
+        alike = np.arange(len(options)) * len(old) + before.alike
+        return self._frontier(grown.reshape(-1, grown.shape[-1]), len(old), alike, is_exact=before.is_exact)
 
-    def _frontier(self, candidates: Array, num_before: int, *, is_exact: bool) -> Frontier:
+    def _frontier(self, candidates: Array, num_before: int, alike: NDArray[np.intp], *, is_exact: bool) -> Frontier:
         kept = _undominated(candidates)
+        # What every other way is compared with: the same for all blocks, or what needs no more than that.
+        alike = np.array([kept[(candidates[kept] <= candidates[row]).all(axis=1).argmax()] for row in alike])
         if len(kept) > self._max_points:
-            kept, is_exact = _thin(candidates, kept, self._max_points), False
+            kept, is_exact = _thin(candidates, kept, self._max_points, alike), False
         choices, parents = np.divmod(kept, num_before)
-        return Frontier(candidates[kept], choices.astype(np.int8), parents.astype(np.int32), is_exact)
+        places = np.array([int((kept == row).argmax()) for row in alike])
+        return Frontier(candidates[kept], choices.astype(np.int8), parents.astype(np.int32), is_exact, places)
 
 
 def _undominated(points: Array) -> NDArray[np.intp]:
@@ -231,10 +259,11 @@ def _undominated(points: Array) -> NDArray[np.intp]:
     return np.asarray(order[alive])
 
 
-def _thin(points: Array, rows: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    """Keep `count` rows spread evenly along the time, and the extremes of every column and of the bytes together."""
+def _thin(points: Array, rows: NDArray[np.intp], count: int, needed: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Keep `count` rows: those `needed`, the extremes of each column and of all bytes, others evenly along the time."""
     chosen = points[rows]
     totals = [*chosen.T, chosen[:, _SWAPPED] + chosen[:, _HELD], 2 * chosen[:, _SWAPPED] + chosen[:, _HELD]]
     extremes = [int(total.argmin()) for total in totals]
+    extremes += np.flatnonzero(np.isin(rows, needed)).tolist()
     spread = np.linspace(0, len(rows) - 1, count - len(extremes)).round().astype(int)
     return np.asarray(rows[np.unique(np.concatenate([extremes, spread]))])

@@ -8,17 +8,16 @@ winners on boundaries are moved block by block while that helps.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
 
 from vpipe.errors import PlanError
 from vpipe.plan.bounds import lower_bound_ms
 from vpipe.plan.by_hand import Given, cut_each, judge_cut, policies_of
-from vpipe.plan.candidates import candidate_cuts, naive_cuts, neighbours
-from vpipe.plan.limits import needed_limit, smallest_limits, usable_bytes
-from vpipe.plan.memory import Policy
+from vpipe.plan.candidates import naive_cuts
+from vpipe.plan.drafts import MAX_ACTIONS, best_policies, cuts_of, drafts_of, fixed_plan, improve
+from vpipe.plan.limits import find_smallest, needed_limit, scaled_limits, usable_bytes
 from vpipe.plan.policies import Frontiers
 from vpipe.plan.request import Request
 from vpipe.plan.setting import Setting, microbatch_choices, settings
@@ -30,10 +29,21 @@ __all__ = ["Outcome", "Request", "find_plan", "judge_partition", "plan_partition
 NUM_SIMULATED = 20
 _NEGLIGIBLE = 0.001
 """Share of the time below which a gain is not worth any memory."""
-_MAX_ACTIONS = 50_000
-"""Actions that ranking may simulate, and moving the boundaries of one plan: what takes about a tenth of a second."""
 _FEWEST_SIMULATED = 4
 """Plans that are simulated however many actions they have."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Limits, and a plan that keeps them."""
+
+    limits: tuple[int, ...]
+    """Per rank."""
+    plan: Plan
+    factor: float
+    """What of the limits that were given can be used has been multiplied by this."""
+    is_proven: bool
+    """Whether none of the settings can do with limits multiplied by less; False: less may do."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,8 @@ class Outcome:
     lower_bound_ms: float
     """Time that no plan of any of the settings needs less of, for one batch."""
     is_exact: bool
-    """Whether each cut is the best there is for its busiest stage; False: among the policies that were looked at."""
+    """Whether each cut is the best there is for its busiest rank; False: among the policies that were looked at, or,
+    where ranks have several stages, among the cuts."""
     situations: tuple[Situation, ...] = field(repr=False, compare=False)
     """All settings that were looked at."""
 
@@ -61,21 +72,35 @@ class Outcome:
         """The `uniform`, `parameters` and `compute` cuts in the best plan's setting; they need not fit."""
         situation = next(each for each in self.situations if each.setting == self.best.setting)
         cuts = naive_cuts(situation.times).items()
-        return {name: judge_cut(situation, cut, _best_policies(situation, cut), None) for name, cut in cuts}
+        return {name: judge_cut(situation, cut, best_policies(situation, cut), None) for name, cut in cuts}
 
     @property
     def smallest_limits(self) -> tuple[int, ...]:
-        """Per rank, the smallest limits that any of the settings could be planned for."""
-        return self._smallest[0]
+        """Per rank, the smallest limits found that any of the settings can be planned for."""
+        return self._smallest.limits
 
     @property
     def smallest(self) -> Plan:
         """A plan that keeps them."""
-        return self._smallest[1]
+        return self._smallest.plan
+
+    @property
+    def is_smallest_proven(self) -> bool:
+        """Whether none of the settings can do with less; False: less may do."""
+        return self._smallest.is_proven
 
     @cached_property
-    def _smallest(self) -> tuple[tuple[int, ...], Plan]:
-        return _smallest(self.situations)
+    def _smallest(self) -> Kept:
+        found = _smallest(self.situations)
+        given = [limit if math.isfinite(limit) else 1.0 for limit in self.request.usable_limits]
+        factors = [
+            max(item.most / limit for item, limit in zip(plan.memory, given, strict=True)) for plan in self.ranked
+        ]
+        if min(factors) >= found.factor:
+            return found
+        # A search for speed may come by what a search for few bytes has missed.
+        plan = self.ranked[factors.index(min(factors))]
+        return Kept(scaled_limits(given, min(factors)), plan, min(factors), is_proven=False)
 
 
 def find_plan(request: Request) -> Outcome:
@@ -89,13 +114,13 @@ def find_plan(request: Request) -> Outcome:
     drafts = [
         (situation, plan)
         for situation in situations
-        for plan in _drafts(situation, candidate_cuts(situation.times))
+        for plan in drafts_of(situation, cuts_of(situation))
         if plan.fits(situation.limits)
     ]
     if not drafts:
-        raise PlanError(_refusal(request, *_smallest(situations)))
+        drafts = [_last_resort(request, situations)]
     ranked = _simulate_best(drafts)
-    improved = [_improve(*pair) for pair in ranked[:2]]
+    improved = [improve(*pair) for pair in ranked[:2]]
     improved += [(situation, situation.recompute_ahead(plan)) for situation, plan in [*improved, *ranked[:2]]]
     ranked = _prefer_small(_distinct(sorted([*improved, *ranked], key=_merit)))
     return Outcome(
@@ -103,7 +128,7 @@ def find_plan(request: Request) -> Outcome:
         best=ranked[0][1],
         ranked=tuple(plan for _, plan in ranked),
         lower_bound_ms=min(map(lower_bound_ms, situations)),
-        is_exact=all(each.times.is_exact for each in situations),
+        is_exact=all(each.times.is_exact and not each.shares_ranks for each in situations),
         situations=tuple(situations),
     )
 
@@ -124,7 +149,7 @@ def judge_partition(
         given = policies_of(policies, cut)
         if given is not None and len(given) != len(situation.chain):
             raise PlanError(f"{len(given)} policies for {len(situation.chain)} blocks; give one per block")
-        plan = judge_cut(situation, cut, given or _best_policies(situation, cut), ahead)
+        plan = judge_cut(situation, cut, given or best_policies(situation, cut), ahead)
         plans.append((not plan.fits(situation.limits), plan.sample_ms, len(plans), plan))
     return min(plans)[-1]
 
@@ -144,15 +169,38 @@ def plan_partition(
     given = f" with partition {list(plan.partition)}"
     if policies_of(policies, plan.partition) is None:
         situations = [each for each, _ in cut_each(_situations(request), plan.partition)]
-        raise PlanError(_refusal(request, *_smallest(situations, plan.partition), given))
-    raise PlanError(_refusal(request, _needed(request, plan), plan, f"{given} and what it recomputes"))
+        raise PlanError(_refusal(request, _enough(request, situations, plan.partition), given))
+    raise PlanError(_refusal(request, _needed(request, plan), f"{given} and what it recomputes"))
 
 
-def _needed(request: Request, plan: Plan) -> tuple[int, ...]:
-    """Return the smallest limits that a plan keeps, in the proportion of those given."""
-    limits = request.rank_limits
-    factor = max(memory.most / limit for memory, limit in zip(plan.memory, limits, strict=True))
-    return tuple(needed_limit(math.ceil(factor * limit - 1e-6)) for limit in limits)
+def _last_resort(request: Request, situations: Sequence[Situation]) -> tuple[Situation, Plan]:
+    """Return the plan with the least memory, which fits although no fast one was found that does.
+
+    Raises:
+        PlanError: it does not fit either.
+    """
+    enough = _enough(request, situations)
+    if not enough.plan.fits(request.usable_limits):
+        raise PlanError(_refusal(request, enough))
+    return next(each for each in situations if each.setting == enough.plan.setting), enough.plan
+
+
+def _needed(request: Request, plan: Plan) -> Kept:
+    """Return the smallest limits that a plan keeps: equal ones, or of those given one by one what is too small more."""
+    needs = [memory.most for memory in plan.memory]
+    factor = max(need / limit for need, limit in zip(needs, request.usable_limits, strict=True))
+    return Kept(_raised(request, needs, factor), plan, factor, is_proven=True)
+
+
+def _raised(request: Request, needs: Sequence[float], factor: float) -> tuple[int, ...]:
+    """Return limits that allow `needs`: of those given one by one the ones that are too small, else all are raised."""
+    usable, limits = request.usable_limits, request.limits or ()
+    if len(limits) <= 1:
+        return scaled_limits(usable, factor)
+    return tuple(
+        limit if need <= most else needed_limit(math.ceil(need - 1e-6))
+        for need, most, limit in zip(needs, usable, limits, strict=True)
+    )
 
 
 def _situations(request: Request) -> list[Situation]:
@@ -183,13 +231,6 @@ def _situations(request: Request) -> list[Situation]:
     return able
 
 
-def _drafts(situation: Situation, cuts: Iterable[Sequence[int]]) -> Iterator[Plan]:
-    for cut in cuts:
-        policies = situation.times.policies(cut)
-        if policies is not None:
-            yield situation.draft(cut, policies)
-
-
 def _simulate_best(drafts: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
     """Simulate each setting's most promising draft, then of all drafts those that promise most; the best first.
 
@@ -209,52 +250,12 @@ def _simulate_best(drafts: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situa
         return situation.estimate(draft) * corrections[situation.setting] / situation.setting.batch_size
 
     known = [index for index, (situation, _) in enumerate(promising) if situation.setting in corrections]
-    most = max(_FEWEST_SIMULATED, min(NUM_SIMULATED, _MAX_ACTIONS // promising[0][0].num_actions))
+    most = max(_FEWEST_SIMULATED, min(NUM_SIMULATED, MAX_ACTIONS // promising[0][0].num_actions))
     for index in sorted(known, key=corrected)[:most]:
         if index not in done:
             situation, draft = promising[index]
             done[index] = situation, situation.judge(draft)
     return sorted(done.values(), key=_merit)
-
-
-def _improve(situation: Situation, plan: Plan) -> tuple[Situation, Plan]:
-    """Move boundaries by one block while the simulator says that it helps, as far as the budget goes."""
-    left = max(1, _MAX_ACTIONS // situation.num_actions)
-    improving = True
-    while improving and left > 0:
-        improving = False
-        # Where moving a block makes the busiest rank busier by much, simulating it is a waste.
-        most = 1.1 * _busiest(situation, plan.partition)
-        cuts = (cut for cut in neighbours(plan.partition) if _busiest(situation, cut) <= most)
-        for draft in _drafts(situation, cuts):
-            if left <= 0:
-                break
-            if not draft.fits(situation.limits):
-                continue
-            left -= 1
-            judged = situation.judge(draft)
-            if judged.step_ms < plan.step_ms * (1 - 1e-9):
-                plan, improving = judged, True
-                break
-    return situation, plan
-
-
-def _busiest(situation: Situation, partition: Sequence[int]) -> float:
-    """Return the time of the busiest stage when nothing is added to it."""
-    ends = [0, *accumulate(partition)]
-    return max(
-        float(times[start, stop])
-        for times, (start, stop) in zip(situation.times.optimistic, pairwise(ends), strict=True)
-    )
-
-
-def _fixed(situation: Situation, partition: Sequence[int]) -> Plan:
-    """Judge a cut with the best policies that fit, or with everything kept where nothing fits."""
-    return situation.judge(situation.draft(partition, _best_policies(situation, partition)))
-
-
-def _best_policies(situation: Situation, partition: Sequence[int]) -> tuple[Policy, ...]:
-    return situation.times.policies(partition) or (Policy.KEEP,) * len(situation.chain)
 
 
 def _distinct(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
@@ -277,18 +278,31 @@ def _merit(pair: tuple[Situation, Plan]) -> tuple[float, int]:
     return pair[1].sample_ms, max(memory.total for memory in pair[1].memory)
 
 
-def _smallest(situations: Sequence[Situation], partition: Sequence[int] | None = None) -> tuple[tuple[int, ...], Plan]:
-    """Return the smallest limits of any situation, or that a `partition` can keep, and a plan that keeps them."""
-    found = [(*smallest_limits(situation, partition), index) for index, situation in enumerate(situations)]
-    limits, cut, index = min(found)
-    return limits, _fixed(situations[index].under([usable_bytes(limit) for limit in limits]), cut)
+def _smallest(situations: Sequence[Situation]) -> Kept:
+    """Return the smallest limits of any situation, in the proportion of those given, and a plan that keeps them."""
+    found = [(situation, find_smallest(situation)) for situation in situations]
+    situation, best = min(found, key=lambda pair: pair[1].factor)
+    limits = scaled_limits(situation.limits, best.factor)
+    plan = fixed_plan(situation.under([usable_bytes(limit) for limit in limits]), best.partition)
+    return Kept(limits, plan, best.factor, is_proven=all(each.is_proven for _, each in found))
 
 
-def _refusal(request: Request, limits: Sequence[int], plan: Plan, given: str = "") -> str:
+def _enough(request: Request, situations: Sequence[Situation], partition: Sequence[int] | None = None) -> Kept:
+    """Return the smallest limits that something, or this `partition`, can keep in any of the situations."""
+    found = [(situation, find_smallest(situation, partition)) for situation in situations]
+    situation, best = min(found, key=lambda pair: pair[1].factor)
+    limits = _raised(request, best.needs, best.factor)
+    plan = fixed_plan(situation.under([usable_bytes(limit) for limit in limits]), best.partition)
+    return Kept(limits, plan, best.factor, is_proven=all(each.is_proven for _, each in found))
+
+
+def _refusal(request: Request, kept: Kept, given: str = "") -> str:
+    limits, plan = kept.limits, kept.plan
     rank = max(range(len(limits)), key=lambda each: plan.memory[each].most / limits[each])
+    searched = "" if kept.is_proven else " of all that were searched (less may do)"
     return (
         f"memory_limit {_all_bytes(request.limits or ())} cannot be kept{given}: the smallest that can is "
-        f"{_all_bytes(limits)} per rank ({plan.setting.describe()}), where rank {rank} needs "
+        f"{_all_bytes(limits)} per rank{searched} ({plan.setting.describe()}), where rank {rank} needs "
         f"{describe_memory(plan.memory[rank])}, and 1 % of a limit is left to chance; raise the limit, use more ranks, "
         "smaller microbatches, or a schedule that holds less"
     )

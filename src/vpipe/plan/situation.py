@@ -15,6 +15,7 @@ from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes
 from vpipe.plan.policies import Frontiers
 from vpipe.plan.profile import Profile
 from vpipe.plan.setting import Setting
+from vpipe.plan.shared_ranks import SharedRanks
 from vpipe.plan.stage_times import StageTimes
 from vpipe.schedule.action import Kind
 from vpipe.schedule.costs import Costs
@@ -137,7 +138,9 @@ class Situation:
 
     def under(self, limits: Sequence[float]) -> Situation:
         """Return the same with other limits."""
-        return Situation(self.profile, self.setting, limits, self._frontiers, self.schedule, sockets=self.sockets)
+        other = Situation(self.profile, self.setting, limits, self._frontiers, self.schedule, sockets=self.sockets)
+        other.shared = self.shared  # what it has found out holds for any limits
+        return other
 
     @cached_property
     def num_actions(self) -> int:
@@ -156,19 +159,22 @@ class Situation:
         return tuple(speeds[self.schedule.rank_of(stage)] for stage in range(self.schedule.num_stages))
 
     @cached_property
-    def stage_shares(self) -> tuple[float, ...]:
-        """The share of its rank's limit that each stage gets: all of it where it is alone, else by what it needs."""
-        weights, activations = (float(self.chain.between(name)[0, -1]) for name in ("parameter_bytes", _HELD))
-        needs = [weights * (1 + load.num_versions) + activations * load.full + 1 for load in self.loads]
-        placement = self.schedule.placement
-        totals = [sum(needs[stage] for stage in placement.stages_of(rank)) for rank in range(placement.num_ranks)]
-        return tuple(need / totals[placement.rank_of(stage)] for stage, need in enumerate(needs))
+    def times(self) -> StageTimes:
+        """How fast every stage can run every interval: within its rank's limit, where it has the rank to itself."""
+        limits = [self.limits[self.schedule.rank_of(stage)] for stage in range(self.schedule.num_stages)]
+        if self.shares_ranks:
+            limits = [math.inf] * len(limits)
+        return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits), self.updates)
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Tell whether ranks have several stages, which share memory and time of the rank."""
+        return self.schedule.placement.stages_per_rank > 1
 
     @cached_property
-    def times(self) -> StageTimes:
-        """How fast every stage can run every interval within its share of the limit."""
-        limits = [share * self.limits[self.schedule.rank_of(stage)] for stage, share in enumerate(self.stage_shares)]
-        return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits), self.updates)
+    def shared(self) -> SharedRanks:
+        """What cuts make of ranks with several stages."""
+        return SharedRanks(self._frontiers, self.schedule, self.loads, self.speeds, self.updates)
 
     @cached_property
     def updates(self) -> float:
@@ -239,6 +245,3 @@ class Situation:
         for stage, (busy, lost) in enumerate(zip(draft.busy_ms, draft.lost_ms, strict=True)):
             ranks[self.schedule.rank_of(stage)] += busy + dispatch - (0.0 if with_moves else lost)
         return max(ranks)
-
-
-_HELD = "activation_bytes"
