@@ -125,7 +125,7 @@ class Profile:
     """Between a rank and where swapped activations go; None: nothing can be swapped."""
     host_share: float = 0.0
     """Of the time of a copy on that link, what the rank's computations beside it lose: 0 where something else does the
-    copying, about 1 where the cores do that compute."""
+    copying, 1 or more where the cores do that compute."""
     dispatch_ms: float = 0.0
     """What each action takes a rank on top of its computation."""
     rank_speeds: tuple[float, ...] = ()

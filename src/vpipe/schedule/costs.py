@@ -71,8 +71,8 @@ class Costs:
     move_versions: tuple[float, ...] = ()
     """Likewise for an OFFLOAD_V or a FETCH_V, which moves the stage's weights."""
     move_share: float = 0.0
-    """Of the time of a move, what the computations beside it lose: 0 where something else does the copying, 1 where the
-    core does that computes."""
+    """Of the time of a move, what the computations beside it lose: 0 where something else does the copying, 1 or more
+    where the core does that computes."""
     dispatch: float = 0.0
     """What every computation takes on top, before it starts: the executor's own time. The rank counts as working."""
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
