@@ -184,7 +184,7 @@ def _run(case: Case) -> dict[str, Any]:
     batches = iter(case.batches(chain))
     results, held_out = [], []
     for count in case.calls:
-        held_out.append(pipeline.evaluate(case.held_out(chain)))
+        held_out.append(pipeline.evaluate(case.held_out(chain), case.samples_per_microbatch))
         programs.append(len(actions))  # an evaluation is recorded as well
         results += list(pipeline.train(batches, count))
         programs.append(len(actions))

@@ -63,7 +63,7 @@ def cut(batch, case: Case):
     step = case.samples_per_microbatch
     return [
         {name: tensor[start : start + step] for name, tensor in batch.items()}
-        for start in range(0, case.batch_size, step)
+        for start in range(0, len(next(iter(batch.values()))), step)
     ]
 
 
@@ -92,19 +92,20 @@ def reference(case: Case):
 def held_out_losses(oracle: Reference, case: Case):
     """Evaluate in one process: all samples of a part count the same, whatever batch they are in."""
     model = oracle.chain
-    sums, counts = dict.fromkeys(model.loss.parts, 0.0), dict.fromkeys(model.loss.parts, 0.0)
+    sums: dict[str, list[float]] = {name: [] for name in model.loss.parts}
+    counts = dict.fromkeys(sums, 0.0)
     modules = [module.eval() for module in oracle._modules]
     with torch.no_grad():
-        for batch in case.held_out(model):
+        for batch in (piece for whole in case.held_out(model) for piece in cut(whole, case)):
             values, size = dict(batch), len(next(iter(batch.values())))
             for block, module in zip(model.blocks, modules, strict=True):
                 values.update(call_block(block, module, values))
             for name, part in model.loss(values, dict.fromkeys(sums, 1.0), size).items():
-                sums[name] += part.item()
+                sums[name].append(part.item())
                 counts[name] += model.loss.count(batch, size)[name]
     for module in modules:
         module.train()
-    parts = {name: sums[name] / counts[name] for name in sums}
+    parts = {name: math.fsum(sums[name]) / counts[name] for name in sums}
     return {"loss": sum(parts.values()), **parts}
 
 

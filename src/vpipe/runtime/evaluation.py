@@ -3,42 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vpipe.runtime.batch import Batch
+from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.wait import telling_losses
 
-__all__ = ["LossSums"]
+__all__ = ["LossSums", "pieces_alike"]
+
+_MOST_TOGETHER = 32
+
+
+def pieces_alike(
+    batches: Iterable[Batch], size: int | None, programs: ProgramBuilder, memory_limit: int | None
+) -> Iterator[list[Batch]]:
+    """Cut batches into pieces of at most `size` samples; yield pieces that are equally large together.
+
+    Without a size they are as large as in training; before any, a batch is cut as one for training is. Nothing comes
+    back from ranks behind that would hold up one that is ahead, so whatever is together may be under way at once: with
+    a limit no more than in training, for which a plan has left room.
+    """
+    most = _MOST_TOGETHER if memory_limit is None else programs.window
+    waiting: dict[int, list[Batch]] = {}
+    for batch in batches:
+        as_for_training = max(1, -(-batch.num_samples // programs.num_microbatches))
+        for piece in _cut(batch, size or programs.microbatch_size or as_for_training):
+            alike = waiting.setdefault(piece.num_samples, [])
+            alike.append(piece)
+            if len(alike) >= most:
+                yield waiting.pop(piece.num_samples)
+    yield from waiting.values()
+
+
+def _cut(batch: Batch, size: int) -> Iterator[Batch]:
+    if batch.num_samples <= size:
+        yield batch
+        return
+    for start in range(0, batch.num_samples, size):
+        stop = min(start + size, batch.num_samples)
+        yield Batch({name: tensor[start:stop] for name, tensor in batch.fields.items()}, stop - start)
 
 
 class LossSums:
     """Adds up the parts of the loss, and what they have to be divided by; on the rank of the last stage."""
 
     def __init__(self, parts: Iterable[str]) -> None:
-        self._sums = dict.fromkeys(parts, 0.0)
-        self._counts = dict.fromkeys(self._sums, 0.0)
+        self._losses: dict[str, list[float]] = {name: [] for name in parts}
+        self._counts = dict.fromkeys(self._losses, 0.0)
 
-    def add(self, losses: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
-        """Add one batch."""
-        for name in self._sums:
-            self._sums[name] += losses[name].item()
-            self._counts[name] += counts[name]
+    def take(self, losses: dict[int, dict[str, Tensor]], counts: dict[int, dict[str, float]]) -> None:
+        """Move what there is of microbatches here; their order makes no difference."""
+        for serial in list(losses):
+            parts, own = losses.pop(serial), counts.pop(serial)
+            for name, values in self._losses.items():
+                values.append(parts[name].item())
+                self._counts[name] += own[name]
 
     def means(self, source: int, group: dist.ProcessGroup | None) -> dict[str, float]:
         """Return the loss and its parts as rank `source` has them, on every rank of `group`; collective.
 
         A part of which there are no targets is NaN.
         """
-        totals = torch.tensor([*self._sums.values(), *self._counts.values()], dtype=torch.float64)
+        sums = map(math.fsum, self._losses.values())
+        totals = torch.tensor([*sums, *self._counts.values()], dtype=torch.float64)
         if group is not None:
             with telling_losses("the held-out loss"):
                 dist.broadcast(totals, source, group=group)
-        values, num_parts = totals.tolist(), len(self._sums)
+        values, num_parts = totals.tolist(), len(self._losses)
         means = [
             total / count if count else math.nan
             for total, count in zip(values[:num_parts], values[num_parts:], strict=True)
         ]
-        return {"loss": math.fsum(means), **dict(zip(self._sums, means, strict=True))}
+        return {"loss": math.fsum(means), **dict(zip(self._losses, means, strict=True))}

@@ -139,8 +139,9 @@ class Executor:
         dispatch, record, clock = self._dispatch, self._record, time.perf_counter_ns
         self._callers = RandomState()
         self._watching = None
-        if self._watch is not None and program.training and self._watch.covers(program.first_iteration):
-            self._watching = self._watch
+        watch = self._watch
+        if watch is not None and (watch.covers(program.first_iteration) if program.training else watch.ledger.limit):
+            self._watching = watch
             self._watching.start()
         try:
             for action in program.actions:
@@ -162,7 +163,9 @@ class Executor:
     def _run_watched(self, watch: MemoryWatch, action: Action) -> None:
         handler, program = self._dispatch[action.kind], self._program
         batch, position = divmod(action.microbatch, program.num_microbatches)
-        if watch.covers(program.first_iteration + batch):
+        if not program.training:
+            watch.run_evaluation(handler, action, self._handed_over)
+        elif watch.covers(program.first_iteration + batch):
             watch.run(handler, action, program.first_iteration + batch, position, self._handed_over)
         else:
             watch.stop()

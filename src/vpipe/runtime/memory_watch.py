@@ -62,6 +62,9 @@ class MemoryWatch:
         self._stages = stages
         self._transport = transport
         self._meter = WorkspaceMeter(device)
+        self._meters: dict[int, WorkspaceMeter] = {}  # of evaluations, by the shapes of their microbatches
+        self._shapes = 0
+        self._device = device
         self._num_steady = num_steady
         self._for_ever = for_ever or ledger.limit is not None
         self._is_on = False
@@ -82,7 +85,8 @@ class MemoryWatch:
 
     def expect(self, shapes: object) -> None:
         """Say of which shapes the next batches are; equal ones are the same object, which lives on."""
-        self._remains = self._remains_of.setdefault(id(shapes), {})
+        self._shapes = id(shapes)
+        self._remains = self._remains_of.setdefault(self._shapes, {})
 
     def start(self) -> None:
         """Enter what is there before a program: weights, and whatever earlier ones left."""
@@ -127,6 +131,21 @@ class MemoryWatch:
         else:
             self._enter_as_seen(owner, key)
         self.ledger.settle(str(action), self._meter.excess(growth))
+
+    def run_evaluation(
+        self, handler: Callable[[Action], None], action: Action, handed_over: Callable[[], Iterable[Tensor]]
+    ) -> None:
+        """Do an action of an evaluation, which keeps nothing, and enter what was on its way or needed for a moment.
+
+        Raises:
+            MemoryLimitError: the rank held more than its limit.
+        """
+        meter = self._meters.setdefault(self._shapes, WorkspaceMeter(self._device))
+        before = self._without_brought()
+        meter.run(handler, action, has_gradients=False)
+        self._enter_messages(self._transport.memory(), handed_over())
+        growth = max(0, self._without_brought() - before)
+        self.ledger.settle(f"{action} of an evaluation", meter.excess(growth))
 
     def _is_due(self, key: tuple[int, Kind, int], iteration: int) -> bool:
         return iteration < self._num_steady or iteration % _LOOK_AGAIN == 0 or key not in self._remains

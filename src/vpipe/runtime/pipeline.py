@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from itertools import chain as concatenate
-from itertools import groupby, islice
+from itertools import islice
 from operator import methodcaller
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +50,7 @@ from vpipe.runtime.assembly import (
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
 from vpipe.runtime.board import LossBoard
 from vpipe.runtime.crossings import Crossings
-from vpipe.runtime.evaluation import LossSums
+from vpipe.runtime.evaluation import LossSums, pieces_alike
 from vpipe.runtime.executor import Executor, Program
 from vpipe.runtime.failure import report_failure
 from vpipe.runtime.feed import BatchFeed
@@ -68,7 +68,6 @@ from vpipe.runtime.weights import OptimizerFactory
 __all__ = ["Hooks", "Pipeline", "StepResult"]
 
 LearningRate = Callable[[float], float]
-_EVALUATED_TOGETHER = 32
 
 
 class Pipeline:
@@ -147,8 +146,7 @@ class Pipeline:
         self.chain = as_chain(model, loss)
         check_training_arguments(optimizer, recompute, clip_grad_norm)
         self.hooks = hooks or Hooks()
-        self._is_busy = False
-        self.iteration = 0
+        self._is_busy, self.iteration = False, 0
         self.host_link: HostLink | None = None
         timeout = timedelta(seconds=timeout_seconds)
         self._join(device, timeout)
@@ -330,27 +328,28 @@ class Pipeline:
         progress = program.first_iteration + program.weights[stage].update_of[microbatch] * share
         self._updater.step(stage, microbatch, progress)
 
-    def evaluate(self, batches: Iterable[BatchLike]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[BatchLike], microbatch_size: int | None = None) -> dict[str, float]:
         """Return the loss and its parts over `batches` of any size, with dropout off, on the newest weights.
 
+        Samples are evaluated `microbatch_size` at once; None: as many as in training.
+
         Raises:
-            DataError: a batch is not one of the model's, or there is none.
+            DataError, MemoryLimitError: a batch is not one of the model's; a rank held more than its limit.
         """
         sums = LossSums(self.chain.loss.parts)
         stream = (as_batch(data, self.chain) for data in batches)
         with evaluating([item.weights.newest for item in self.held.values()]):
-            for _, same_size in groupby(stream, key=lambda batch: batch.num_samples):
-                while together := list(islice(same_size, _EVALUATED_TOGETHER)):
-                    self._evaluate(together, sums)
+            for alike in pieces_alike(stream, microbatch_size, self.programs, self.ledger.limit):
+                self._evaluate(alike, sums)
         return sums.means(self._last_rank, self._control)
 
     def _evaluate(self, batches: list[Batch], sums: LossSums) -> None:
         program = self.programs.evaluation(len(batches))
+        agree({"microbatches to evaluate": len(batches)}, self._control)  # whoever is ahead waits here
         for _ in self._executor.run(program, self._start(program, iter(batches))):
             raise AssertionError("an evaluation has no updates")
         self.transport.finish()
-        for serial in list(self._executor.losses):
-            sums.add(self._executor.losses.pop(serial), self._executor.counts.pop(serial))
+        sums.take(self._executor.losses, self._executor.counts)
 
     def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
@@ -363,6 +362,7 @@ class Pipeline:
         if first is None:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
+        self.programs.microbatch_size = num_samples if program.training else self.programs.microbatch_size
         crossing = self._crossings.of(first, num_samples, training=program.training)
         for index, item in self.held.items():
             item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))

@@ -47,6 +47,8 @@ class ProgramBuilder:
         if reasons := check_csv_run(name, synchronous=self.synchronous):
             raise ScheduleError(reasons[0])
         self.num_microbatches = num_microbatches
+        self.microbatch_size: int | None = None
+        """Samples in a microbatch of the latest batch that was trained on."""
         self._name = name
         self._num_ranks = num_ranks
         self._rank = rank
@@ -142,9 +144,14 @@ class ProgramBuilder:
             microbatches_per_update=self.microbatches_per_update,
             first_iteration=0,
             num_serials=schedule.num_microbatches,
-            window=round(max(peak_activations(schedule)) * schedule.placement.stages_per_rank),
+            window=_window(schedule),
             split=uses_split_backward(schedule),
         )
+
+    @property
+    def window(self) -> int:
+        """Count the microbatches that are in flight on any stage at most, in training."""
+        return _window(self.sample)
 
     def evaluation(self, num_microbatches: int) -> Program:
         """Return a program of forwards only, for batches of one microbatch each."""
@@ -166,3 +173,7 @@ class ProgramBuilder:
             window=placement.num_stages,
             training=False,
         )
+
+
+def _window(schedule: Schedule) -> int:
+    return round(max(peak_activations(schedule)) * schedule.placement.stages_per_rank)

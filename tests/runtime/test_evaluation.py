@@ -1,0 +1,137 @@
+"""Evaluations are cut as training is, whatever the size of their batches, and keep to the memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vpipe.errors import MemoryLimitError
+from vpipe.launch.local import launch_local
+from vpipe.runtime.batch import Batch
+from vpipe.runtime.evaluation import pieces_alike
+from vpipe.runtime.pipeline import Pipeline
+from vpipe.runtime.process_group import process_group
+
+WIDTH, ROWS = 16, 4
+
+
+def build(schedule: str = "gpipe", **options: Any) -> Pipeline:
+    torch.manual_seed(3)
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
+    return Pipeline(
+        blocks,
+        nn.functional.mse_loss,
+        optimizer=lambda named: torch.optim.SGD(named, lr=0.1),
+        schedule=schedule,
+        num_microbatches=2,
+        **options,
+    )
+
+
+def batch(num_samples: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(num_samples, WIDTH), torch.randn(num_samples, WIDTH)
+
+
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    with process_group("gloo", 60):
+        yield
+
+
+def forwards(made: Pipeline, num_samples: int, **options: int) -> list[int]:
+    """Return how many samples each forward of an evaluation had."""
+    seen: list[int] = []
+    hook = made.held[0].weights.newest[0].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    made.evaluate([batch(num_samples)], **options)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.usefixtures("_alone")
+def test_an_evaluation_is_cut_as_training_is() -> None:
+    made = build()
+    assert forwards(made, 6) == [3, 3]  # into as many as a batch for training
+    made.step(*batch(2 * ROWS))
+    assert forwards(made, 4 * ROWS + 1) == [ROWS] * 4 + [1]
+    assert forwards(made, 6, microbatch_size=5) == [5, 1]
+    assert forwards(made, 3) == [3]
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("schedule", ["gpipe", "pipedream"])
+def test_the_loss_is_that_of_whole_batches(schedule: str) -> None:
+    made = build(schedule)
+    list(made.train([batch(2 * ROWS)] * 2))
+    held_out = [batch(64 * ROWS), batch(7, seed=2), batch(2, seed=5)]
+    cut, whole = made.evaluate(held_out), made.evaluate(held_out, microbatch_size=64 * ROWS)
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    modules = made.held[0].weights.newest
+    with torch.no_grad():
+        losses = [nn.functional.mse_loss(nn.Sequential(*modules)(x), y, reduction="sum") for x, y in held_out]
+    count = sum(len(x) for x, _ in held_out) * WIDTH
+    assert cut["loss"] == pytest.approx(float(sum(losses)) / count, rel=1e-6)
+
+
+def test_pieces_of_one_size_go_together() -> None:
+    with process_group("gloo", 60):
+        programs = build().programs
+    batches = [Batch({"x": torch.arange(5)}, 5), Batch({"x": torch.arange(5, 10)}, 5)]
+    pieces = list(pieces_alike(batches, 2, programs, None))
+    assert [[piece.fields["x"].tolist() for piece in alike] for alike in pieces] == [
+        [[0, 1], [2, 3], [5, 6], [7, 8]],
+        [[4], [9]],
+    ]
+    # With a limit, no more than the two that GPipe has in flight.
+    assert [len(alike) for alike in pieces_alike(batches, 2, programs, 1 << 30)] == [2, 2, 2]
+
+
+@pytest.mark.usefixtures("_alone")
+def test_an_evaluation_is_within_the_limit_of_training() -> None:
+    made = build(watch_memory="all")
+    made.step(*batch(2 * ROWS))
+    limited = build(memory_limit_bytes=made.ledger.peak.total)
+    for _ in range(3):
+        limited.step(*batch(2 * ROWS))
+        limited.evaluate([batch(64 * ROWS), batch(3)])
+
+
+@pytest.mark.usefixtures("_alone")
+def test_an_evaluation_over_the_limit_is_told() -> None:
+    made = build(watch_memory="all")
+    made.step(*batch(2 * ROWS))
+    limited = build(memory_limit_bytes=made.ledger.peak.total)
+    limited.step(*batch(2 * ROWS))
+    with pytest.raises(MemoryLimitError, match=r"rank 0 held [\d,]+ bytes in 0F0 of an evaluation, "):
+        limited.evaluate([batch(256 * ROWS)], microbatch_size=256 * ROWS)
+
+
+def evaluate_under_limits(arguments: list[str]) -> None:
+    """Train and evaluate under the limit that training alone needs, rank by rank, and some messages more."""
+    with process_group("gloo", 60) as group:
+        free = build("1f1b", watch_memory="all")
+        for _ in range(3):
+            free.step(*batch(2 * ROWS))
+        peaks = [torch.zeros(1, dtype=torch.int64) for _ in range(group.num_ranks)]
+        torch.distributed.all_gather(peaks, torch.tensor([free.ledger.peak.total]))
+        free.close()
+        limited = build("1f1b", memory_limit_bytes=[int(peak) + 4096 for peak in peaks])
+        for _ in range(3):
+            limited.step(*batch(2 * ROWS))
+            limited.evaluate([batch(64 * ROWS), batch(3), batch(64 * ROWS + 1)])
+        limited.step(*batch(2 * ROWS))
+        (Path(arguments[0]) / f"{group.rank}").write_text(f"{limited.ledger.peak.total} {limited.ledger.limit}")
+        torch.distributed.barrier()
+
+
+def test_ranks_that_are_ahead_keep_to_the_limit_too(tmp_path: Path) -> None:
+    command = ["test_evaluation:evaluate_under_limits", str(tmp_path)]
+    launch_local(command, 2, run_directory=tmp_path, environment={"PYTHONPATH": str(Path(__file__).parent)})
+    for rank in range(2):
+        peak, limit = map(int, (tmp_path / str(rank)).read_text().split())
+        assert peak <= limit
