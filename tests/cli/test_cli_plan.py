@@ -184,7 +184,7 @@ def test_a_partition_by_hand_is_simulated_and_bettered(call: Call) -> None:
         (
             ("--set", "model.hidden_size=64"),
             "profile.json: was measured with model.hidden_size = 32, and the run has 64; measure again with "
-            "`vpipe profile CONFIG -o ",
+            "`vpipe profile`",
         ),
         (("--set", "data.sequence_length=32"), "data.sequence_length = 16, and the run has 32"),
         (("--set", "optimizer.name=sgd"), "optimizer.name = 'adamw', and the run has 'sgd'"),

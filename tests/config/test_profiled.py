@@ -41,9 +41,7 @@ def profile_of(run: RunConfig, **machine: str) -> Profile:
     ],
 )
 def test_another_model_is_refused(change: str, words: str) -> None:
-    with pytest.raises(
-        PlanError, match=r"measure again with `vpipe profile CONFIG -o p\.json`, or change the run"
-    ) as error:
+    with pytest.raises(PlanError, match="measure again with `vpipe profile`, or change the run") as error:
         check_profile_fits(run_with(change), profile_of(run_with()), "p.json")
     assert words in str(error.value)
 
@@ -82,6 +80,13 @@ def test_another_machine_is_told() -> None:
     (warning,) = profile_warnings(run, profile_of(run, processor="Abacus", vpipe="0.0.1"), 3, "p.json")
     assert warning.startswith("p.json was measured with processor Abacus (here ")
     assert "threads_per_rank 1 (here 3), vpipe 0.0.1 (here " in warning
+
+
+def test_where_swapped_memory_goes_is_of_the_machine(tmp_path: Path) -> None:
+    run = run_with()
+    elsewhere = run_with(f"plan.swap_directory={tmp_path}")
+    (warning,) = profile_warnings(elsewhere, profile_of(run), 1, "p.json")
+    assert f"(here {tmp_path})" in warning
 
 
 def test_a_prediction_of_another_model_is_left_out_and_told(tmp_path: Path) -> None:

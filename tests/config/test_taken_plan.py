@@ -73,8 +73,11 @@ def test_what_the_run_says_otherwise_counts_and_is_told(tmp_path: Path) -> None:
     assert (run.num_microbatches, run.train.batch_size, run.plan.predicted) == (2, 16, None)
     assert warnings == tuple(
         f"plan.partition = {tmp_path / 'p.json'} was planned for {key} = {planned}, and the run has {own}, which "
-        f"counts: the prediction does not hold; leave {key} out to run the plan"
-        for key, planned, own in (("pipeline.num_microbatches", 4, 2), ("train.batch_size", 8, 16))
+        f"counts: the prediction does not hold; leave {key} out{auto} to run the plan"
+        for key, planned, own, auto in (
+            ("pipeline.num_microbatches", 4, 2, ", or say auto,"),
+            ("train.batch_size", 8, 16, ""),
+        )
     )
     run, (warning,) = read(tmp_path, plan, "pipeline.recompute_ratio=1")
     assert (run.plan.policies, run.recompute_ratios, run.plan.predicted) == (None, [1.0, 1.0], None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from plan_toys import block, profile_of, uniform_profile
 
-from vpipe.plan.explain import compare_lines, explain_lines, plan_lines
+from vpipe.plan.explain import brief_lines, compare_lines, explain_lines, plan_lines
 from vpipe.plan.memory import Policy
 from vpipe.plan.profile import LinkProfile
 from vpipe.plan.search import Request, find_plan, judge_partition
@@ -88,6 +88,11 @@ def test_what_does_not_fit_is_not_called_fast_and_nothing_is_minus_zero() -> Non
     assert not any("-0.0%" in row for row in rows)
     assert not any("does not fit" in row and "%" in row for row in rows)
     assert any("does not fit" in row for row in rows)
+    heavy = profile_of([block(parameter_bytes=800), *[block()] * 7])
+    least = max(memory.most for memory in judge_partition(Request(heavy, 2, 8), [1, 7], [Policy.RECOMPUTE] * 8).memory)
+    tight = find_plan(Request(heavy, 2, 8, limits=[int(1.03 * least)]))
+    (uniform,) = (line for line in brief_lines(tight) if line.startswith("Instead, uniform"))
+    assert uniform.endswith("ms per step, and it does not fit")
 
 
 def test_recomputing_ahead_is_a_change_that_is_named() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from train_toys import write_chain_config
 
 from vpipe.config import load_config
@@ -12,6 +14,7 @@ from vpipe.errors import PlanError
 from vpipe.plan.profile import Profile
 from vpipe.runtime.message import ALIGNMENT
 from vpipe.train.profile import profile_config
+from vpipe.train.profiling import links
 
 WIDTH, SAMPLES = 6, 2
 VALUE = 4 * WIDTH * SAMPLES
@@ -47,6 +50,21 @@ def test_it_times_everything(profile: Profile) -> None:
         assert min(block.recompute_ms, block.swap_ms, block.version_ms) >= 0
     assert profile.host is not None
     assert profile.host_share >= 0
+
+
+def test_copies_are_measured_where_the_run_swaps_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[object] = []
+
+    def make(*, prefix: str, dir: Path | None) -> tempfile._TemporaryFileWrapper[bytes]:
+        used.append(dir)
+        return temporary(prefix=prefix, dir=dir)
+
+    temporary = tempfile.NamedTemporaryFile
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", make)
+    assert links._copy_rate(torch.device("cpu"), tmp_path) > 0
+    assert used == [tmp_path]
+    with pytest.raises(PlanError, match=r"plan\.swap_directory = '.*none' cannot be written to \(No such file"):
+        links._copy_rate(torch.device("cpu"), tmp_path / "none")
 
 
 def test_a_microbatch_larger_than_the_batch_is_refused(tmp_path: Path) -> None:

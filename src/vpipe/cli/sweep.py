@@ -98,7 +98,7 @@ def command(
     directory = output or _new_directory(combinations)
     store = SweepStore(directory, combinations, what)
     click.echo(f"{plural(len(combinations), 'combination', 'combinations')}; results in {short(directory.absolute())}")
-    execute = _simulation(config, before, profile) if simulate else _training(config, before, directory)
+    execute = _simulation(config, before, profile, profile_file) if simulate else _training(config, before, directory)
     try:
         _run_all(store, combinations, execute)
     except KeyboardInterrupt:
@@ -169,21 +169,22 @@ def _training(path: Path, overrides: Sequence[str], directory: Path) -> Callable
 
 
 def _simulation(
-    path: Path, overrides: Sequence[str], profile: Profile | None
+    path: Path, overrides: Sequence[str], profile: Profile | None, file: Path | None
 ) -> Callable[[Combination, RunConfig], Result]:
-    """Return what simulates a combination, with `profile` or else one that is measured or in the cache."""
+    """Return what simulates a combination, with `profile` of a `file` or else one that is measured or in the cache."""
     told: set[str] = set()
 
     def execute(combination: Combination, config: RunConfig) -> Result:
         from vpipe.cli.profiling import obtain_profile
         from vpipe.config.planned import own_counts, sizes_needed
-        from vpipe.config.profiled import profile_warnings
+        from vpipe.config.profiled import check_profile_fits, profile_warnings
         from vpipe.report.sweep_simulation import simulate_run
 
         own = [*overrides, *combination.overrides]
         found = profile or obtain_profile(path, own, config, sizes_needed(config, own_counts(config)))
         if profile is not None:
-            warnings = profile_warnings(config, profile, threads_of(config), "the profile")
+            check_profile_fits(config, profile, str(file))
+            warnings = profile_warnings(config, profile, threads_of(config), str(file))
             for warning in (each for each in warnings if each not in told):
                 click.echo(f"warning: {warning}", err=True)
             told.update(warnings)
@@ -211,7 +212,7 @@ def _show(store: SweepStore) -> None:
         console.width = _FILE_WIDTH
     console.print(render_table(store.axes, rows))
     click.echo()
-    for line in failure_lines(rows):
+    for line in failure_lines(store.axes, rows):
         click.echo(line)
     best = find_best(rows)
     if best is not None:

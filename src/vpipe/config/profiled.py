@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +61,7 @@ def other_keys(run: RunConfig, measured: Mapping[str, str]) -> list[str]:
 
 def check_profile_fits(run: RunConfig, profile: Profile, source: str) -> None:
     """Raise PlanError for a profile of another model, or of other sizes of it; `source` names it."""
-    again = f"measure again with `vpipe profile CONFIG -o {source}`, or change the run"
+    again = "measure again with `vpipe profile`, or change the run"
     if run.num_blocks is not None and run.num_blocks != profile.num_blocks:
         raise PlanError(
             f"{source}: is of a model of {profile.num_blocks} blocks, and the run's has {run.num_blocks}; {again}"
@@ -79,6 +80,7 @@ def describe_host(run: RunConfig, num_threads: int) -> dict[str, str]:
         "threads_per_rank": str(num_threads),
         "link": f"{launch.distributed_backend or 'default'}{' in shared memory' * launch.shared_memory}, "
         f"{launch.link_latency_ms} ms and {launch.link_bandwidth_mb_per_s or 'no limit of'} MB/s added",
+        "swap_directory": str(run.plan.swap_directory or tempfile.gettempdir()),
         "torch": metadata.version("torch"),
         "vpipe": __version__,
     }

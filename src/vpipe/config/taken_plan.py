@@ -12,6 +12,7 @@ from vpipe.config.tree import Tree, get_key, set_key
 __all__ = ["take_plan"]
 
 _OF_SCHEDULE = ("stages_per_rank", "stage_to_depth_map", "macrobatch", "vertical_sync")
+_MAY_BE_AUTO = ("pipeline.schedule", "pipeline.num_microbatches")
 _SAYS_ALL = ("plan.policies", "pipeline.recompute_ratio")
 
 
@@ -31,7 +32,7 @@ def take_plan(tree: Tree, content: PartitionFile) -> list[str]:
         set_key(tree, "plan.predicted", content.predicted)
     warnings = [
         f"plan.partition = {name} was planned for {key} = {show(planned)}, and the run has {show(own)}, which counts: "
-        f"the prediction does not hold; leave {key} out to run the plan"
+        f"the prediction does not hold; leave {key} out{', or say auto,' * (key in _MAY_BE_AUTO)} to run the plan"
         for key, (planned, own) in other.items()
     ]
     if replaced and content.run:

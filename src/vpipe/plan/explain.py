@@ -53,7 +53,8 @@ def brief_lines(outcome: Outcome) -> list[str]:
     """Describe the best plan, and say in a line each what the naive cuts would give."""
     best = outcome.best
     others = [
-        f"Instead, {name} {list(plan.partition)}: {plan.step_ms:.4g} ms per step, {_versus(plan, best)}"
+        f"Instead, {name} {list(plan.partition)}: {plan.step_ms:.4g} ms per step, "
+        + (_versus(plan, best) if plan.fits(outcome.request.usable_limits) else "and it does not fit")
         for name, plan in outcome.naive.items()
         if plan.partition != best.partition
     ]

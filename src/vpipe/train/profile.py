@@ -128,9 +128,10 @@ def _sizes(config: RunConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
 def _measure(setup: Setup, sizes: Sequence[int], group: ProcessGroup, progress: Progress) -> Profile:
     keep_freed_memory()
     progress(_HOST_STEP, 0, 1)
-    host = measure_host_link(group)
+    directory = setup.config.plan.swap_directory
+    host = measure_host_link(group, directory)
     progress(_HOST_STEP, 1, 1)
-    with nullcontext() if host is None else closing(Copier(group.device, host)) as copier:
+    with nullcontext() if host is None else closing(Copier(group.device, host, directory)) as copier:
         measured = [measure_size(setup, size, group, progress, copier) for size in sizes]
     speeds = rank_speeds(measured[-1])
     profiles = tuple(size_profile(each, speeds) for each in measured)

@@ -6,6 +6,8 @@ The same few bytes going to and fro would stay in a core's caches, and cost less
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from vpipe.plan.profile import LinkProfile
@@ -21,11 +23,11 @@ _NUM_PARCELS = 128
 class Copier:
     """Moves parcels on demand: one after another out, then all of them back, and so on.
 
-    `host` says how fast that is when nothing else is done.
+    `host` says how fast that is when nothing else is done, `directory` where a CPU's parcels go.
     """
 
-    def __init__(self, device: torch.device, host: LinkProfile) -> None:
-        self._link = open_host_link(device, None)
+    def __init__(self, device: torch.device, host: LinkProfile, directory: Path | None = None) -> None:
+        self._link = open_host_link(device, directory)
         self._parcel_ms = host.transfer_ms(_PARCEL_BYTES)
         self.parcels = [
             Parcel(torch.ones(_PARCEL_BYTES, dtype=torch.uint8, device=device).untyped_storage())

@@ -6,18 +6,21 @@ between a send and the end of a receive that waits is the link's.
 
 from __future__ import annotations
 
+import errno
 import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean, median
 
 import torch
 from torch import Tensor
 
 from vpipe.config import LaunchConfig
+from vpipe.errors import PlanError
 from vpipe.model.emulated import build_emulated_chain
 from vpipe.plan.profile import LinkProfile
 from vpipe.report.measured_costs import MeasuredCosts, measure_costs
@@ -94,28 +97,36 @@ def _run(launch: LaunchConfig, width: int, group: ProcessGroup) -> MeasuredCosts
     return measure_costs(events, sends)
 
 
-def measure_host_link(group: ProcessGroup) -> LinkProfile | None:
+def measure_host_link(group: ProcessGroup, directory: Path | None) -> LinkProfile | None:
     """Measure copies to where swapped activations go and back, on all ranks at once; None where there is no room.
 
-    That is pinned memory for a GPU, and a memory-mapped file for a CPU. Collective.
+    That is pinned memory for a GPU, and a memory-mapped file in `directory` for a CPU, by default where temporary files
+    are. Collective.
+
+    Raises:
+        PlanError: the directory is not there, or cannot be written to.
     """
-    rates = gather(_copy_rate(group.device), group)
+    rates = gather(_copy_rate(group.device, directory), group)
     return LinkProfile(0.0, median(rates)) if all(rates) else None
 
 
-def _copy_rate(device: torch.device) -> float:
+def _copy_rate(device: torch.device, directory: Path | None) -> float:
     """Return bytes per ms, the mean of both directions; 0 where there is no room."""
     value = torch.ones(_HOST_BYTES, dtype=torch.uint8, device=device)
     if device.type == "cuda":
         return _HOST_BYTES / _copy_ms(value, torch.empty(_HOST_BYTES, dtype=torch.uint8, pin_memory=True))
     try:
-        with tempfile.NamedTemporaryFile(prefix="vpipe_host_") as file:
+        with tempfile.NamedTemporaryFile(prefix="vpipe_host_", dir=directory) as file:
             file.write(bytes(_HOST_BYTES))
             file.flush()
             mapped = torch.from_file(file.name, shared=True, size=_HOST_BYTES, dtype=torch.uint8)
             return _HOST_BYTES / _copy_ms(value, mapped)
-    except OSError:
-        return 0.0
+    except OSError as error:
+        if directory is None or error.errno == errno.ENOSPC:
+            return 0.0
+        raise PlanError(
+            f"plan.swap_directory = '{directory}' cannot be written to ({error.strerror}); give a folder that exists"
+        ) from error
 
 
 def _copy_ms(value: Tensor, host: Tensor) -> float:
