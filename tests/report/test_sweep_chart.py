@@ -56,6 +56,36 @@ def test_failed_combinations_are_crosses(tmp_path: Path) -> None:
     assert "failed: the table says why" in texts(root)
     assert len(dots(root)) == 1
     assert len(list(root.iter(f"{SVG}path"))) == 4  # two crosses of two strokes, one of them in the legend
+    assert "partition=parameters" in texts(root)
+
+
+def test_equal_series_are_all_seen(tmp_path: Path) -> None:
+    combinations = resolved(write_config(tmp_path), "batch_size=4,8", "plan.partition=uniform,[2,3,4],parameters")
+    rates = {"4": 10.0, "8": 20.0}
+    rows = [row_of(each, rates[each.values[0]]) for each in combinations]
+    root = ET.fromstring(draw_chart(combinations[0].axes, rows))
+    places = [(dot.attrib["x"], dot.attrib["y"]) for dot in dots(root)]
+    assert len(set(places)) == 6
+    named = {legend.attrib["stroke"] for legend in root.iter(f"{SVG}path")}
+    pieces = [item.attrib["stroke"] for item in root.iter(f"{SVG}path")][:-3]  # the last three are the legend's
+    assert {dot.attrib["fill"] for dot in dots(root)} == named == set(pieces)
+    assert max(pieces.count(colour) for colour in named) - min(pieces.count(colour) for colour in named) <= 1
+
+
+def test_one_series_is_named_too(tmp_path: Path) -> None:
+    combinations = resolved(write_config(tmp_path), "batch_size=4,8", "plan.partition=uniform,parameters")
+    rows = [row_of(each, 5.0, error="no" if each.values[1] == "uniform" else "") for each in combinations]
+    root = ET.fromstring(draw_chart(combinations[0].axes, rows))
+    assert "partition=parameters" in texts(root)
+    assert "batch_size=4, 8  partition=uniform" in texts(root)
+
+
+def test_no_line_passes_over_what_failed(tmp_path: Path) -> None:
+    combinations = resolved(write_config(tmp_path), "batch_size=4,8,12,16")
+    rows = [row_of(each, 5.0, error="no" if index == 1 else "") for index, each in enumerate(combinations)]
+    root = ET.fromstring(draw_chart(combinations[0].axes, rows))
+    lines = [item for item in root.iter(f"{SVG}path") if item.attrib["stroke"] != "#5d6b7c"]
+    assert len(lines) == 1  # from the third value to the fourth
 
 
 def test_names_are_not_joined_by_lines(tmp_path: Path) -> None:

@@ -61,7 +61,14 @@ def test_a_long_value_is_folded_and_not_cut(tmp_path: Path) -> None:
 def test_reasons_are_told_once(tmp_path: Path) -> None:
     combinations = resolved(write_config(tmp_path), "seed=1,2,3,4")
     rows = [row_of(each, error=error) for each, error in zip(combinations, ["a", "b\n c", "a", ""], strict=True)]
-    assert failure_lines(rows) == ["failed, 2 of 4: a", "failed, 1 of 4: b; c"]
+    axes = combinations[0].axes
+    assert failure_lines(axes, rows) == [
+        "failed, 2 of 4: a", "  seed=1", "  seed=3", "failed, 1 of 4: b; c", "  seed=2"
+    ]  # fmt: skip
+    many = [row_of(each, error="a") for each in resolved(write_config(tmp_path), "seed=1,2,3", "batch_size=4,8,12,16")]
+    lines = failure_lines(resolved(write_config(tmp_path), "seed=1,2,3", "batch_size=4")[0].axes, many)
+    assert lines[1:3] == ["  seed=1  batch_size=4", "  seed=1  batch_size=8"]
+    assert lines[9:] == ["  and 4 more, which the table has"]
 
 
 def test_the_best_is_the_fastest(tmp_path: Path) -> None:

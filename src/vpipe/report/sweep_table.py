@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +16,8 @@ from vpipe.report.sweep import Axis, Row, short_key
 
 __all__ = ["METRICS", "Metric", "failure_lines", "find_best", "one_line", "render_table", "table_csv"]
 
+_MOST_FAILED = 8
+"""Combinations that are named for one reason."""
 _WIDEST_VALUE = 24
 """Characters of a swept value that stay on one line of a terminal."""
 
@@ -72,10 +73,20 @@ def render_table(axes: Sequence[Axis], rows: Sequence[Row]) -> Table:
     return table
 
 
-def failure_lines(rows: Sequence[Row]) -> list[str]:
-    """Say each reason for which rows failed once, with how many had it."""
-    reasons = Counter(one_line(row.error) for row in rows if not row.is_done)
-    return [f"failed, {count} of {len(rows)}: {reason}" for reason, count in reasons.items()]
+def failure_lines(axes: Sequence[Axis], rows: Sequence[Row]) -> list[str]:
+    """Say each reason for which rows failed once, and which combinations had it."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.is_done:
+            words = (f"{short_key(axis)}={value}" for axis, value in zip(axes, row.values, strict=True))
+            reasons.setdefault(one_line(row.error), []).append("  ".join(words))
+    lines = []
+    for reason, combinations in reasons.items():
+        lines.append(f"failed, {len(combinations)} of {len(rows)}: {reason}")
+        lines += [f"  {words}" for words in combinations[:_MOST_FAILED]]
+        if (more := len(combinations) - _MOST_FAILED) > 0:
+            lines.append(f"  and {more} more, which the table has")
+    return lines
 
 
 def find_best(rows: Sequence[Row]) -> Row | None:
