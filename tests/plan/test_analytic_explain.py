@@ -114,6 +114,8 @@ def test_attention_and_masked_tokens_are_told() -> None:
     lines = estimate_lines(estimate(plain, machine(), 2, 8, memory_limit=1 << 30))
     assert "Attention: plain, holds its scores; of the tokens 15% are masked and predicted" in lines
     assert "Attention: flash, holds no scores" in estimate_lines(asynchronous())
+    assert "Batch: 8 samples; blocks may keep or recompute or swap" in lines
+    assert "Batch: 8 samples; blocks may keep or swap" in estimate_lines(swapped(1.0))
 
 
 def test_of_many_large_settings_the_promising_ones_are_planned() -> None:

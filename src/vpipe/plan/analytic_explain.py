@@ -70,17 +70,25 @@ def assumption_lines(found: Estimate) -> list[str]:
         f"Devices: {found.num_devices} x {device.name} ({_ranks(found)}): {reached}, {device.memory_fraction:.0%} of "
         f"{device.memory_gb_per_s:g} GB/s, at least {device.kernel_us:g} us per operation",
         f"Links between ranks: {machine.link.name}, {machine.link.latency_us:g} us, {machine.link.gb_per_s:g} GB/s; "
-        f"to the host: {f'{device.host_gb_per_s:g} GB/s' if machine.swaps else 'not used'}",
+        f"to the host: {_host_words(machine)}",
         f"Bytes per parameter: {precision.total_bytes} (weights {precision.weight_bytes}, gradients "
         f"{precision.gradient_bytes}, optimizer {precision.optimizer_bytes}); activations in "
         f"{precision.activation_type}; memory per device: at most {format_bytes(found.outcome.request.rank_limits[0])} "
         f"of {format_bytes(device.memory_bytes)}",
-        f"Batch: {setting.batch_size} samples",
+        f"Batch: {setting.batch_size} samples; blocks may {' or '.join(found.outcome.request.policies)}",
         _model_words(model),
     ]
     if machine.devices_per_rank > 1:
         lines.append(_splitting(machine))
     return lines
+
+
+def _host_words(machine: Machine) -> str:
+    device = machine.device
+    if not machine.swaps:
+        return "not used"
+    lost = f", which takes {device.host_share:.0%} of its time from computing" if device.host_share else ""
+    return f"{device.host_gb_per_s:g} GB/s{lost}"
 
 
 def _model_words(model: ModelWork) -> str:
