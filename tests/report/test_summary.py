@@ -107,6 +107,16 @@ def test_a_narrow_console_gets_two_tables_and_no_line_is_broken() -> None:
     assert len(lines) == len(_text(SUMMARY).splitlines()) + 4
 
 
+def test_what_was_predicted_is_whole_on_a_narrow_console() -> None:
+    def compared(predicted: float, error: float) -> dict[str, float]:
+        return {"predicted": predicted, "measured": predicted / (1 + error), "error": error}
+
+    memory = [compared(41.5 * 2**20, -0.021), compared(51.1 * 2**20, 0.034)]
+    screen = _text(SUMMARY | {"prediction": {"step_ms": compared(12062.2, -0.575), "memory_bytes": memory}}, width=80)
+    (line,) = (line for line in screen.splitlines() if line.startswith("predicted "))
+    assert line.split(maxsplit=1)[1] == "12062.2 ms (-57.5%); memory at worst 51.1 MiB (+3.4%)"
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_picture_is_drawn_as_wide_as_the_console_where_there_are_events(width: int) -> None:
     trace = _trace(3)

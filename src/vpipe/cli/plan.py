@@ -38,7 +38,7 @@ __all__ = ["command"]
     "--profile",
     "profile_file",
     type=click.Path(path_type=Path),
-    help="What `vpipe profile` wrote.  [default: the cached one, else measure now]",
+    help="What `vpipe profile` wrote for this model.  [default: the cached one, else measure now]",
 )
 @click.option(
     "--memory-limit", metavar="SIZE[,SIZE...]", help="Bytes that a rank may hold, e.g. 4GiB: one for all, or one each."

@@ -43,7 +43,8 @@ def command(
     ranks and copies to host memory are measured. Times are means; "spread" is half the distance of their quartiles.
 
     Results are kept in $XDG_CACHE_HOME/vpipe/profiles (by default ~/.cache) under a hash of model, code, data, sizes
-    and machine, and used again by `vpipe plan` and by runs that plan themselves.
+    and machine, and used again by `vpipe plan` and by runs that plan themselves, which say so. What takes no time, such
+    as the learning rate or the seed, is not in it.
     """
     run = read_config_aloud(config, overrides)
     sizes = sizes_needed(run, read_counts(run, microbatches))

@@ -49,7 +49,8 @@ _TAKEN = ("samples_per_second", "iteration_ms", "bubble_fraction", "communicatio
     "--profile",
     "profile_file",
     type=click.Path(path_type=Path),
-    help="For --simulate: what `vpipe profile` wrote.  [default: the cached ones, else measure now]",
+    help="For --simulate: what `vpipe profile` wrote; combinations of another model fail.  [default: the cached ones, "
+    "else measure now]",
 )
 @click.option(
     "-o",
