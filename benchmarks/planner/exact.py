@@ -1,15 +1,21 @@
 """The planner against trying everything on 1,000 small chains, and on 400 blocks for 64 stages.
 
-python -m benchmarks.planner.exact [--num-chains 1000] [--out FILE]
+python -m benchmarks.planner.exact [--num-chains 1000] [--num-shared 200] [--only small|shared|deep] [--out FILE]
 
 Brute force and random chains are those of the tests (`tests/plan/planner_oracle.py`): 2 to 5 blocks on 1 to 3 ranks of
 unequal speed, times and bytes drawn at random, six schedules, links and host memory slow or fast, a limit per rank. It
-tries every cut and every combination of policies.
+tries every cut and every combination of policies. There the busiest stage counts, which the planner's programme makes
+as fast as possible.
+
+`shared` is the same for two stages on each of two ranks (`tests/plan/shared_oracle.py`): 4 or 5 blocks, six schedules,
+4 microbatches, a limit between the least that any plan needs and what is needed when all is kept. There the simulated
+step counts, of every cut with every combination of policies; the 30 best of these may recompute ahead of the gradient.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import statistics
@@ -21,7 +27,9 @@ from typing import Any
 
 from benchmarks.common import ROOT, environment, format_table, write_results
 
+from vpipe.errors import PlanError
 from vpipe.plan.costs import ChainCosts
+from vpipe.plan.limits import needed_limit
 from vpipe.plan.loads import stage_loads
 from vpipe.plan.memory import Policy
 from vpipe.plan.partition_exact import cut_minimax
@@ -57,6 +65,46 @@ def compare(num_chains: int) -> dict[str, Any]:
         "slower_than_without_limit": costly,
         "planner_ms": round(1e3 * statistics.median(seconds), 2),
     }
+
+
+def compare_shared(num_chains: int) -> dict[str, Any]:
+    """Plan so many chains with two stages per rank both ways, and ask for their smallest limits."""
+    sys.path.insert(0, str(ROOT / "tests" / "plan"))
+    from shared_oracle import brute_force, problem
+
+    ratios, smallest, refused, seconds = [], [], 0, []
+    for seed in range(num_chains):
+        found = problem(seed)
+        best, least = brute_force(found)
+        smallest.append(find_plan(found.unlimited).smallest_limits[0] / needed_limit(least))
+        start = time.perf_counter()
+        try:
+            outcome = find_plan(found.request)
+        except PlanError:
+            refused += 1
+            continue
+        seconds.append(time.perf_counter() - start)
+        ratios.append(outcome.best.step_ms / best)
+    return {
+        "num_chains": num_chains,
+        "refused": refused,
+        "as_good_as_best": sum(ratio <= 1 + 1e-9 for ratio in ratios),
+        "mean_over_best": round(statistics.mean(ratios), 4),
+        "largest_over_best": round(max(ratios), 4),
+        "over_1_percent": sum(ratio > 1.01 for ratio in ratios),
+        "largest_limit_over_least": round(max(smallest), 4),
+        "planner_ms": round(1e3 * statistics.median(seconds), 1),
+        "largest_planner_ms": round(1e3 * max(seconds), 1),
+    }
+
+
+def plan_deep_shared() -> list[dict[str, Any]]:
+    """Plan 400 blocks for 32 ranks with two stages each, without policies and under two limits."""
+    profile = deep_profile(alike=False)
+    base = Request(profile, NUM_STAGES // 2, NUM_MICROBATCHES, ("interleaved",), stages_per_rank=2)
+    free = plan_deep("two per rank, no policies", _with(base, policies=(Policy.KEEP,)))
+    limits = [int(share * free["largest_bytes"]) for share in (0.7, 0.4)]
+    return [free, *(plan_deep(f"two per rank, {limit} bytes", _with(base, limits=[limit])) for limit in limits)]
 
 
 def deep_profile(*, alike: bool) -> Profile:
@@ -152,10 +200,13 @@ def _with(request: Request, **changes: Any) -> Request:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print both results."""
-    print(format_table(list(results["small"]), [list(results["small"].values())]), "\n")
+    """Print what there is."""
+    for part in ("small", "shared"):
+        if part in results:
+            print(format_table(list(results[part]), [list(results[part].values())]), "\n")
     header = ["400 blocks on 64 stages", "seconds", "step ms", "bound ms", "gap", "uniform ms", "keep/recompute/swap"]
-    print(format_table(header, [_row(row) for row in results["deep"]]))
+    rows = [*results.get("deep", []), *results.get("deep_shared", [])]
+    print(format_table(header, [_row(row) for row in rows]))
 
 
 def _row(row: dict[str, Any]) -> Sequence[object]:
@@ -174,10 +225,18 @@ def _row(row: dict[str, Any]) -> Sequence[object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-chains", type=int, default=1000)
+    parser.add_argument("--num-shared", type=int, default=200)
+    parser.add_argument("--only", choices=("small", "shared", "deep"), help="this part; the file keeps the others")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "exact.json")
     arguments = parser.parse_args()
-    surroundings = environment()
-    results = {"environment": surroundings, "small": compare(arguments.num_chains), "deep": plan_all()}
+    results = json.loads(arguments.out.read_text()) if arguments.only and arguments.out.exists() else {}
+    results[f"environment of {arguments.only}" if results else "environment"] = environment()
+    if arguments.only in (None, "small"):
+        results["small"] = compare(arguments.num_chains)
+    if arguments.only in (None, "shared"):
+        results |= {"shared": compare_shared(arguments.num_shared), "deep_shared": plan_deep_shared()}
+    if arguments.only in (None, "deep"):
+        results["deep"] = plan_all()
     write_results(arguments.out, results)
     show(results)
 

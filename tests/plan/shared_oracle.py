@@ -13,10 +13,11 @@ from vpipe.plan.limits import needed_limit
 from vpipe.plan.memory import Policy
 from vpipe.plan.search import Request, judge_partition
 from vpipe.plan.setting import Setting
-from vpipe.plan.situation import Situation
+from vpipe.plan.situation import Plan, Situation
 
 FAMILIES = ("interleaved", "looped-bfs", "zb-v", "v-half", "v-min", "dualpipe-v")
 NUM_STAGES = 4
+NUM_AHEAD = 30
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,27 @@ def problem(seed: int) -> Problem:
 
 
 def brute_force(found: Problem) -> tuple[float, int]:
-    """Return the shortest step within the limit, and the fewest bytes that the largest rank can do with."""
+    """Return the shortest step within the limit, and the fewest bytes that the largest rank can do with.
+
+    The best plans may also recompute before the gradient arrives, as the planner's do.
+    """
     request = found.request
     profile, (limit, *_) = request.profile, request.usable_limits
     setting = Setting(request.schedules[0], 2, 4, 1, 2)
-    situation = Situation.of(profile, setting, [math.inf] * 2, tuple(Policy), {})
+    situation = Situation.of(profile, setting, request.usable_limits, tuple(Policy), {})
     allowed = list(Policy) if profile.host else [Policy.KEEP, Policy.RECOMPUTE]
-    best, least = math.inf, math.inf
+    fitting: list[Plan] = []
+    least = math.inf
     for cut in all_cuts(profile.num_blocks, NUM_STAGES):
         for policies in itertools.product(allowed, repeat=profile.num_blocks):
             draft = situation.draft(cut, policies)
             needed = max(memory.most for memory in draft.memory)
             least = min(least, needed)
             if needed <= limit:
-                best = min(best, situation.judge(draft).step_ms)
-    return best, int(least)
+                fitting.append(situation.judge(draft))
+    fitting.sort(key=lambda plan: plan.step_ms)
+    ahead = [situation.recompute_ahead(plan) for plan in fitting[:NUM_AHEAD]]
+    return min((plan.step_ms for plan in ahead), default=math.inf), int(least)
 
 
 def all_cuts(num_blocks: int, num_stages: int) -> list[list[int]]:

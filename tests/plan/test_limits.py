@@ -97,11 +97,11 @@ def test_cuts_of_long_chains_are_searched_from_all_seeds() -> None:
         return max(sums), sum(each * each for each in sums)
 
     seeds = [[37, 1, 1, 1], [10, 10, 10, 10]]
-    ranked = searched_cuts(cost, seeds, 40, 4)
+    ranked = searched_cuts(cost, seeds, 40, 4, 400)
     assert ranked[0][0] < min(map(cost, seeds))
     assert ranked[0][0][0] < 1.1 * weights.sum() / 4
     assert all(sum(cut) == 40 and min(cut) > 0 for _, cut in ranked)
-    every = searched_cuts(cost, [], 6, 3)
+    every = searched_cuts(cost, [], 6, 3, 10)
     assert len(every) == 10
     assert every == sorted(every)
 

@@ -19,9 +19,6 @@ __all__ = ["candidate_cuts", "exchanges", "naive_cuts", "neighbours", "searched_
 
 _SLACKS = (1.0, 1.02, 1.05, 1.1)
 _ROUNDING = 1 + 1e-12
-_MOST_CUTS = 400
-"""Cuts that a search looks at; where there are no more, it looks at all."""
-
 Cost = tuple[float, ...]
 
 
@@ -97,24 +94,28 @@ def _with(policies: Sequence[Policy], *changes: tuple[int, Policy]) -> tuple[Pol
 
 
 def searched_cuts(
-    cost: Callable[[Sequence[int]], Cost], seeds: Iterable[Sequence[int]], num_blocks: int, num_stages: int
+    cost: Callable[[Sequence[int]], Cost],
+    seeds: Iterable[Sequence[int]],
+    num_blocks: int,
+    num_stages: int,
+    most: int,
 ) -> list[tuple[Cost, list[int]]]:
-    """Return cuts with their costs, the cheapest first: all of a short chain, else those met on the way down.
+    """Return cuts with their costs, the cheapest first: all if there are no more than `most`, or those met.
 
     From the cheapest seed on, boundaries are moved by one block, or a whole stage is, while that is cheaper; then from
     the others.
     """
-    if comb(num_blocks - 1, num_stages - 1) <= _MOST_CUTS:
+    if comb(num_blocks - 1, num_stages - 1) <= most:
         inner = combinations(range(1, num_blocks), num_stages - 1)
         cuts = [[stop - start for start, stop in pairwise([0, *ends, num_blocks])] for ends in inner]
         return sorted((cost(cut), cut) for cut in cuts)
     costs = {tuple(seed): cost(seed) for seed in seeds}
     for seed in sorted(costs, key=lambda cut: costs[cut]):
         here, improving = seed, True
-        while improving and len(costs) < _MOST_CUTS:
+        while improving and len(costs) < most:
             improving = False
             for cut in map(tuple, [*neighbours(here), *_shifts(here)]):
-                if cut not in costs and len(costs) < _MOST_CUTS:
+                if cut not in costs and len(costs) < most:
                     costs[cut] = cost(cut)
                     if costs[cut] < costs[here]:
                         here, improving = cut, True

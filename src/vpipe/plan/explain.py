@@ -22,7 +22,10 @@ __all__ = ["brief_lines", "compare_lines", "explain_lines", "plan_lines"]
 def explain_lines(outcome: Outcome) -> list[str]:
     """Explain the best plan, and what the next best and the naive ones would give."""
     best = outcome.best
-    exact = "" if outcome.is_exact else " (policies of long stages were searched, not proven)"
+    searched = (
+        "cuts and policies" if any(each.shares_ranks for each in outcome.situations) else "policies of long stages"
+    )
+    exact = "" if outcome.is_exact else f" ({searched} were searched, not proven)"
     return [
         *plan_lines(outcome.request, best),
         f"No plan of the settings looked at needs less than {outcome.lower_bound_ms:.4g} ms per step: this one is "
@@ -217,13 +220,13 @@ def _limit_line(outcome: Outcome) -> str:
     rank = max(range(len(limits)), key=lambda each: plan.memory[each].most / limits[each])
     named = format_bytes(limits[0]) if len(set(limits)) == 1 else ", ".join(map(format_bytes, limits))
     found, reason = "", "Less cannot"
-    even = "even when every block holds as little as it can, and"
+    even = " even when every block holds as little as it can, and"
     if not outcome.is_smallest_proven:
         is_shared = any(situation.shares_ranks for situation in outcome.situations)
         why = "several stages share a rank" if is_shared else "stages are long"
-        found, reason, even = " (found; less may do)", f"It was searched for, not proven, because {why}", "then, and"
+        found, reason, even = " (found; less may do)", f"It was searched for, not proven, because {why}", ", and"
     return (
         f"Smallest limit that can be kept{found}: {named} per rank, at {plan.sample_ms:.4g} ms per sample "
         f"({plan.setting.describe()}, {list(plan.partition)}). {reason}: rank {rank} needs "
-        f"{describe_memory(plan.memory[rank])} {even} 1 % of a limit is left to chance."
+        f"{describe_memory(plan.memory[rank])}{even} 1 % of a limit is left to chance."
     )

@@ -23,8 +23,8 @@ __all__ = ["Smallest", "find_smallest", "least_bytes", "needed_limit", "scaled_l
 
 _THRESHOLDS_TIMES_BLOCKS = 2400
 _SHARE_LEFT = 100
-_MOST_INTERVALS = 2000
-"""Intervals that frontiers are computed of to find the smallest limit of a long chain."""
+_MOST_INTERVALS, _MOST_CUTS = 2000, 400
+"""Intervals that frontiers are computed of to find the smallest limit of a long chain; beyond, cuts that are tried."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _small_cut(situation: Situation, given: Sequence[float], least: _LeastBytes)
     allowed = np.array(useful_intervals([np.isfinite(matrix) for matrix in tight.optimistic]))
     intervals = np.argwhere(allowed.any(axis=0))
     if len(intervals) > _MOST_INTERVALS:
-        return searched_cuts(cost, [cut], len(chain), len(given))[0][1], False
+        return searched_cuts(cost, [cut], len(chain), len(given), _MOST_CUTS)[0][1], False
     relative = list(np.full(allowed.shape, np.inf))
     for start, stop in intervals:
         stages = np.flatnonzero(allowed[:, start, stop])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -17,6 +18,8 @@ __all__ = ["fast_cuts", "rank_bytes", "shared_policies", "small_cut"]
 
 _MOST_ACTIONS = 200_000
 """Actions of all plans together that memory is counted of, as far as these are no fewer than the fewest."""
+_MOST_UNLIMITED, _MOST_LIMITED = 2000, 400
+"""Cuts that are looked at; with a limit each takes much longer."""
 _MOST_CANDIDATES, _FEWEST_CANDIDATES = 40, 8
 
 
@@ -36,10 +39,14 @@ def fast_cuts(situation: Situation) -> list[list[int]]:
     def cost(cut: Sequence[int]) -> tuple[float, ...]:
         over, times = zip(*map(of_rank, range(len(situation.limits)), shared.intervals(cut)), strict=True)
         once = sum(times) / per_rank if situation.setting.synchronous else max(times)
-        return max(over), sum(over), once + (count - 1) * max(times), sum(np.square(times))
+        # The others wait for a busy stage in its turn, and have less to do in the next: so both count, half and half.
+        stage = max(float(matrix[each]) for matrix, each in zip(kept, pairwise([0, *accumulate(cut)]), strict=True))
+        busiest = (max(times) + max(max(times), per_rank * stage)) / 2
+        return max(over), sum(over), once + (count - 1) * busiest, sum(np.square(times))
 
     seeds = [*candidate_cuts(situation.times), *_small_seeds(situation)]
-    ranked = searched_cuts(cost, seeds, len(chain), situation.schedule.num_stages)
+    looked_at = _MOST_UNLIMITED if all(map(math.isinf, situation.limits)) else _MOST_LIMITED
+    ranked = searched_cuts(cost, seeds, len(chain), situation.schedule.num_stages, looked_at)
     most = max(_FEWEST_CANDIDATES, min(_MOST_CANDIDATES, _MOST_ACTIONS // situation.num_actions))
     return [cut for (excess, *_), cut in ranked if excess <= 0][:most]
 
@@ -66,7 +73,7 @@ def small_cut(situation: Situation, limits: Sequence[float]) -> list[int]:
         return float(shares.max()), float(shares.sum())
 
     seeds = [*candidate_cuts(situation.times), *_small_seeds(situation)]
-    return searched_cuts(cost, seeds, len(situation.chain), situation.schedule.num_stages)[0][1]
+    return searched_cuts(cost, seeds, len(situation.chain), situation.schedule.num_stages, _MOST_LIMITED)[0][1]
 
 
 def rank_bytes(situation: Situation, partition: Sequence[int]) -> tuple[float, ...]:
