@@ -1,12 +1,13 @@
 """Of many settings those that promise most: what is planned where planning for all of them would take too long.
 
-Every setting is tried once: with few microbatches, twice as many as ranks, and cut so that its stages take as equally
-long as they can without a look at memory. What the other microbatches would add is the time of the busiest rank.
+Every setting is tried once, larger microbatches only where smaller ones fit: with few microbatches, twice as many as
+ranks, and cut so that its stages take as equally long as they can without a look at memory. What the other microbatches
+would add is the time of the busiest rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -43,7 +44,7 @@ def find_promising_plan(request: Request) -> tuple[Outcome, Screened | None]:
     pairs = list(product(request.schedules, counts))
     if len(request.schedules) == 1 or sum(request.num_ranks * count for _, count in pairs) <= _MAX_TURNS:
         return find_plan(request), None
-    tried = [(*found, pair) for pair in pairs if (found := _try(request, *pair)) is not None]
+    tried = [attempt for name in request.schedules for attempt in _attempts(request, name, counts)]
     finalists = [pair for *_, pair in sorted(tried)[:_NUM_PLANNED]] or pairs[:1]
     outcome = _find_best(request, finalists)
     words = tuple(f"{name} with {count} microbatches" for name, count in finalists)
@@ -64,6 +65,19 @@ def _find_best(request: Request, pairs: Sequence[tuple[str, int]]) -> Outcome:
     return min(found, key=lambda outcome: outcome.best.sample_ms)
 
 
+def _attempts(request: Request, name: str, counts: Sequence[int]) -> Iterator[tuple[bool, float, tuple[str, int]]]:
+    """Yield whether a schedule's first cut is too large, its time per sample, and the setting.
+
+    The smallest microbatches come first: where they are too large, larger ones are not tried.
+    """
+    for count in sorted(counts, reverse=True):
+        found = _try(request, name, count)
+        if found is not None:
+            yield (*found, (name, count))
+            if found[0]:
+                return
+
+
 def _try(request: Request, name: str, count: int) -> tuple[bool, float] | None:
     """Return whether a setting's first cut is too large, and its time per sample; None where it cannot be."""
     few = min(count, 2 * request.num_ranks)
@@ -71,12 +85,14 @@ def _try(request: Request, name: str, count: int) -> tuple[bool, float] | None:
     small = replace(request, schedules=[name], num_microbatches=[few], batch_size=few * size)
     blocks = request.profile.at(size).blocks
     try:
-        schedule = build_schedule(name, request.num_ranks, few, stages_per_rank=request.stages_per_rank)
+        placement = build_schedule(
+            name, request.num_ranks, min(few, request.num_ranks), stages_per_rank=request.stages_per_rank
+        ).placement
         times = [block.forward_ms + block.backward_ms for block in blocks]
-        plan = judge_partition(small, partition_by_weight(times, schedule.num_stages))
+        plan = judge_partition(small, partition_by_weight(times, placement.num_stages))
     except (PlanError, ScheduleError):
         return None
-    step_ms = plan.step_ms + (count - few) * _busiest_ms(plan, schedule.placement)
+    step_ms = plan.step_ms + (count - few) * _busiest_ms(plan, placement)
     return not plan.fits(request.usable_limits), step_ms / request.batch_size
 
 
