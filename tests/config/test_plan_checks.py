@@ -47,6 +47,12 @@ def test_what_is_left_open_needs_a_plan(overrides: list[str], needs_plan: bool) 
     assert build_config(parse_yaml(dump_config(run), "dump")) == run
 
 
+def test_recompute_true_leaves_the_choice_to_the_planner() -> None:
+    assert run_with("partition=auto", "recompute=true").pipeline.recompute is None
+    assert run_with("partition=auto", "recompute=null").pipeline.recompute is None
+    assert run_with("recompute=true").pipeline.recompute == "always"
+
+
 def test_a_limit_is_a_size() -> None:
     assert run_with("plan.memory_limit=1.5GiB").plan.memory_limit == 3 << 29
     assert run_with("plan.memory_limit=[2kB, 3000]").plan.memory_limit == [2000, 3000]

@@ -111,6 +111,8 @@ def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
     if not isinstance(pipeline, dict):
         return problems, warnings
     mode = pipeline.get("recompute")
+    if mode is True and get_key(tree, "plan.partition") == "auto" and pipeline.get("recompute_ratio") in (None, 0):
+        mode = pipeline["recompute"] = None  # the planner may
     return problems, warnings + (_resolve_recompute(pipeline, mode) if isinstance(mode, bool) else [])
 
 

@@ -150,7 +150,8 @@ class PipelineConfig(Section):
         Allowed("one of 'always', 'except_last', 'never', true, false, null"),
     ] = None
     """Instead of ratios: `always` is 1 on every stage, `never` is 0, `except_last` is 1 for all but a batch's last
-    microbatch (gpipe only). true keeps given ratios, `always` without any; false is `never`, whatever they are."""
+    microbatch (gpipe only). true keeps given ratios, and without any is `always`, with `plan.partition: auto` what the
+    planner chooses; false is `never`, whatever they are."""
     stage_to_depth_map: Depths | None = None
     """Warmup forwards of each stage, before a forward and a backward take turns; null is the least that keeps the
     pipeline full, `num_stages - 1 - stage`. More hides slow links at the price of memory. For 1f1b and pipedream."""
