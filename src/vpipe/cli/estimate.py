@@ -17,7 +17,7 @@ from vpipe.config.estimated import RunWishes, run_wishes
 from vpipe.config.planned import name_schedules
 from vpipe.errors import PlanError
 from vpipe.plan.analytic import Machine, ModelWork, Precision
-from vpipe.plan.analytic_estimate import estimate
+from vpipe.plan.analytic_estimate import Estimate, estimate
 from vpipe.plan.analytic_explain import estimate_lines, estimate_to_dict
 from vpipe.plan.devices import DEVICES, LINKS, find_device, find_link
 from vpipe.plan.memory import Policy
@@ -178,14 +178,19 @@ def command(
         stages_per_rank=_stages_per_rank(options, run),
         options=_schedule_options(run, num_ranks),
     )
+    _show(model, found, _taken(run, ranks, asked_batch, options), form, output, all_stages=options["all_stages"])
+
+
+def _show(
+    name: str, found: Estimate, taken: Mapping[str, str], form: str, output: Path | None, *, all_stages: bool
+) -> None:
     content = estimate_to_dict(found)
-    taken = _taken(run, ranks, asked_batch, options)
     if taken:
         content["estimate"]["from_run"] = taken
     if form == "json":
         click.echo(json.dumps(content))
     else:
-        click.echo("\n".join([*_run_lines(model, taken), *estimate_lines(found, all_stages=options["all_stages"])]))
+        click.echo("\n".join([*_run_lines(name, taken), *estimate_lines(found, all_stages=all_stages)]))
     if output is not None:
         plan = {key: value for key, value in content.items() if key != "estimate"}
         output.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
