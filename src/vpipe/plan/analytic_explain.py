@@ -270,6 +270,7 @@ def _limit_lines(found: Estimate) -> list[str]:
     lines.append(
         f"The smallest memory that would do: {format_bytes(limit)} per device, at {smallest.step_ms / 1000:.4g} s per "
         f"step ({smallest.setting.describe()}): {describe_memory(fullest)}."
+        + ("" if outcome.is_smallest_proven else " It was searched for; less may do.")
     )
     return lines
 

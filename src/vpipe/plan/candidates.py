@@ -112,10 +112,12 @@ def searched_cuts(
     costs = {tuple(seed): cost(seed) for seed in seeds}
     for seed in sorted(costs, key=lambda cut: costs[cut]):
         here, improving = seed, True
-        while improving and len(costs) < most:
+        # Half of what is left, so that the next ones have their turn.
+        enough = len(costs) + (most - len(costs) + 1) // 2
+        while improving and len(costs) < enough:
             improving = False
             for cut in map(tuple, [*neighbours(here), *_shifts(here)]):
-                if cut not in costs and len(costs) < most:
+                if cut not in costs and len(costs) < enough:
                     costs[cut] = cost(cut)
                     if costs[cut] < costs[here]:
                         here, improving = cut, True
