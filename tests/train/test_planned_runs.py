@@ -68,10 +68,10 @@ def test_the_profile_is_measured_once(folder: Path) -> None:
 
 
 def test_the_run_of_a_plan_file_is_compared_with_it(folder: Path) -> None:
-    assert train(folder, "train.iterations=2", "pipeline.num_microbatches=auto").returncode == 0
+    assert train(folder, "train.iterations=2").returncode == 0
     planned = json.loads((latest(folder) / "plan.json").read_text())
     shutil.copy(latest(folder) / "plan.json", folder / "p.json")
-    result = train(folder, "plan.partition=p.json", "pipeline.num_microbatches=auto")
+    result = train(folder, "train.iterations=2", "plan.partition=p.json", "pipeline.num_microbatches=auto")
     assert result.returncode == 0, result.stderr
     again, summary = (json.loads((latest(folder) / name).read_text()) for name in ("plan.json", "summary.json"))
     same = ("partition", "policies", "schedule", "num_microbatches", "predicted")
