@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -378,6 +379,12 @@ class Training:
         status = read_status(self.directory, rank)
         return "" if status is None else status.text
 
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for something that the run does soon, and long enough to be seen."""
+        while not is_so():
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.001)
+
     def stop(self, pid: int, number: signal.Signals) -> tuple[str, float]:
         """Send a signal to a process of the run; return its standard error and the seconds until all had ended."""
         start = time.monotonic()
@@ -398,8 +405,7 @@ def test_kill_minus_nine_ends_all_and_names_who_died_and_what_others_waited_for(
     times = [60 if rank == victim else 5 for rank in range(3)]  # so that the others wait for the victim
     training = Training(folder, f"pipeline.schedule={schedule}", f"model.options.forward_ms={times}")
     others = [rank for rank in range(3) if rank != victim]
-    while not any(f"from rank {victim}" in training.status(rank) for rank in others):
-        time.sleep(0.001)
+    training.wait_until(lambda: any(f"from rank {victim}" in training.status(rank) for rank in others))
     error, seconds = training.stop(training.pids[victim], signal.SIGKILL)
     assert seconds < 10
     assert training.process.returncode == 1
@@ -413,9 +419,8 @@ def test_kill_minus_nine_ends_all_and_names_who_died_and_what_others_waited_for(
 
 
 def test_kill_minus_nine_during_an_evaluation(folder: Path) -> None:
-    training = Training(folder, "train.iterations=3", "train.eval_batch_size=1", "model.options.forward_ms=50")
-    while not training.status(1).startswith("evaluating, last done 1F"):
-        time.sleep(0.001)
+    training = Training(folder, "train.iterations=3", "train.eval_batch_size=1", "model.options.forward_ms=[5,200,5]")
+    training.wait_until(lambda: training.status(1).startswith("evaluating, last done 1F"))
     error, seconds = training.stop(training.pids[1], signal.SIGKILL)
     assert seconds < 10
     assert training.process.returncode == 1
