@@ -14,7 +14,6 @@ import torch
 
 from vpipe.errors import PeerLostError, TransportError
 from vpipe.model.chain import ValueSpec
-from vpipe.plan import loads
 from vpipe.runtime import shared_memory as module
 from vpipe.runtime.message import MessageLayout
 from vpipe.runtime.shared_memory import open_inbox, open_outbox
@@ -147,10 +146,6 @@ def test_gradients_that_piled_up_leave_no_memory_behind(link):
         5000.0 * number for number in range(6, 12)
     ]
     assert len(inbox._messages) == 6
-
-
-def test_the_planner_counts_as_many_spare_gradients():
-    assert loads.SPARE_GRADIENTS == module.SPARE_GRADIENTS
 
 
 def test_another_message_than_the_one_waited_for_is_an_error(link):

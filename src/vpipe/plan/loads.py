@@ -26,7 +26,10 @@ __all__ = ["COUNTED", "SPARE_GRADIENTS", "SWAP_BUFFERS", "Moment", "Replay", "St
 SWAP_BUFFERS = 2
 """Microbatches of a block that swaps that are on the device at once: one in use, and one on its way out or back."""
 SPARE_GRADIENTS = 2
-"""Gradients that wait in shared memory, or are free there; more have memory only while they wait."""
+"""Gradients that wait in shared memory, or are free there; more have memory only while they wait.
+
+As many are on their way where no rank is behind: one that is read, and one that was sent meanwhile.
+"""
 COUNTED = frozenset({Kind.F, Kind.B, Kind.I, Kind.W, Kind.STEP})
 """Actions that change what is held."""
 

@@ -32,10 +32,7 @@ from vpipe.errors import TransportError
 from vpipe.runtime.failure import peer_ended, peer_silent
 from vpipe.runtime.message import Message, MessageLayout
 
-__all__ = ["SPARE_GRADIENTS", "Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
-
-SPARE_GRADIENTS = 2
-"""As many are on their way where no rank is behind: one that is read, and one that was sent meanwhile."""
+__all__ = ["Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
 
 _CPU = torch.device("cpu")
 _LOOK_SECONDS = 0.1

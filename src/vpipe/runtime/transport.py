@@ -24,10 +24,11 @@ from torch import Tensor
 
 from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
+from vpipe.plan.loads import SPARE_GRADIENTS
 from vpipe.runtime.failure import raise_if_peer_lost
 from vpipe.runtime.message import Message, MessageLayout
 from vpipe.runtime.shared_links import share_memory
-from vpipe.runtime.shared_memory import SPARE_GRADIENTS, Inbox, Outbox
+from vpipe.runtime.shared_memory import Inbox, Outbox
 from vpipe.runtime.wait import telling_losses
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
