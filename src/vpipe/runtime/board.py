@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -21,13 +21,16 @@ __all__ = ["LossBoard"]
 _SENDS_KEPT = 256
 """More than batches are in flight in any pipeline, so that the source never waits for a rank that is merely behind."""
 
+_TAG = 1 << 30
+"""Not torch's default, which the caller may use in the same group."""
+
 _WHAT = "the loss"
 
 
 class LossBoard:
     """Small vectors from rank `source` to all others, in order, without making the source wait; collective to make.
 
-    `group` is a gloo group of all ranks that nothing else uses for point-to-point messages; None means one process.
+    `group` is a gloo group of all ranks in which nobody else uses this board's tag; None means one process.
     Ranks of one machine share memory where they may.
     """
 
@@ -46,11 +49,12 @@ class LossBoard:
         self._rank = dist.get_rank() if group is not None else source
         self._others = [rank for rank in range(dist.get_world_size() if group is not None else 1) if rank != source]
         self._layout = MessageLayout(0, [ValueSpec("loss", (num_values,), torch.float64, False)])
-        self._outboxes: dict[tuple[int, int], Outbox] = {}
-        self._inboxes: dict[tuple[int, int], Inbox] = {}
+        self._outboxes: Mapping[tuple[int, int], Outbox] = {}
+        self._inboxes: Mapping[tuple[int, int], Inbox] = {}
         if group is not None:
             links = [(source, rank) for rank in self._others]
-            self._outboxes, self._inboxes = share_memory(links, group, timeout, allowed=shared_memory)
+            shared = share_memory(links, group, timeout, allowed=shared_memory)
+            self._outboxes, self._inboxes = shared.outboxes, shared.inboxes
         self._inbox = self._inboxes.get((source, self._rank))
         self._num_published = self._num_collected = 0
         self._published: deque[Tensor] = deque()
@@ -66,7 +70,7 @@ class LossBoard:
         self._num_published += 1
         far = [rank for rank in self._others if (self._source, rank) not in self._outboxes]
         if far:
-            self._sends.append([(post(dist.isend, vector, rank, _WHAT, self._group, 0), vector) for rank in far])
+            self._sends.append([(post(dist.isend, vector, rank, _WHAT, self._group, _TAG), vector) for rank in far])
         if len(self._sends) > _SENDS_KEPT:
             self._wait_oldest()
 
@@ -78,7 +82,7 @@ class LossBoard:
         """Elsewhere: post the receive of the next vector, so that it is here when `collect` asks."""
         if self._rank != self._source and self._inbox is None and self._posted is None:
             vector = torch.empty(self._num_values, dtype=torch.float64)
-            self._posted = post(dist.irecv, vector, self._source, _WHAT, self._group, 0), vector
+            self._posted = post(dist.irecv, vector, self._source, _WHAT, self._group, _TAG), vector
 
     def collect(self) -> list[float]:
         """Return the next vector."""

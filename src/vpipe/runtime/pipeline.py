@@ -58,7 +58,7 @@ from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.host_link import HostLink
 from vpipe.runtime.ledger import Ledger
 from vpipe.runtime.memory_watch import MemoryWatch, WatchMode
-from vpipe.runtime.process_group import ProcessGroup, destroy_process_group, initialise_process_group
+from vpipe.runtime.process_group import ProcessGroup, control_group, destroy_process_group, initialise_process_group
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.result import StepResult
 from vpipe.runtime.transport import Transport
@@ -184,7 +184,7 @@ class Pipeline:
                 num_microbatches=self.programs.num_microbatches,
             )
             self.transport = Transport(
-                placement, self.rank, self.device, self.hooks.announce, timeout=timeout, shared_memory=shared_memory
+                placement, self.device, self._control, self.hooks.announce, timeout=timeout, shared_memory=shared_memory
             )
             self._watch_memory(memory_limit_bytes, watch_memory, swap_directory)
             self._assemble(timeout, seed, clip_grad_norm, learning_rate)
@@ -198,8 +198,7 @@ class Pipeline:
             self.device = self._membership.device
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         keep_freed_memory()
-        # A group of its own, so that losses and collectives never meet the transport's messages.
-        self._control = dist.new_group(backend="gloo", timeout=timeout) if self.num_ranks > 1 else None
+        self._control = control_group(self._membership, timeout)
 
     def _watch_memory(self, limit: int | Sequence[int] | None, mode: WatchMode, directory: Path | None) -> None:
         """Open the account of what the rank holds, and the way to host memory."""

@@ -19,6 +19,7 @@ from vpipe.runtime.failure import attach_store, raise_if_peer_lost, report_failu
 
 __all__ = [
     "ProcessGroup",
+    "control_group",
     "destroy_process_group",
     "initialise_process_group",
     "process_group",
@@ -99,6 +100,17 @@ def initialise_process_group(
     assert control is not None
     logger.info("Finished initializing process group; backend: %s, rank: %d, world size: %d", backend, rank, num_ranks)
     return ProcessGroup(rank, num_ranks, _local_rank(), backend, place, control, store)
+
+
+def control_group(joined: ProcessGroup | None, timeout: timedelta) -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks for losses and collectives; None for one rank.
+
+    Whoever `joined` the ranks himself has one. Beside a process group that the caller made it is a new one, so that it
+    never meets the caller's messages; collective.
+    """
+    if dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timeout) if joined is None else joined.control
 
 
 def destroy_process_group(group: ProcessGroup) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
 from vpipe.runtime.shared_memory import Inbox, Outbox, open_inbox, open_outbox
 from vpipe.runtime.wait import telling_losses
 
-__all__ = ["share_memory"]
+__all__ = ["SharedLinks", "share_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,20 @@ Link = TypeVar("Link", bound=tuple[int, ...])
 """Source rank, target rank, and whatever tells links between them apart."""
 
 
+@dataclass(frozen=True)
+class SharedLinks(Generic[Link]):
+    """The ends of those links that are shared memory, on one rank."""
+
+    outboxes: Mapping[Link, Outbox]
+    inboxes: Mapping[Link, Inbox]
+    are_all: bool
+    """Whether all links of all ranks are: then nobody needs a socket."""
+
+
 def share_memory(
-    links: Iterable[Link], group: dist.ProcessGroup, timeout: timedelta | None, *, allowed: bool = True
-) -> tuple[dict[Link, Outbox], dict[Link, Inbox]]:
-    """Open those of `links` whose two ranks see the same memory; return this rank's ends of them.
+    links: Collection[Link], group: dist.ProcessGroup, timeout: timedelta | None, *, allowed: bool = True
+) -> SharedLinks[Link]:
+    """Open those of `links` whose two ranks see the same memory.
 
     Collective over `group`, a gloo group of all ranks. A rank for which it is not `allowed` takes no part in a link.
 
@@ -40,13 +51,14 @@ def share_memory(
         for link, invitation in invitations.items():
             if allowed and link[1] == rank and (inbox := open_inbox(invitation, link[0], timeout)) is not None:
                 inboxes[link] = inbox
-    outboxes = {}
+    outboxes, num_opened = {}, 0
     for opened, pid in _tell_all(dict.fromkeys(inboxes), group):
+        num_opened += len(opened)
         for link in opened.keys() & offers.keys():
             offers[link].connect(link[1], pid, timeout)
             outboxes[link] = offers[link]
     logger.info("%d of %d links from this rank are shared memory", len(outboxes), len(own))
-    return outboxes, inboxes
+    return SharedLinks(outboxes, inboxes, are_all=num_opened == len(links))
 
 
 def _tell_all(told: Mapping[Link, T], group: dist.ProcessGroup) -> list[tuple[Mapping[Link, T], int]]:

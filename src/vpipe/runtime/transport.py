@@ -1,10 +1,10 @@
 """Moves values between stages: receives are posted ahead, sends never make compute wait.
 
-Messages travel on *channels*, one per cut and direction. With gloo all use one communicator of this transport's own,
-and a message is matched by a tag made of channel and serial number. NCCL has no tags and runs the operations of a
-communicator in order, so there every *link*, a directed pair of ranks, gets one communicator for activations and one
-for gradients. On each, receives are posted in the order of the program, and `validate_schedule` has shown that this is
-the order of the sends.
+Messages travel on *channels*, one per cut and direction, through memory that both ranks see where they can. Elsewhere,
+with gloo all use one communicator of this transport's own, and a message is matched by a tag made of channel and serial
+number. NCCL has no tags and runs the operations of a communicator in order, so there every *link*, a directed pair of
+ranks, gets one communicator for activations and one for gradients. On each, receives are posted in the order of the
+program, and `validate_schedule` has shown that this is the order of the sends.
 
 A synchronous schedule without spare depth has no slack: whatever a rank does between the arrival of a message and the
 compute that waits for it delays all ranks. So `receive` posts, acknowledges and tidies before it waits, not after.
@@ -52,10 +52,9 @@ class _Channel:
 
     index: int
     peer: int
-    peer_in_group: int
     link: _Link
-    operation: Callable[[list[Tensor], int, int], dist.Work]
-    """The group's own method: what `dist.isend` and `dist.irecv` add to it costs more than it does."""
+    post: Callable[[Tensor, int], dist.Work] | None
+    """Sends or receives a buffer under a tag; None where no link needs a communicator."""
     layout: MessageLayout
     messages: list[Message]
     """Memory that was used before and is free, or will be."""
@@ -80,8 +79,8 @@ class Transport:
 
     Args:
         placement: which rank holds which stage.
-        rank: this rank.
         device: where it computes.
+        control: a gloo group of all ranks, on which they agree about links; None where there is one rank.
         announce: is told what the rank is about to wait for, so that a hang or a death can be explained.
         timeout: how long a wait for another rank may last.
         ordered: match messages by their order on a link instead of by tags; None: as the process group's backend needs.
@@ -91,30 +90,30 @@ class Transport:
     def __init__(
         self,
         placement: Placement,
-        rank: int,
         device: torch.device,
+        control: dist.ProcessGroup | None,
         announce: Callable[[str], None] = lambda _: None,
         *,
         timeout: timedelta | None = None,
         ordered: bool | None = None,
         shared_memory: bool = True,
     ) -> None:
-        is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+        is_nccl = dist.get_backend() == "nccl"
         if is_nccl and device.type != "cuda":
             raise ConfigError(f"the process group's backend is nccl but the device is {device}; use cuda, or gloo")
         self._placement = placement
-        self._rank = rank
+        self._rank = dist.get_rank()
         self._device = device
         self._announce = announce
         self._ordered = is_nccl if ordered is None else ordered
         self._wire = device if is_nccl else torch.device("cpu")
-        self._groups = self._open_groups(timeout) if placement.num_ranks > 1 else {}
+        self._timeout = timeout
         self.shared_memory = shared_memory
-        self._outboxes: dict[_Link, Outbox] = {}
-        self._inboxes: dict[_Link, Inbox] = {}
-        if self._groups and not self._ordered:
-            group = next(iter(self._groups.values()))
-            self._outboxes, self._inboxes = share_memory(self._groups, group, timeout, allowed=shared_memory)
+        self._outboxes: Mapping[_Link, Outbox] = {}
+        self._inboxes: Mapping[_Link, Inbox] = {}
+        self._groups: dict[_Link, dist.ProcessGroup] = {}
+        if control is not None:
+            self._connect(control)
         self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
@@ -130,15 +129,28 @@ class Transport:
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    def _open_groups(self, timeout: timedelta | None) -> dict[_Link, dist.ProcessGroup]:
+    def _links(self) -> list[_Link]:
         ranks = [self._placement.rank_of(stage) for stage in range(self._placement.num_stages)]
         forward = {(source, target, True) for source, target in pairwise(ranks) if source != target}
         backward = {(target, source, False) for source, target, _ in forward}
-        links = sorted(forward | backward)
-        if not self._ordered:
-            return dict.fromkeys(links, dist.new_group(backend="gloo", timeout=timeout))
+        return sorted(forward | backward)
+
+    def _connect(self, control: dist.ProcessGroup) -> None:
+        if self._ordered:
+            self._groups = self._open_ordered()
+            return
+        shared = share_memory(self._links(), control, self._timeout, allowed=self.shared_memory)
+        self._outboxes, self._inboxes = shared.outboxes, shared.inboxes
+        if not shared.are_all:
+            self._groups = self._open_tagged()
+
+    def _open_tagged(self) -> dict[_Link, dist.ProcessGroup]:
+        # Not before it is needed: gloo has a thread for each communicator, which wakes a hundred times per second.
+        return dict.fromkeys(self._links(), dist.new_group(backend="gloo", timeout=self._timeout))
+
+    def _open_ordered(self) -> dict[_Link, dist.ProcessGroup]:
         # new_group is collective: every rank makes every group, in the same order.
-        groups = {link: dist.new_group(sorted(link[:2]), timeout=timeout) for link in links}
+        groups = {link: dist.new_group(sorted(link[:2]), timeout=self._timeout) for link in self._links()}
         for (source, target, _), group in groups.items():
             # NCCL connects at the first message, and blocks until the other side does: in the same order everywhere,
             # or two ranks that post their first receives from each other would wait for ever.
@@ -151,8 +163,9 @@ class Transport:
         return groups
 
     def use_sockets(self) -> None:
-        """Do without shared memory, on all ranks, before the first program."""
+        """Do without shared memory, on all ranks, before the first program; collective."""
         self._outboxes, self._inboxes = {}, {}
+        self._groups = self._groups or self._open_tagged()
 
     def start(
         self,
@@ -196,11 +209,17 @@ class Transport:
             index = 2 * cut + (0 if forward else 1)
             peer = self._placement.rank_of(cut if action.stage == cut - 1 else cut - 1)
             link = (self._rank, peer, forward) if action.kind in _SENDS else (peer, self._rank, forward)
-            peer_in_group = dist.get_group_rank(self._groups[link], peer)
-            operation = self._groups[link].send if action.kind in _SENDS else self._groups[link].recv
+            post = self._poster(link, peer) if link in self._groups else None
             layout, messages = self._layout(index, forward, crossing[cut])
-            self._channels[key] = _Channel(index, peer, peer_in_group, link, operation, layout, messages)
+            self._channels[key] = _Channel(index, peer, link, post, layout, messages)
         return self._channels[key]
+
+    def _poster(self, link: _Link, peer: int) -> Callable[[Tensor, int], dist.Work]:
+        group = self._groups[link]
+        # The group's own method: what `dist.isend` and `dist.irecv` add to it costs more than it does.
+        operation = group.send if link[0] == self._rank else group.recv
+        peer_in_group = dist.get_group_rank(group, peer)
+        return lambda buffer, tag: operation([buffer], peer_in_group, tag)
 
     def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> tuple[MessageLayout, list[Message]]:
         specs = tuple(spec for spec in crossing if forward or spec.requires_grad)
@@ -226,8 +245,9 @@ class Transport:
             channel.posted[microbatch] = self._post(channel, microbatch, message), message
 
     def _post(self, channel: _Channel, microbatch: int, message: Message) -> dist.Work:
+        assert channel.post is not None
         try:
-            return channel.operation([message.buffer], channel.peer_in_group, self._tag(channel, microbatch))
+            return channel.post(message.buffer, self._tag(channel, microbatch))
         except RuntimeError as error:
             sending = channel.link[0] == self._rank
             message_name = channel.name(microbatch)
