@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--eager", type=int, default=2, help="asynchronous: warmup depth, as a multiple of the least one"
     )
+    parser.add_argument("--macrobatch", action="store_true", help="asynchronous: one update per batch")
     arguments = parser.parse_args()
     depths = [arguments.eager * (NUM_RANKS - 1 - stage) for stage in range(NUM_RANKS)]
     batch = torch.ones(arguments.num_microbatches, BOUNDARY_FLOATS)
@@ -36,6 +37,7 @@ def main() -> None:
         schedule=arguments.schedule,
         num_microbatches=arguments.num_microbatches,
         depths=depths if arguments.schedule == "pipedream" else None,
+        macrobatch=arguments.macrobatch,
     ) as pipeline:
         gc.freeze()
         # Rank 0 is the last to finish a batch, so its stamps are one pipeline period apart. The last batch, in which an
