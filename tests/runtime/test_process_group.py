@@ -160,3 +160,38 @@ def test_leaving_does_not_hang_when_a_peer_is_gone():
         assert rank.exitcode == 0
     assert "ended while this rank was waiting for the end of the run" in message
     assert end - start < 10
+
+
+def _join_in_turn(rank, port, results):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo"
+    )
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    found = []
+    for turn in range(4):
+        with process_group("gloo", 20) as group:
+            found.append(find_failure())
+            total = torch.ones(1)
+            dist.all_reduce(total, group=group.control)
+            found.append(total.item())
+            dist.barrier(group=group.control)
+            publish_failure(f"said in turn {turn}")
+    results.put(found)
+    results.close()
+    results.join_thread()
+
+
+def test_ranks_join_again_with_nothing_left_of_the_last_time():
+    # As under torchrun, the store outlives the groups.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [context.Process(target=_join_in_turn, args=(rank, store.port, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        assert [results.get(timeout=30) for _ in ranks] == [[None, 2.0] * 4] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("gloo", "nccl")
+
+_joined = itertools.count()
+"""How often this process has joined; all ranks do so equally often."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,10 @@ def _connect(timeout: timedelta) -> tuple[Store, int, int]:
             f"{timeout.total_seconds():g} s; check that MASTER_ADDR and MASTER_PORT are right, rank 0 runs, and no "
             "firewall is in between, or raise launch.timeout_seconds"
         ) from error
-    # Keys of an attempt that torchrun restarted must not be read by the next one.
+    # The store outlives process groups: addresses and messages of one must not be read by the next, whether torchrun
+    # restarted the ranks or they join again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"vpipe/{attempt}", store), rank, num_ranks
+    return PrefixStore(f"vpipe/{attempt}/{next(_joined)}", store), rank, num_ranks
 
 
 def _local_rank() -> int:
