@@ -1,5 +1,6 @@
 """Random numbers as a function of where they are used."""
 
+import random
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vpipe.model.rng import derive_seed, seed_everything, seeded
+from vpipe.model.rng import derive_seed, seed_everything, seeded, seeding_user_code
 
 
 def test_seeds_are_the_same_in_every_process():
@@ -37,6 +38,22 @@ def test_a_seeded_block_draws_what_its_seed_says_and_restores_the_state():
     with pytest.raises(KeyError), seeded(1):
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_user_code_draws_what_its_seed_says_from_every_global_generator():
+    def draw():
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    with seeding_user_code(1, "entry"):
+        first = draw()
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    with seeding_user_code(1, "entry"):
+        assert draw() == first
+    with seeding_user_code(1, "other"):
+        assert all(mine != theirs for mine, theirs in zip(draw(), first, strict=True))
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(after[0], before[0])
+    assert after[1:] == before[1:]
 
 
 def test_the_chain_is_importable_without_transformers():

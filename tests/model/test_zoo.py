@@ -17,9 +17,12 @@ TOY = {
     "max_position_embeddings": 20,
 }
 CUSTOM = """
+import torch
 from torch import nn
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
+
+DRAWN = torch.rand(1)
 
 def build(width, depth=2):
     return Chain.from_modules([nn.Linear(width, width) for _ in range(depth)], CallableLoss(nn.functional.mse_loss))
@@ -170,3 +173,17 @@ def test_a_custom_model_needs_an_entry():
         build_chain(ModelConfig.model_construct(type="custom", entry=None, init_from=None))
     with pytest.raises(ModelError, match=r"model.type 'rnn' is not one of bert, gpt, llama, custom"):
         build_chain(ModelConfig.model_construct(type="rnn"))
+
+
+def test_an_entry_draws_the_same_weights_in_every_process(tmp_path):
+    def first_weight(name, seed):
+        (tmp_path / name).write_text(CUSTOM)  # another file is imported anew, as another process does it
+        torch.rand(3)
+        settings = ModelConfig(type="custom", entry=f"{name}:build", options={"width": 2})
+        chain = build_chain(settings, seed=seed, directory=tmp_path)
+        return chain.materialise(0, 0).weight
+
+    weight = first_weight("a.py", 1)
+    assert torch.equal(first_weight("b.py", 1), weight)
+    assert torch.equal(first_weight("a.py", 1), weight)
+    assert not torch.equal(first_weight("c.py", 2), weight)

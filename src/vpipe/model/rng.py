@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
-__all__ = ["RandomState", "derive_seed", "seed_everything", "seeded"]
+__all__ = ["RandomState", "derive_seed", "seed_everything", "seeded", "seeding_user_code"]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -36,6 +38,24 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         state.restore()
+
+
+@contextmanager
+def seeding_user_code(*parts: int | str) -> Iterator[None]:
+    """Run a user's function under the seed of `parts`: as `seeded`, and with it `random` and numpy's global generator.
+
+    What it draws is then the same in every process, but for a generator that it makes itself and does not seed.
+    """
+    seed = derive_seed(*parts)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % (1 << 32))
+        with seeded(seed):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 class RandomState:

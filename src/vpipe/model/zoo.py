@@ -12,6 +12,7 @@ from vpipe.config.entry import load_entry
 from vpipe.config.sections import ModelConfig
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain
+from vpipe.model.rng import seeding_user_code
 
 if TYPE_CHECKING:
     from transformers import BertConfig, PreTrainedConfig
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["bert_config_of", "build_chain", "transformers_config_of"]
 
 
-def build_chain(model: ModelConfig, *, data_vocab_size: int | None = None, directory: Path | str = ".") -> Chain:
+def build_chain(
+    model: ModelConfig, *, seed: int = 0, data_vocab_size: int | None = None, directory: Path | str = "."
+) -> Chain:
     """Return the chain that `model` describes; blocks hold no memory before they are materialised.
 
-    `data_vocab_size` is the vocabulary of the data, which a built-in model takes as its own unless the config gives
-    one. A relative `entry` file is looked for in `directory`.
+    `seed` decides what an entry function draws, such as the weights of the modules that it makes. `data_vocab_size` is
+    the vocabulary of the data, which a built-in model takes as its own unless the config gives one. A relative `entry`
+    file is looked for in `directory`.
 
     Raises:
         ModelError: sizes that make no such model, weights in `init_from` that do not fit, or an entry that cannot be
@@ -44,7 +48,7 @@ def build_chain(model: ModelConfig, *, data_vocab_size: int | None = None, direc
 
         return build_llama_chain(llama_config_of(model, data_vocab_size), tie_weights=model.tie_weights)
     elif model.type == "custom":
-        chain = _build_custom(model, directory)
+        chain = _build_custom(model, seed, directory)
     else:
         raise ModelError(f"model.type '{model.type}' is not one of bert, gpt, llama, custom")
     if model.init_from is None:
@@ -131,12 +135,14 @@ def _read_config(directory: Path) -> BertConfig:
         raise ModelError(f"'{path}' describes no BERT: {' '.join(str(error).split())}; correct it") from error
 
 
-def _build_custom(model: ModelConfig, directory: Path | str) -> Chain:
+def _build_custom(model: ModelConfig, seed: int, directory: Path | str) -> Chain:
     if model.entry is None:
         raise ModelError("model.type 'custom' needs model.entry: 'file.py:function' or 'package.module:function'")
-    function = load_entry("model.entry", model.entry, directory)
+    with seeding_user_code(seed, "import"):  # of its own: a process imports a file once, and may call it again
+        function = load_entry("model.entry", model.entry, directory)
     try:
-        chain = function(**model.options)
+        with seeding_user_code(seed, "model.entry"):
+            chain = function(**model.options)
     except Exception as error:  # the user's code may raise anything
         raise ModelError(f"model.entry '{model.entry}' failed: {type(error).__name__}: {error}") from error
     if isinstance(chain, Chain):
