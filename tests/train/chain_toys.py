@@ -4,7 +4,9 @@ Tests copy it beside the run's YAML; it is not imported by them.
 """
 
 import os
+import random
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -62,6 +64,12 @@ def chain(last="Layer", num_blocks=4):
     return Chain(blocks, ("input", "target"), CallableLoss(nn.functional.mse_loss))
 
 
+def unseeded():
+    modules = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    modules[1].weight = nn.Parameter(torch.from_numpy(np.random.rand(WIDTH, WIDTH)).float() * random.random())
+    return Chain.from_modules(modules, CallableLoss(nn.functional.mse_loss))
+
+
 def failing():
     raise RuntimeError("no such layer")
 
@@ -70,6 +78,16 @@ def data(split, width=WIDTH, num_samples=40):
     generator = torch.Generator().manual_seed(len(split))
     value = torch.randn(num_samples, width, generator=generator)
     return {"input": value, "target": value.flip(1)}
+
+
+def unseeded_data(split):
+    value = torch.randn(40, WIDTH)
+    return {"input": value, "target": value.flip(1)}
+
+
+def data_of_rank(split):
+    value = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(int(os.environ.get("RANK", "0"))))
+    return {"input": torch.zeros(40, WIDTH), "target": value}
 
 
 def without_target(split):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from vpipe.config import build_config
+import pytest
+import torch
+from train_toys import write_chain_config
+
+from vpipe.config import build_config, load_config
 from vpipe.errors import ConfigError
 from vpipe.train.setup import build_setup
 
@@ -37,3 +41,13 @@ def test_sequences_that_the_model_has_no_positions_for() -> None:
         ConfigError, match=r"max_position_embeddings is 16, and the data has sequences of 32 tokens; ra"
     ):
         build_setup(config.model_copy(update={"data": data, "model": model}))
+
+
+def test_data_drawn_without_a_seed_are_those_of_the_run(tmp_path: Path) -> None:
+    path, entry = write_chain_config(tmp_path), "data.entry=chain_toys.py:unseeded_data"
+    setups = [build_setup(load_config(path, [entry, f"seed={seed}"])) for seed in (1, 1, 2)]
+    first, again, other = (setup.source.batch([0, 7], ["input"])["input"] for setup in setups)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert setups[0].held_out is not None
+    assert not torch.equal(first, setups[0].held_out.batch([0, 7], ["input"])["input"])

@@ -38,6 +38,7 @@ THREE_RANKS = {
 }
 CHAINS = {
     "custom": [],
+    "custom-unseeded": ["model.entry=chain_toys.py:unseeded", "data.entry=chain_toys.py:unseeded_data"],
     "custom-batch-norm": ["model.options.last=Normed", "pipeline.recompute_ratio=1"],
     "custom-rank-dependent": ["model.options.last=RankDependent", "plan.partition=[3,1]"],
 }
@@ -69,7 +70,7 @@ def directory_of(runs: dict[str, tuple[str, list[str]]], name: str) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", [*TWO_RANKS, *THREE_RANKS, "custom", "custom-batch-norm"])
+@pytest.mark.parametrize("name", [*TWO_RANKS, *THREE_RANKS, "custom", "custom-unseeded", "custom-batch-norm"])
 def test_equal_bit_for_bit(runs: dict[str, tuple[str, list[str]]], name: str) -> None:
     path, overrides = runs[name]
     report = run_reference(load_config(path, overrides), 2, directory_of(runs, name))

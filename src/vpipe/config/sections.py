@@ -85,7 +85,8 @@ class ModelConfig(Section):
     """For bert: folder of a transformers BERT to start from, which also gives the numbers above that are not given;
     null starts from random weights."""
     entry: Annotated[str | None, Allowed("'file.py:function' or 'package.module:function'")] = None
-    """For `custom`: the function that returns a `vpipe.Chain`, as 'file.py:function' or 'package.module:function'."""
+    """For `custom`: the function that returns a `vpipe.Chain`, as 'file.py:function' or 'package.module:function'. What
+    it draws from the global generators of torch, numpy and Python follows from `seed`, on every rank the same."""
     options: dict[str, JsonValue] = {}
     """For `custom`: keyword arguments of the entry function."""
 
@@ -124,7 +125,8 @@ class DataConfig(Section):
     masking: Literal["static", "dynamic"] = "static"
     """`static`: the masks chosen at preparation, the same every epoch; `dynamic`: new ones every epoch."""
     entry: Annotated[str | None, Allowed("'file.py:function' or 'package.module:function'")] = None
-    """For `custom`: the function that returns a `vpipe.BatchSource`, written as in `model.entry`."""
+    """For `custom`: the function that returns a `vpipe.BatchSource`, written and called as `model.entry` is, with the
+    split, 'train' or 'eval'."""
     options: dict[str, JsonValue] = {}
     """For `custom`: keyword arguments of the entry function."""
 

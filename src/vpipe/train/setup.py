@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vpipe.config import RunConfig
+from vpipe.config.entry import load_entry
 from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations
 from vpipe.data.bert import BertDataset, open_bert
 from vpipe.data.bert_meta import Split
@@ -20,6 +21,7 @@ from vpipe.data.source import BatchSource
 from vpipe.data.synthetic import SyntheticBertSource
 from vpipe.errors import ConfigError, DataError, PlanError
 from vpipe.model.chain import Chain
+from vpipe.model.rng import seeding_user_code
 from vpipe.model.zoo import build_chain
 from vpipe.runtime.assembly import resolve_partition
 from vpipe.runtime.batch import Batch
@@ -94,7 +96,7 @@ def build_setup(config: RunConfig) -> Setup:
     held_out = _open(config, "eval") if _wants_evaluation(config, source) else None
     vocab_size = source.meta.vocab_size if isinstance(source, BertDataset) else _synthetic_vocab_size(config)
     _check_positions(config, source)
-    chain = build_chain(config.model, data_vocab_size=vocab_size)
+    chain = build_chain(config.model, seed=config.seed, data_vocab_size=vocab_size)
     source, held_out = _as_read(config, source), held_out and _as_read(config, held_out)
     if config.num_stages > len(chain):
         raise PlanError(
@@ -151,9 +153,7 @@ def _synthetic_vocab_size(config: RunConfig) -> int | None:
 def _open(config: RunConfig, split: Split) -> BatchSource | None:
     data, model = config.data, config.model
     if data.type == "custom":
-        if data.entry is None:
-            raise ConfigError("data.type 'custom' needs data.entry: 'file.py:function' or 'package.module:function'")
-        return open_source(data.entry, split, options=data.options)
+        return _open_custom(config, split)
     if data.synthetic_data:
         # Held-out samples are further ones, drawn from another seed.
         return SyntheticBertSource(
@@ -175,6 +175,17 @@ def _open(config: RunConfig, split: Split) -> BatchSource | None:
         sequence_length=data.sequence_length,
         vocab_size=model.vocab_size,
     )
+
+
+def _open_custom(config: RunConfig, split: Split) -> BatchSource | None:
+    """Open the user's own source under the run's seed, so that every rank gets the same data."""
+    data = config.data
+    if data.entry is None:
+        raise ConfigError("data.type 'custom' needs data.entry: 'file.py:function' or 'package.module:function'")
+    with seeding_user_code(config.seed, "import"):
+        load_entry("data.entry", data.entry)
+    with seeding_user_code(config.seed, "data.entry", split):
+        return open_source(data.entry, split, options=data.options)
 
 
 def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) -> Pipeline:

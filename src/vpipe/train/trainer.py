@@ -22,6 +22,7 @@ from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_byte
 from vpipe.train.outcome import Outcome, count_filling, summarize_run
 from vpipe.train.planning import plan_run
 from vpipe.train.prediction import keep_prediction
+from vpipe.train.same_data import agree_on_data
 from vpipe.train.save import save_model
 from vpipe.train.setup import build_setup, build_training_pipeline
 from vpipe.train.slow_links import slow_down
@@ -44,6 +45,7 @@ class Trainer:
         self.run_directory = run_directory
         self.group = group
         self.setup = build_setup(config)
+        agree_on_data(self.setup, group)
         self._recorder = TraceRecorder(group.rank, config.num_microbatches, lambda: self.pipeline.iteration)
         self._status = StatusFile(status_path(run_directory, group.rank))
         self._doing = "training"

@@ -27,6 +27,7 @@ from vpipe.train.device import device_of
 from vpipe.train.metrics import MetricsWriter
 from vpipe.train.planning import plan_run
 from vpipe.train.reference import Reference, ReferenceResult
+from vpipe.train.same_data import agree_on_data
 from vpipe.train.setup import Setup, build_setup, build_training_pipeline
 
 __all__ = [
@@ -115,6 +116,7 @@ def reference_rank(arguments: Sequence[str]) -> None:
 def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group: ProcessGroup) -> None:
     """Train as one of `group`'s ranks, and keep the results in a file."""
     setup = build_setup(config)
+    agree_on_data(setup, group)
     gradients: dict[int, list[dict[str, Tensor]]] = {}
 
     def keep(stage: int, microbatch: int, named: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,46 @@
+"""All ranks have the same data: each reads its own fields of a batch, so nothing later would show that they differ."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from vpipe.data.source import BatchSource
+from vpipe.runtime.agreement import agree
+from vpipe.runtime.process_group import ProcessGroup
+from vpipe.train.setup import Setup
+
+__all__ = ["agree_on_data"]
+
+_NUM_SAMPLES = 4
+
+
+def agree_on_data(setup: Setup, group: ProcessGroup) -> None:
+    """Check that every rank of `group` has equally many samples and the same first ones, all fields; collective.
+
+    Raises:
+        ConfigError: they differ; raised on every rank, naming the field and who has what.
+    """
+    sources = {"training data": setup.source, "held-out data": setup.held_out}
+    hint = " (data.entry returns the same on every rank when it seeds every generator that it makes)"
+    facts = {
+        f"field '{name}' of the {what}{hint if setup.config.data.type == 'custom' else ''}": description
+        for what, source in sources.items()
+        if source is not None
+        for name, description in _describe(source).items()
+    }
+    agree(facts, group.control)
+
+
+def _describe(source: BatchSource) -> dict[str, str]:
+    first = source.batch(range(min(_NUM_SAMPLES, source.num_samples)), tuple(source.fields))
+    return {
+        name: f"{source.num_samples} samples, checksum {_checksum(tensor):08x} of the first {len(tensor)}"
+        for name, tensor in first.items()
+    }
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
