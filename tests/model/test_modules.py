@@ -85,11 +85,40 @@ class Net(nn.Module):
     pass
 
 
+def normed_twice():
+    norm = nn.BatchNorm1d(2)
+    return [nn.Linear(2, 2), norm, nn.Linear(2, 2), norm]
+
+
+def test_constants_may_be_shared():
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("by", torch.ones(2), persistent=False)
+
+    shift = Shift()
+    assert len(Chain.from_modules([shift, nn.Linear(2, 2), shift], LOSS)) == 3
+
+
+def computed():
+    module = nn.Linear(2, 2)
+    module.register_buffer("scaled", module.weight * 2)
+    return module
+
+
+def test_what_cannot_be_copied_is_told():
+    chain = Chain.from_modules([computed()], LOSS)
+    with pytest.raises(ModelError, match=r"a Linear of the chain cannot be copied: Only Tensors .*parametrizations"):
+        chain.materialise(0, 0)
+
+
 @pytest.mark.parametrize(
     ("modules", "fields", "message"),
     [
         (Net(), ("input", "target"), "made of an nn.Sequential or a list of modules, not of Net; list its layers"),
         ([nn.Linear(2, 2), torch.relu], ("input", "target"), "item 1 of the chain is of type builtin_function"),
+        (normed_twice(), ("input", "target"), "items 1 and 3 of the chain share the buffer 'running_mean', and stages"),
+        ([nn.LazyLinear(2)], ("input", "target"), "item 0 of the chain, LazyLinear, has parameters without a shape"),
         ([], ("input", "target"), "a chain needs at least one block"),
         ([nn.Linear(2, 2)], (), "needs at least one batch field"),
         ([nn.Linear(2, 2)], ("input",), "the loss reads 'target'"),

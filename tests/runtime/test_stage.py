@@ -196,6 +196,19 @@ def test_a_gradient_that_inference_did_not_see_is_told(expected, text):
         stage.forward(0, modules, {}, {"input": torch.randn(2, 4)}, KEY)
 
 
+@pytest.mark.parametrize("swaps", [(), (1,)])
+def test_an_input_that_is_changed_in_place_is_told(swaps):
+    layers = [nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)]
+    chain = Chain.from_modules(layers, CallableLoss(nn.functional.mse_loss))
+    stage = Stage(chain, 1, 3, swaps=swaps)
+    stage.expect([ValueSpec("hidden", (2, 4), torch.float32, True)], ())
+    fields = {"target": torch.zeros(2, 4)}
+    with pytest.raises(
+        ModelError, match=r"block '1' changes an input in place that comes from the stage before; .*False"
+    ):
+        stage.forward(0, nn.ModuleList(layers[1:]), {"hidden": torch.ones(2, 4)}, fields, KEY)
+
+
 def test_a_model_without_trained_weights_has_a_backward_too():
     stage, modules = build()
     modules.requires_grad_(False)

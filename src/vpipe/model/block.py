@@ -12,6 +12,12 @@ from vpipe.errors import ModelError
 
 __all__ = ["Block", "ParameterRef", "ValueSpec", "call_block"]
 
+_IN_PLACE = (
+    "a leaf Variable that requires grad is being used in an in-place",
+    "of _Gate is a view and is being",
+)
+"""How torch says that an operation may not write to what enters a stage."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -63,14 +69,23 @@ def call_block(block: Block, module: Callable[..., object], values: Mapping[str,
     """Run one block on the values it reads and return the values it writes.
 
     Raises:
-        ModelError: it writes another number of values than it declares.
+        ModelError: it writes another number of values than it declares, or changes what crossed a cut in place.
     """
-    result = module(*(values[name] for name in block.inputs))
+    try:
+        result = module(*(values[name] for name in block.inputs))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _IN_PLACE):
+            raise
+        raise ModelError(
+            f"block '{block.name}' changes an input in place that comes from the stage before; make the operation one "
+            "that is not in place (such as inplace=False), or cut somewhere else"
+        ) from error
     written = result if isinstance(result, tuple) else (result,)
     if len(written) != len(block.outputs) or not all(isinstance(item, Tensor) for item in written):
         kinds = ", ".join(type(item).__name__ for item in written)
         raise ModelError(
             f"block '{block.name}' declares {len(block.outputs)} outputs ({', '.join(block.outputs)}) but returned "
-            f"{len(written)} ({kinds}); a block returns one tensor, or a tuple with one tensor per declared output"
+            f"{len(written)} ({kinds}); a block returns one tensor, or a tuple with one tensor per declared output: "
+            "wrap a module that returns more, or list vpipe.Block(name, build, inputs, outputs) in its place"
         )
     return dict(zip(block.outputs, written, strict=True))

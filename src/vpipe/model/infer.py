@@ -34,9 +34,10 @@ def run_on_meta(block: Block, values: Mapping[str, Tensor], *, training: bool = 
         with evaluating([] if training else [module]):
             return call_block(block, lambda *inputs: torch.func.functional_call(module, tensors, inputs), values)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        reason = str(error).rstrip(".")
         shapes = ", ".join(f"{name} {tuple(values[name].shape)}" for name in block.inputs)
         raise ModelError(
-            f"block '{block.name}' cannot run on the meta device with {shapes}: {error}. Shapes are inferred there "
+            f"block '{block.name}' cannot run on the meta device with {shapes}: {reason}. Shapes are inferred there "
             "before anything is allocated: check the sizes, and keep control flow that depends on data, and in-place "
             "changes of what crossed a cut, out of blocks that are followed by a cut"
         ) from error

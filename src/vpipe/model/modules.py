@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef
@@ -20,10 +21,12 @@ def chain_modules(modules: Modules, first_field: str) -> tuple[tuple[Block, ...]
     """Return the blocks of `modules` and the groups of parameters that several of them share.
 
     Raises:
-        ModelError: `modules` is no list of modules and blocks.
+        ModelError: `modules` is no list of modules and blocks, or one whose state is more than parameters is in it
+            more than once.
     """
     blocks: list[Block] = []
     places: dict[int, list[ParameterRef]] = {}
+    owners: dict[int, str] = {}
     for name, item in _named_items(modules):
         if isinstance(item, Block):
             blocks.append(item)
@@ -31,6 +34,7 @@ def chain_modules(modules: Modules, first_field: str) -> tuple[tuple[Block, ...]
         source = (*blocks[-1].outputs, first_field)[0] if blocks else first_field
         for local, parameter in item.named_parameters():
             places.setdefault(id(parameter), []).append(ParameterRef(len(blocks), local))
+        _check_own_buffers(name, item, owners)
         blocks.append(Block(name, _copying(item), (source,), ("hidden",)))
     return tuple(blocks), tuple(tuple(refs) for refs in places.values() if len(refs) > 1)
 
@@ -46,10 +50,38 @@ def _named_items(modules: Modules) -> Iterator[tuple[str, nn.Module | Block]]:
     for name, item in named:
         if not isinstance(item, nn.Module | Block):
             raise ModelError(f"item {name} of the chain is of type {type(item).__name__}; give an nn.Module or a Block")
+        if isinstance(item, nn.Module) and any(map(is_lazy, item.parameters())):
+            raise ModelError(
+                f"item {name} of the chain, {type(item).__name__}, has parameters without a shape; run the model once "
+                "on a small batch, or give its sizes"
+            )
         yield str(name), item
+
+
+def _check_own_buffers(name: str, module: nn.Module, owners: dict[int, str]) -> None:
+    """Refuse state that another item has, too: in one process both would write to it, on two stages neither knows."""
+    parameters = {id(parameter) for parameter in module.parameters()}
+    # What is not in the state_dict is a constant, of which copies do no harm.
+    for local, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in parameters and (owner := owners.setdefault(id(tensor), name)) != name:
+            raise ModelError(
+                f"items {owner} and {name} of the chain share the buffer '{local}', and stages cannot keep it equal; "
+                "use two modules, or register a constant with register_buffer(..., persistent=False)"
+            )
 
 
 def _copying(module: nn.Module) -> Callable[[], nn.Module]:
     """Return a builder of copies, so that building a block twice does not train one set of weights."""
     # What runs on the meta device writes no weights.
-    return lambda: module if torch.get_default_device().type == "meta" else copy.deepcopy(module)
+    return lambda: module if torch.get_default_device().type == "meta" else _copy(module)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except RuntimeError as error:
+        reason = str(error).split(".")[0]
+        raise ModelError(
+            f"a {type(module).__name__} of the chain cannot be copied: {reason}. It holds a tensor that was computed, "
+            "as the old torch.nn.utils.weight_norm does; use torch.nn.utils.parametrizations, or compute it in forward"
+        ) from error
