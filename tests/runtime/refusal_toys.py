@@ -72,6 +72,17 @@ def other_batches() -> None:
     build().step(**(batch() | {"target": batch()["target"] + RANK}))
 
 
+def drifting_batches() -> int:
+    """Train until it is noticed that the ranks' batches differ since the fourth."""
+    pipeline = build()
+    try:
+        for number in range(16):
+            pipeline.step(**(batch() | {"target": batch()["target"] + (RANK if number >= 3 else 0)}))
+    except VPipeError as error:
+        return pipeline.iteration if "different batches" in str(error) else -1
+    return 16
+
+
 class Ragged(nn.Module):
     """Writes another shape than inference saw, once there are data."""
 
@@ -178,6 +189,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "ways_of_messages": ways_of_messages,
     "not_a_number_asynchronous": partial(not_a_number, "pipedream"),
     "not_a_number_synchronous": partial(not_a_number, "1f1b"),
+    "drifting_batches": drifting_batches,
     "other_batch_size": other_batch_size,
     "other_batches": other_batches,
     "other_blocks": other_blocks,

@@ -10,7 +10,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from vpipe.errors import ConfigError, ModelError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
-from vpipe.runtime.arguments import as_chain, check_training_arguments, count_batches, limit_of, ratio_per_stage
+from vpipe.runtime.arguments import (
+    as_chain,
+    as_device,
+    check_training_arguments,
+    count_batches,
+    limit_of,
+    ratio_per_stage,
+)
 
 MODULES = [nn.Linear(2, 2), nn.Tanh()]
 LOSS = nn.functional.mse_loss
@@ -32,7 +39,14 @@ def test_a_chain_brings_its_own_loss():
         as_chain(chain, LOSS)
 
 
-@pytest.mark.parametrize(("loss", "text"), [(None, "and none was given"), ("mse", "and got str; give a function")])
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (None, "and none was given"),
+        ("mse", "and got str; give a function"),
+        (nn.MSELoss, r"the loss is the class MSELoss, not a function; make one: MSELoss\(\)"),
+    ],
+)
 def test_modules_need_a_loss(loss, text):
     with pytest.raises(ConfigError, match=text):
         as_chain(MODULES, loss)
@@ -46,17 +60,30 @@ def test_other_things_are_no_model():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((torch.optim.SGD([torch.ones(1, requires_grad=True)]), "always", None), "optimizer is of type SGD; give a"),
-        ((torch.optim.SGD, "sometimes", None), "recompute is 'sometimes'; choose one of always, except_last, never"),
-        ((torch.optim.SGD, "never", 0.0), "clip_grad_norm is 0.0; give a number above 0, or None"),
-        ((torch.optim.SGD, "never", -1.0), "clip_grad_norm is -1.0"),
-        ((torch.optim.SGD, "never", float("nan")), "clip_grad_norm is nan"),
+        (
+            (torch.optim.SGD([torch.ones(1, requires_grad=True)]), "always", None, None),
+            "optimizer is of type SGD; give a",
+        ),
+        (
+            (torch.optim.SGD, "sometimes", None, None),
+            "recompute is 'sometimes'; choose one of always, except_last, never",
+        ),
+        ((torch.optim.SGD, "never", 0.0, None), "clip_grad_norm is 0.0; give a number above 0, or None"),
+        ((torch.optim.SGD, "never", -1.0, None), "clip_grad_norm is -1.0"),
+        ((torch.optim.SGD, "never", float("nan"), None), "clip_grad_norm is nan"),
+        ((torch.optim.SGD, "never", None, 0.1), "learning_rate is 0.1; give a function of the iterations done"),
     ],
 )
 def test_training_arguments_are_checked(arguments, text):
     with pytest.raises(ConfigError, match=text):
         check_training_arguments(*arguments)
-    check_training_arguments(torch.optim.SGD, "except_last", 1.0)
+    check_training_arguments(torch.optim.SGD, "except_last", 1.0, lambda done: 0.1)
+
+
+def test_a_device_is_one_that_torch_knows():
+    assert as_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device is 'gpu', which torch does not know; use cpu, cuda or"):
+        as_device("gpu")
 
 
 def test_ratios_are_for_all_stages_or_one_for_each():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vpipe.errors import MemoryLimitError
+from vpipe.errors import ConfigError, DataError, MemoryLimitError
 from vpipe.launch.local import launch_local
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.evaluation import pieces_alike
@@ -76,6 +76,16 @@ def test_the_loss_is_that_of_whole_batches(schedule: str) -> None:
         losses = [nn.functional.mse_loss(nn.Sequential(*modules)(x), y, reduction="sum") for x, y in held_out]
     count = sum(len(x) for x, _ in held_out) * WIDTH
     assert cut["loss"] == pytest.approx(float(sum(losses)) / count, rel=1e-6)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_an_evaluation_of_nothing_is_refused() -> None:
+    made = build()
+    with pytest.raises(DataError, match="there are no batches to evaluate"):
+        made.evaluate([])
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"microbatch_size is {size}; give a number of samples above 0"):
+            made.evaluate([batch(4)], microbatch_size=size)
 
 
 def test_pieces_of_one_size_go_together() -> None:

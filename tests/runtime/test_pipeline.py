@@ -250,10 +250,6 @@ def test_an_evaluation_does_not_depend_on_how_samples_are_cut(build, schedule):
     assert whole == pytest.approx(nn.functional.mse_loss(model(x), y).item(), rel=1e-6)
 
 
-def test_an_evaluation_of_nothing_has_no_number(build):
-    assert math.isnan(build().evaluate([])["loss"])
-
-
 def test_the_learning_rate_follows_the_iterations(build):
     asked = []
 

@@ -45,6 +45,18 @@ def test_a_macrobatch_is_one_update():
     assert builder.training(2, 0).weights[0].update_of == (0, 0, 0, 0, 1, 1, 1, 1)
 
 
+def test_a_macrobatch_is_for_asynchronous_schedules():
+    with pytest.raises(ScheduleError, match="update once per batch, which '1f1b' does anyway; leave it out"):
+        build("1f1b", macrobatch=True)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("1f1b", [0, 1, 2, 4, 8, 16, 32]), ("pipedream", list(range(40)))])
+def test_ranks_compare_batches_ever_less_often(name, expected):
+    builder = build(name)
+    assert [start for start in range(40) if builder.training(2, start).compares_batches] == expected
+    assert not builder.evaluation(2).compares_batches
+
+
 def test_a_family_with_updates_of_its_own_size_is_understood():
     assert build("pipedream-2bw", num_microbatches=6).microbatches_per_update == 3
     with pytest.raises(ScheduleError, match=r"after every 3 microbatches.*num_microbatches=4; use a multiple of 3"):

@@ -52,6 +52,10 @@ def test_different_batches_are_refused_by_all(found):
     )
 
 
+def test_batches_that_drift_apart_are_refused_before_long(found):
+    assert found["drifting_batches"] == [4, 4]
+
+
 def test_an_output_of_another_shape_is_refused_and_the_other_rank_does_not_wait_for_ever(found):
     first, second = found["wrong_shape"]
     assert first == (

@@ -58,6 +58,11 @@ def test_mistakes_are_told(data, text):
         as_batch(data, CHAIN)
 
 
+def test_a_batch_has_samples():
+    with pytest.raises(DataError, match="a batch has 0 samples; leave such batches out"):
+        as_batch((X[:0], Y[:0]), CHAIN)
+
+
 def test_a_batch_of_its_own_is_checked_too():
     with pytest.raises(DataError, match="'input' has 4 rows in a batch of 5 samples"):
         Batch({"input": X}, 5)

@@ -223,6 +223,7 @@ def test_parameters_without_gradient_stay_out_of_the_update():
             lambda named: torch.optim.SGD([torch.ones(1, requires_grad=True)]),
             "holds parameters that are not of its stage",
         ),
+        (torch.optim.LBFGS, "LBFGS runs the model several times per step, which a pipeline cannot"),
     ],
 )
 def test_what_is_no_optimizer_of_the_stage_is_refused(factory, text):

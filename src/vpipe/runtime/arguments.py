@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from itertools import accumulate, pairwise
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from vpipe.errors import ConfigError, PlanError
@@ -19,6 +20,7 @@ from vpipe.runtime.assembly import RecomputeMode
 
 __all__ = [
     "as_chain",
+    "as_device",
     "check_training_arguments",
     "count_batches",
     "limit_of",
@@ -40,6 +42,8 @@ def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chai
         if loss is not None:
             raise ConfigError("a Chain brings its own loss; leave the loss argument out")
         return model
+    if isinstance(loss, type):
+        raise ConfigError(f"the loss is the class {loss.__name__}, not a function; make one: {loss.__name__}()")
     if not callable(loss):
         got = "none was given" if loss is None else f"got {type(loss).__name__}"
         raise ConfigError(
@@ -49,12 +53,31 @@ def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chai
     return Chain.from_modules(model, loss if isinstance(loss, CallableLoss) else CallableLoss(loss))
 
 
-def check_training_arguments(optimizer: object, recompute: str, clip_grad_norm: float | None) -> None:
+def as_device(device: torch.device | str) -> torch.device:
+    """Return the device that is meant.
+
+    Raises:
+        ConfigError: torch knows no such device.
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is '{device}', which torch does not know; use cpu, cuda or cuda:<index>") from error
+
+
+def check_training_arguments(
+    optimizer: object, recompute: str, clip_grad_norm: float | None, learning_rate: object
+) -> None:
     """Raise ConfigError for arguments that would only be found out about in the middle of a training step."""
     if not callable(optimizer):
         raise ConfigError(
             f"optimizer is of type {type(optimizer).__name__}; give a function that makes one of a stage's parameters, "
             "e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+    if learning_rate is not None and not callable(learning_rate):
+        raise ConfigError(
+            f"learning_rate is {learning_rate!r}; give a function of the iterations done, or set a constant rate in "
+            "the optimizer"
         )
     if recompute not in get_args(RecomputeMode):
         raise ConfigError(f"recompute is '{recompute}'; choose one of {', '.join(get_args(RecomputeMode))}")

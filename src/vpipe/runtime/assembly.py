@@ -210,7 +210,7 @@ def tied_groups(
         if not synchronous and len(stages) > 1:
             raise PlanError(
                 f"{names} are one weight on stages {stages}, which an asynchronous schedule updates at different "
-                "times; untie them (model.tie_weights: false) or use a synchronous schedule"
+                "times; untie them (model.tie_weights: false, or two modules) or use a synchronous schedule"
             )
         ranks = sorted({copy.rank for copy in copies})
         groups.append(TiedGroup(copies, dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None))

@@ -20,7 +20,7 @@ class Batch:
     """One global batch; a rank needs only the fields that its stages read, but always the number of samples.
 
     Raises:
-        DataError: a field is no tensor with one row per sample.
+        DataError: a field is no tensor with one row per sample, or there are no samples.
     """
 
     fields: Mapping[str, Tensor]
@@ -36,6 +36,8 @@ class Batch:
                     f"the field '{name}' has {tensor.shape[0]} rows in a batch of {self.num_samples} samples; all "
                     "fields need one row per sample"
                 )
+        if self.num_samples < 1:
+            raise DataError(f"a batch has {self.num_samples} samples; leave such batches out")
 
 
 BatchLike = Batch | Mapping[str, Tensor] | Sequence[Tensor] | Tensor

@@ -34,8 +34,12 @@ class Crossings:
         self._group = group
         self._known: dict[object, dict[int, tuple[ValueSpec, ...]]] = {}
 
-    def of(self, batch: Batch, num_samples: int, *, training: bool) -> dict[int, tuple[ValueSpec, ...]]:
-        """Return what crosses for microbatches of `num_samples` of such a batch; collective when the shape is new.
+    def of(
+        self, batch: Batch, num_samples: int, *, training: bool, compare: bool = False
+    ) -> dict[int, tuple[ValueSpec, ...]]:
+        """Return what crosses for microbatches of `num_samples` of such a batch.
+
+        Collective when the shape is new, or where ranks are to `compare` their batches anyway.
 
         Raises:
             ConfigError: ranks do not infer the same, or were given different batches.
@@ -48,6 +52,8 @@ class Crossings:
             fields = field_tensors(self._chain, batch, self._specs, num_samples)
             crossing = crossing_specs(self._chain, self._partition, fields, training=training)
             agree({"values between stages": crossing}, self._group)
-            agree_on_batch(batch.fields, self._group)
             self._known[shapes] = crossing
+            compare = True
+        if compare:
+            agree_on_batch(batch.fields, self._group)
         return self._known[shapes]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vpipe.errors import ConfigError, DataError
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.wait import telling_losses
@@ -26,9 +27,15 @@ def pieces_alike(
     Without a size they are as large as in training; before any, a batch is cut as one for training is. Nothing comes
     back from ranks behind that would hold up one that is ahead, so whatever is together may be under way at once: with
     a limit no more than in training, for which a plan has left room.
+
+    Raises:
+        ConfigError, DataError: the size is below 1; there are no batches.
     """
+    if size is not None and size < 1:
+        raise ConfigError(f"microbatch_size is {size}; give a number of samples above 0, or None: as in training")
     most = _MOST_TOGETHER if memory_limit is None else programs.window
     waiting: dict[int, list[Batch]] = {}
+    batch = None
     for batch in batches:
         as_for_training = max(1, -(-batch.num_samples // programs.num_microbatches))
         for piece in _cut(batch, size or programs.microbatch_size or as_for_training):
@@ -36,6 +43,8 @@ def pieces_alike(
             alike.append(piece)
             if len(alike) >= most:
                 yield waiting.pop(piece.num_samples)
+    if batch is None:
+        raise DataError("there are no batches to evaluate; an iterator that was read to its end has none left")
     yield from waiting.values()
 
 

@@ -51,6 +51,14 @@ class Program:
         """Count the batches."""
         return self.num_serials // self.num_microbatches
 
+    @property
+    def compares_batches(self) -> bool:
+        """Tell whether ranks look first if they were given the same batch: the 1st, 2nd, 3rd, 5th, 9th and so on.
+
+        What drifts is found before training has gone on for twice as long. In a program of many batches the first is.
+        """
+        return self.training and (self.num_batches > 1 or not self.first_iteration & (self.first_iteration - 1))
+
 
 @dataclass
 class HeldStage:

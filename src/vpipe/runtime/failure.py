@@ -115,7 +115,7 @@ def peer_silent(peer: int | None, waiting_for: str, seconds: float | None = None
     after = "" if seconds is None else f" for {seconds:g} s"
     return PeerLostError(
         f"waited{after} for {waiting_for} from {_who(peer)}, which does not answer; "
-        "if it is only slow, raise launch.timeout_seconds"
+        "if it is only slow, raise launch.timeout_seconds (of Pipeline: timeout_seconds)"
     )
 
 

@@ -30,6 +30,7 @@ from vpipe.runtime.agreement import agree
 from vpipe.runtime.allocator import keep_freed_memory
 from vpipe.runtime.arguments import (
     as_chain,
+    as_device,
     check_training_arguments,
     count_batches,
     limit_of,
@@ -144,7 +145,7 @@ class Pipeline:
         timeout_seconds: float = 300.0,
     ) -> None:
         self.chain = as_chain(model, loss)
-        check_training_arguments(optimizer, recompute, clip_grad_norm)
+        check_training_arguments(optimizer, recompute, clip_grad_norm, learning_rate)
         self.hooks = hooks or Hooks()
         self._is_busy, self.iteration = False, 0
         self.host_link: HostLink | None = None
@@ -191,7 +192,7 @@ class Pipeline:
             leaving.pop_all()
 
     def _join(self, device: torch.device | str, timeout: timedelta) -> None:
-        self.device = torch.device(device)
+        self.device = as_device(device)
         self._membership: ProcessGroup | None = None
         if not dist.is_initialized():
             self._membership = initialise_process_group(None, timeout.total_seconds(), device=device)
@@ -362,7 +363,7 @@ class Pipeline:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
         self.programs.microbatch_size = num_samples if program.training else self.programs.microbatch_size
-        crossing = self._crossings.of(first, num_samples, training=program.training)
+        crossing = self._crossings.of(first, num_samples, training=program.training, compare=program.compares_batches)
         for index, item in self.held.items():
             item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
         self.transport.start(program.actions, crossing, program.num_serials, program.window)

@@ -147,7 +147,7 @@ def _connect(timeout: timedelta) -> tuple[Store, int, int]:
         raise LaunchError(
             f"rank {os.environ['RANK']} cannot reach the other ranks at {address} within "
             f"{timeout.total_seconds():g} s; check that MASTER_ADDR and MASTER_PORT are right, rank 0 runs, and no "
-            "firewall is in between, or raise launch.timeout_seconds"
+            "firewall is in between, or raise launch.timeout_seconds (of Pipeline: timeout_seconds)"
         ) from error
     # The store outlives process groups: addresses and messages of one must not be read by the next, whether torchrun
     # restarted the ranks or they join again.
@@ -167,7 +167,7 @@ def _choose_device(device: torch.device) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise ConfigError("launch.device is 'cuda' but torch finds no CUDA device here; set launch.device: cpu")
+        raise ConfigError("the device is 'cuda' but torch finds no CUDA device here; set it (launch.device) to cpu")
     index = _local_rank() % torch.cuda.device_count() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ConfigError(f"device 'cuda:{index}' does not exist: this machine has {torch.cuda.device_count()} of them")

@@ -54,6 +54,11 @@ class ProgramBuilder:
         self._rank = rank
         self._stages_per_rank = stages_per_rank
         self._options = dict(options)
+        if macrobatch and self.synchronous:
+            raise ScheduleError(
+                f"macrobatch makes an asynchronous schedule update once per batch, which '{name}' does anyway; "
+                "leave it out"
+            )
         if macrobatch:
             self._options["microbatches_per_update"] = num_microbatches
         self._ahead: frozenset[int] = frozenset()

@@ -57,7 +57,8 @@ def share_memory(
         for link in opened.keys() & offers.keys():
             offers[link].connect(link[1], pid, timeout)
             outboxes[link] = offers[link]
-    logger.info("%d of %d links from this rank are shared memory", len(outboxes), len(own))
+    if own:
+        logger.info("%d of %d links from this rank are shared memory", len(outboxes), len(own))
     return SharedLinks(outboxes, inboxes, are_all=num_opened == len(links))
 
 

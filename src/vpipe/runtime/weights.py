@@ -214,6 +214,8 @@ def _build_optimizer(factory: OptimizerFactory, named: list[tuple[str, nn.Parame
             f"the optimizer function returned {type(optimizer).__name__}, not a torch.optim.Optimizer; give a function "
             "of a stage's parameters, e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError("LBFGS runs the model several times per step, which a pipeline cannot; use another optimizer")
     known = {id(parameter) for _, parameter in named}
     if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
         raise ConfigError(
