@@ -7,7 +7,7 @@ import torch
 
 from vpipe.errors import TransportError
 from vpipe.model.chain import ValueSpec
-from vpipe.runtime.message import ALIGNMENT, Message, MessageLayout
+from vpipe.runtime.message import ALIGNMENT, GPU_ALIGNMENT, Message, MessageLayout
 
 CPU = torch.device("cpu")
 SPECS = (
@@ -62,6 +62,21 @@ def test_missing_values_are_missing_and_zero_for_those_who_cannot_look():
     assert list(message.unpack(4)) == ["mask"]
     assert torch.equal(message.values["mask"], VALUES["mask"])
     assert not message.values["hidden"].any()
+
+
+def test_memory_that_only_tensor_operations_reach_tells_the_same():
+    layout = MessageLayout(3, SPECS)
+    message = Message(layout, CPU)
+    message._memory = None  # as on a GPU
+    message.pack(4, {"mask": VALUES["mask"]})
+    assert list(message.unpack(4)) == list(received(message, layout).unpack(4)) == ["mask"]
+    with pytest.raises(TransportError, match=r"\(3, 5, \d+\) but received \(3, 4, \d+\)"):
+        message.unpack(5)
+
+
+def test_values_lie_on_a_gpu_as_its_allocator_would_place_them():
+    views = MessageLayout(3, SPECS, torch.device("cuda")).views(torch.empty(1 << 14, dtype=torch.uint8))
+    assert {view.storage_offset() * view.element_size() % GPU_ALIGNMENT for view in views.values()} == {0}
 
 
 def test_nothing_to_say_needs_no_message():

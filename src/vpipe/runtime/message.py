@@ -21,26 +21,31 @@ from vpipe.errors import TransportError
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import derive_seed
 
-__all__ = ["ALIGNMENT", "Message", "MessageLayout"]
+__all__ = ["ALIGNMENT", "GPU_ALIGNMENT", "Message", "MessageLayout"]
+
+_CPU = torch.device("cpu")
 
 ALIGNMENT = 64
+GPU_ALIGNMENT = 512
 """Bytes; as torch aligns its own tensors, because kernels may round differently on memory that lies otherwise."""
 
 
 class MessageLayout:
     """Where each value lies in a message; equal on both sides because both derive it from the same specs."""
 
-    def __init__(self, channel: int, specs: Sequence[ValueSpec]) -> None:
+    def __init__(self, channel: int, specs: Sequence[ValueSpec], device: torch.device = _CPU) -> None:
+        """Lay out `specs` for the memory of `device`."""
         self.specs = tuple(specs)
         self._channel = channel
         self._agreement = derive_seed(*(str((spec.name, spec.shape, spec.dtype)) for spec in specs))
         # Channel, serial number, agreement; then for each value whether it is there.
         self.header = struct.Struct(f"<3q{len(self.specs)}?")
         self._places: list[slice] = []
-        end = _aligned(self.header.size)
+        grain = ALIGNMENT if device.type == "cpu" else GPU_ALIGNMENT
+        end = _aligned(self.header.size, grain)
         for spec in specs:
             self._places.append(slice(end, end + spec.num_bytes))
-            end = _aligned(end + spec.num_bytes)
+            end = _aligned(end + spec.num_bytes, grain)
         self.num_bytes = end if self.specs else 0
 
     def identity(self, serial: int) -> tuple[int, int, int]:
@@ -110,14 +115,14 @@ class Message:
     def unpack(self, serial: int) -> dict[str, Tensor]:
         """Return the values that are there, as new tensors on the message's memory.
 
-        On a GPU all are, because a look at the header would make it wait.
+        On a GPU this waits until the message is there, as the executor does anyway before it goes on.
 
         Raises:
             TransportError: the message is not the one that was waited for.
         """
-        if self._memory is None:
-            return {name: view.detach() for name, view in self.values.items()}
-        channel, number, agreement, *present = self._layout.header.unpack_from(self._memory)
+        header = self._layout.header
+        memory = self.buffer[: header.size].cpu().numpy().data if self._memory is None else self._memory
+        channel, number, agreement, *present = header.unpack_from(memory)
         if (channel, number, agreement) != (expected := self._layout.identity(serial)):
             raise TransportError(
                 f"expected message (channel, serial, layout) {expected} but received {(channel, number, agreement)}; "
@@ -126,5 +131,5 @@ class Message:
         return {name: view.detach() for (name, view), there in zip(self.values.items(), present, strict=True) if there}
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+def _aligned(num_bytes: int, grain: int) -> int:
+    return -(-num_bytes // grain) * grain

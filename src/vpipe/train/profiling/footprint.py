@@ -51,7 +51,7 @@ def measure_footprint(trial: BlockTrial) -> Footprint:
     return Footprint(
         activation_bytes=activation_bytes,
         input_bytes=sum(_held_sizes(trial, trial.stage(recomputes=True))),
-        output_bytes=MessageLayout(trial.index, trial.leaving).num_bytes,
+        output_bytes=MessageLayout(trial.index, trial.leaving, trial.device).num_bytes,
         parameter_bytes=_num_bytes(parameter for parameter in parameters if parameter.requires_grad),
         input_grad_bytes=max(0, activation_bytes - only_for_weights),
         weight_grad_bytes=weight_grad_bytes,
