@@ -224,7 +224,7 @@ class Transport:
     def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> tuple[MessageLayout, list[Message]]:
         specs = tuple(spec for spec in crossing if forward or spec.requires_grad)
         if (index, specs) not in self._layouts:
-            self._layouts[index, specs] = MessageLayout(index, specs), []
+            self._layouts[index, specs] = MessageLayout(index, specs, self._wire), []
         return self._layouts[index, specs]
 
     def _tag(self, channel: _Channel, microbatch: int) -> int:
@@ -342,6 +342,9 @@ class Transport:
         self._announce(announcement)
         try:
             work.wait()
+            if self._wire.type == "cuda":
+                # With NCCL only the stream waits; what is announced is for those who wonder why this rank does.
+                torch.cuda.current_stream().synchronize()
         except RuntimeError as error:
             raise_if_peer_lost(error, what, peer)
             raise
