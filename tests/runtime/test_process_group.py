@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from vpipe.errors import ConfigError, LaunchError, NonFiniteLossError, PeerLostError
 from vpipe.runtime import failure
 from vpipe.runtime.failure import find_failure, publish_failure, raise_if_peer_lost
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.process_group import _choose_backend, process_group, use_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -127,6 +128,56 @@ def test_a_missing_cuda_device_is_named():
         process_group(None, 1, device="cuda"),
     ):
         pass
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that there are two; return which one torch was told to take."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-0"))
+    return taken
+
+
+def test_the_local_rank_chooses_a_gpu_where_no_index_does(gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert use_device(torch.device("cuda")) == torch.device("cuda:0")
+    assert use_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert gpus == [0, 1]
+    with pytest.raises(ConfigError, match="'cuda:2' does not exist: this rank sees 2 of them"):
+        use_device(torch.device("cuda:2"))
+
+
+def test_a_caller_with_a_group_of_his_own_has_chosen_the_gpu(gpus, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        assert use_device(torch.device("cuda")) == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [(["GPU-1", "GPU-2"], "nccl"), (["GPU-1", "GPU-0"], "gloo"), (["GPU-1", "cpu"], "gloo"), (["cpu", "cpu"], "gloo")],
+)
+@pytest.mark.usefixtures("gpus")
+def test_nccl_is_for_ranks_with_gpus_of_their_own_whatever_each_calls_its_own(others, expected):
+    store = dist.HashStore()
+    for rank, name in enumerate(others, start=1):
+        store.set(f"device/{rank}", name)
+    assert _choose_backend(None, torch.device("cuda:0"), store, 0, 3) == expected
+    assert store.get("device/0") == b"GPU-0"
+
+
+@pytest.mark.usefixtures("gpus")
+def test_nccl_is_refused_where_ranks_share_a_gpu():
+    store = dist.HashStore()
+    store.set("device/1", "GPU-1")
+    store.set("device/2", "GPU-0")
+    with pytest.raises(ConfigError, match=r"a CUDA device per rank, but ranks \[0, 2\] share theirs"):
+        _choose_backend("nccl", torch.device("cuda:0"), store, 0, 3)
+    assert _choose_backend("gloo", torch.device("cuda:0"), store, 0, 3) == "gloo"
 
 
 def _leave_without_the_others(rank, port, results):

@@ -17,6 +17,7 @@ from vpipe.plan.memory import Policy
 from vpipe.plan.partition import check_ratios
 from vpipe.plan.plan_file import trailing_policies
 from vpipe.runtime.assembly import RecomputeMode
+from vpipe.runtime.process_group import use_device
 
 __all__ = [
     "as_chain",
@@ -54,13 +55,13 @@ def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chai
 
 
 def as_device(device: torch.device | str) -> torch.device:
-    """Return the device that is meant.
+    """Return the device that is meant, and make it the one that torch takes when none is named.
 
     Raises:
-        ConfigError: torch knows no such device.
+        ConfigError: torch knows no such device, or it is not there.
     """
     try:
-        return torch.device(device)
+        return use_device(torch.device(device))
     except RuntimeError as error:
         raise ConfigError(f"device is '{device}', which torch does not know; use cpu, cuda or cuda:<index>") from error
 

@@ -24,6 +24,7 @@ __all__ = [
     "destroy_process_group",
     "initialise_process_group",
     "process_group",
+    "use_device",
 ]
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def initialise_process_group(
     """Join the ranks that torchrun's environment variables describe; without them, be the only rank.
 
     Args:
-        backend: ``gloo`` or ``nccl``; None takes nccl if every rank of this machine has a CUDA device of its own.
+        backend: ``gloo`` or ``nccl``; None takes nccl if every rank has a CUDA device of its own.
         timeout_seconds: how long any wait for another rank may last.
         device: ``cpu``, ``cuda`` (the device is then chosen by the local rank) or ``cuda:<index>``.
 
@@ -87,13 +88,13 @@ def initialise_process_group(
         ConfigError: the backend is unknown or does not fit the device.
         LaunchError: torchrun's variables are incomplete, or the other ranks cannot be reached.
     """
-    place = _choose_device(torch.device(device))
-    backend = backend or _choose_backend(place)
+    place = use_device(torch.device(device))
     _check_backend(backend, place)
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, num_ranks = _connect(timeout)
     attach_store(store, rank)
     try:
+        backend = _choose_backend(backend, place, store, rank, num_ranks)
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         # A rank that is quick to find a mistake and ends would keep slower ones from connecting, and from finding it.
@@ -159,35 +160,53 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _local_num_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
+def use_device(device: torch.device) -> torch.device:
+    """Make `device` the one that torch takes when none is named, and return it; for CUDA with an index.
 
+    Random numbers and streams are those of that device. Without an index it is chosen by the local rank, or where the
+    caller has made the process group, by the caller.
 
-def _choose_device(device: torch.device) -> torch.device:
+    Raises:
+        ConfigError: it is not there.
+    """
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
         raise ConfigError("the device is 'cuda' but torch finds no CUDA device here; set it (launch.device) to cpu")
-    index = _local_rank() % torch.cuda.device_count() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"device 'cuda:{index}' does not exist: this machine has {torch.cuda.device_count()} of them")
+    num_devices, index = torch.cuda.device_count(), device.index
+    if index is None:
+        index = torch.cuda.current_device() if dist.is_initialized() else _local_rank() % num_devices
+    if index >= num_devices:
+        raise ConfigError(
+            f"device 'cuda:{index}' does not exist: this rank sees {num_devices} of them, from 0 on; choose another "
+            "(launch.machines), or set launch.device: cpu"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
-def _choose_backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" and _local_num_ranks() <= torch.cuda.device_count() else "gloo"
-
-
-def _check_backend(backend: str, device: torch.device) -> None:
-    if backend not in BACKENDS:
+def _check_backend(backend: str | None, device: torch.device) -> None:
+    if backend is not None and backend not in BACKENDS:
         raise ConfigError(f"launch.distributed_backend is '{backend}'; choose one of {', '.join(BACKENDS)}")
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError(
             "launch.distributed_backend 'nccl' needs CUDA devices; set it to gloo, or launch.device: cuda"
         )
-    if backend == "nccl" and _local_num_ranks() > torch.cuda.device_count():
+
+
+def _choose_backend(backend: str | None, device: torch.device, store: Store, rank: int, num_ranks: int) -> str:
+    """Return `backend`, or the one that fits the devices of all ranks, the same on every rank."""
+    # Their indices say nothing: each rank may see other devices of a machine, under numbers that begin at 0.
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+    store.set(f"device/{rank}", own)
+    if backend == "gloo" or own == "cpu":
+        return "gloo"
+    names = [store.get(f"device/{other}").decode() for other in range(num_ranks)]
+    is_shared = len(set(names)) < num_ranks
+    if backend == "nccl" and is_shared:
+        ranks = [other for other, name in enumerate(names) if names.count(name) > 1]
         raise ConfigError(
-            f"launch.distributed_backend 'nccl' needs a CUDA device per rank, but {_local_num_ranks()} ranks share "
-            f"{torch.cuda.device_count()} on this machine; use fewer ranks, or set it to gloo"
+            f"launch.distributed_backend 'nccl' needs a CUDA device per rank, but ranks {ranks} share theirs; use "
+            "fewer ranks, give them other devices (launch.machines), or set it to gloo"
         )
+    return "gloo" if is_shared or "cpu" in names else "nccl"
