@@ -1,4 +1,4 @@
-"""All ranks have the same data: each reads its own fields of a batch, so nothing later would show that they differ."""
+"""A user's own data are the same on all ranks: each reads its own fields, so nothing later would show a difference."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ _NUM_SAMPLES = 4
 
 
 def agree_on_data(setup: Setup, group: ProcessGroup) -> None:
-    """Check that every rank of `group` has equally many samples and the same first ones, all fields; collective.
+    """Check that all ranks of `group` got the same first samples from a user's function, in all fields; collective.
+
+    What VPipe prepared or draws itself needs no check.
 
     Raises:
         ConfigError: they differ; raised on every rank, naming the field and who has what.
     """
+    if setup.config.data.type != "custom":
+        return
     sources = {"training data": setup.source, "held-out data": setup.held_out}
-    hint = " (data.entry returns the same on every rank when it seeds every generator that it makes)"
     facts = {
-        f"field '{name}' of the {what}{hint if setup.config.data.type == 'custom' else ''}": description
+        f"field '{name}' of the {what} (data.entry must seed every generator that it makes)": description
         for what, source in sources.items()
         if source is not None
         for name, description in _describe(source).items()
