@@ -201,7 +201,7 @@ def test_mistakes_are_told_in_one_line(call: Call, arguments: tuple[str, ...], w
 def test_without_a_profile_it_measures(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def obtain(path: Path, overrides: Any, run: Any, sizes: Any) -> Profile:
+    def obtain(run: Any, sizes: Any) -> Profile:
         asked.append((run.num_ranks, sizes))
         return _profile()
 

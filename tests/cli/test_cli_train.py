@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vpipe.cli import main
+from vpipe.config import load_config
 
 CHAIN_TOYS = Path(__file__).parents[1] / "train" / "chain_toys.py"
 FILES = {
@@ -92,6 +93,25 @@ def test_under_torchrun_it_prints_and_leaves_the_same(config: Path) -> None:
     assert result.stdout.count("final loss ") == 1
     summary = json.loads((directory / "summary.json").read_text())
     assert f"final loss          {summary['final_loss']:.4f}" in result.stdout
+
+
+def test_the_latest_run_is_an_input_of_the_next(config: Path) -> None:
+    """The path leads to the new run as soon as that has begun, and may not be followed again."""
+    short = ("--set", "train.iterations=1", "--set", "train.eval_batches=0")
+    assert run(config.parent, "vpipe", "train", "run.yml", *short, "--set", "plan.partition=[1,3]").returncode == 0
+    first = (config.parent / "runs" / "latest").resolve()
+    from_latest = ("--set", "plan.partition=runs/latest/plan.json")
+    result = run(config.parent, "vpipe", "train", "run.yml", *short, *from_latest)
+    assert (result.returncode, result.stderr) == (0, "")
+    second = (config.parent / "runs" / "latest").resolve()
+    assert second != first
+    assert load_config(second / "config.yml").plan.partition == [1, 3]
+
+
+def test_a_start_that_is_refused_is_no_latest_run(config: Path) -> None:
+    result = run(config.parent, "vpipe", "train", "run.yml", "--set", "data.entry=chain_toys.py:without_target")
+    assert result.returncode == 1
+    assert not (config.parent / "runs" / "latest").is_symlink()
 
 
 @pytest.mark.parametrize("command", ["train", "verify"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vpipe.cli.output import validate_output
 from vpipe.cli.shared import read_config_aloud, short
 from vpipe.config import RunConfig
 from vpipe.config.estimated import RunWishes, run_wishes
@@ -157,6 +158,7 @@ def command(
       unlimited_step_s   if memory were no limit; null where nothing is recomputed or swapped
       smallest_limit_bytes  the least memory per device that a plan exists for
     """
+    validate_output(output, "plan")
     # Collecting garbage would walk through millions of simulated actions again and again, and there is none.
     gc.disable()
     asked_batch = batch_size

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from vpipe.cli.output import validate_output
 from vpipe.cli.profiling import obtain_profile, read_counts, read_profile_aloud
 from vpipe.cli.shared import read_config_aloud, short
 from vpipe.config import RunConfig
@@ -74,10 +75,11 @@ def command(
 
     A run takes all of a plan from the file that -o writes: --set plan.partition=FILE.
     """
+    validate_output(output, "plan")
     given = [*overrides, *_as_overrides(memory_limit, partition, schedule, microbatches)]
     run = read_config_aloud(config, given)
     counts = read_counts(run, microbatches)
-    profile = _profile_of(config, given, run, profile_file, counts)
+    profile = _profile_of(run, profile_file, counts)
     request = _request(run, profile, counts, schedule)
     outcome = find_plan(request)
     is_free = partition == "auto"
@@ -116,11 +118,9 @@ def _partition(text: str) -> str:
     return str(Path(text).absolute()) if Path(text).is_file() else text
 
 
-def _profile_of(
-    path: Path, overrides: Sequence[str], run: RunConfig, file: Path | None, counts: Sequence[int] | None
-) -> Profile:
+def _profile_of(run: RunConfig, file: Path | None, counts: Sequence[int] | None) -> Profile:
     if file is None:
-        return obtain_profile(path, overrides, run, sizes_needed(run, counts))
+        return obtain_profile(run, sizes_needed(run, counts))
     return read_profile_aloud(file, run)
 
 

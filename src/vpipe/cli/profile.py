@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from vpipe.cli.output import validate_output
 from vpipe.cli.profiling import obtain_profile, read_counts
 from vpipe.cli.shared import read_config_aloud, short
 from vpipe.config.planned import sizes_needed
@@ -46,9 +47,10 @@ def command(
     and machine, and used again by `vpipe plan` and by runs that plan themselves, which say so. What takes no time, such
     as the learning rate or the seed, is not in it.
     """
+    validate_output(output, "profile")
     run = read_config_aloud(config, overrides)
     sizes = sizes_needed(run, read_counts(run, microbatches))
-    profile = obtain_profile(config, overrides, run, sizes, use_cache=not no_cache)
+    profile = obtain_profile(run, sizes, use_cache=not no_cache)
     click.echo(profile.to_json() if form == "json" else "\n".join(profile_lines(profile)))
     if output is not None:
         write_profile(profile, output)

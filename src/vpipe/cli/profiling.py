@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from vpipe.cli.progress import show_progress
-from vpipe.cli.shared import threads_of
+from vpipe.cli.shared import threads_of, write_config
 from vpipe.config import RunConfig
 from vpipe.config.planned import own_counts
 from vpipe.config.profiled import check_profile_fits, profile_warnings
@@ -20,14 +20,7 @@ from vpipe.plan.profile import Profile, read_profile
 __all__ = ["obtain_profile", "read_counts", "read_profile_aloud"]
 
 
-def obtain_profile(
-    path: Path,
-    overrides: Sequence[str],
-    config: RunConfig,
-    microbatch_sizes: Sequence[int],
-    *,
-    use_cache: bool = True,
-) -> Profile:
+def obtain_profile(config: RunConfig, microbatch_sizes: Sequence[int], *, use_cache: bool = True) -> Profile:
     """Return the profile of a run that is in the cache, or start its ranks and measure.
 
     Raises:
@@ -53,8 +46,7 @@ def obtain_profile(
         launch_local(
             [
                 "vpipe.train.profile:profile_ranks",
-                *(str(output), str(progress), json.dumps(list(microbatch_sizes)), str(path)),
-                *overrides,
+                *(str(output), str(progress), json.dumps(list(microbatch_sizes)), str(write_config(config, folder))),
             ],
             config.num_ranks,
             run_directory=folder,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from vpipe.config import RunConfig, read_config
+from vpipe.config import RunConfig, dump_config, read_config
 
-__all__ = ["plural", "read_config_aloud", "short", "threads_of"]
+__all__ = ["plural", "read_config_aloud", "short", "threads_of", "write_config"]
 
 
 def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -19,6 +19,16 @@ def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
     return loaded.config
+
+
+def write_config(config: RunConfig, folder: Path) -> Path:
+    """Write a run as it was understood to `folder`, and return the file: the ranks read that one.
+
+    The user's own may be edited until they do, and a path in it may lead elsewhere then.
+    """
+    path = folder / "config.yml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    return path
 
 
 def threads_of(config: RunConfig) -> int:

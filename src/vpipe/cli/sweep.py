@@ -99,7 +99,7 @@ def command(
     directory = output or _new_directory(combinations)
     store = SweepStore(directory, combinations, what)
     click.echo(f"{plural(len(combinations), 'combination', 'combinations')}; results in {short(directory.absolute())}")
-    execute = _simulation(config, before, profile, profile_file) if simulate else _training(config, before, directory)
+    execute = _simulation(profile, profile_file) if simulate else _training(directory)
     try:
         _run_all(store, combinations, execute)
     except KeyboardInterrupt:
@@ -121,10 +121,12 @@ def _require_one(config: Path, combinations: Sequence[Combination]) -> None:
 
 
 def _new_directory(combinations: Sequence[Combination]) -> Path:
-    from vpipe.launch.run_directory import create_run_directory
+    from vpipe.launch.run_directory import create_run_directory, point_latest_to
 
     log_directory = next(each.run.log_directory for each in combinations if each.run is not None)
-    return create_run_directory(log_directory / "sweeps")
+    directory = create_run_directory(log_directory / "sweeps")
+    point_latest_to(directory)
+    return directory
 
 
 def _run_all(
@@ -149,7 +151,7 @@ def _outcome(row: Row, kept: dict[tuple[str, ...], Row]) -> str:
     return "  ".join([*shown, *(["[kept]"] if kept.get(row.values) is row else [])])
 
 
-def _training(path: Path, overrides: Sequence[str], directory: Path) -> Callable[[Combination, RunConfig], Result]:
+def _training(directory: Path) -> Callable[[Combination, RunConfig], Result]:
     """Return what runs a combination; its folder is in `directory`."""
 
     def execute(combination: Combination, config: RunConfig) -> Result:
@@ -161,7 +163,7 @@ def _training(path: Path, overrides: Sequence[str], directory: Path) -> Callable
         folder = create_run_directory(directory / "runs")
         click.echo(f"running {combination.label}", err=True)
         console = Console(quiet=not sys.stdout.isatty())
-        train_here(path, [*overrides, *combination.overrides], config, folder, console)
+        train_here(config, folder, console)
         summary = json.loads((folder / "summary.json").read_text())
         metrics = {key: summary[key] for key in _TAKEN} | {"peak_memory_bytes": max(summary["peak_memory_bytes"])}
         return Result(metrics, str(folder.relative_to(directory.absolute())))
@@ -169,9 +171,7 @@ def _training(path: Path, overrides: Sequence[str], directory: Path) -> Callable
     return execute
 
 
-def _simulation(
-    path: Path, overrides: Sequence[str], profile: Profile | None, file: Path | None
-) -> Callable[[Combination, RunConfig], Result]:
+def _simulation(profile: Profile | None, file: Path | None) -> Callable[[Combination, RunConfig], Result]:
     """Return what simulates a combination, with `profile` of a `file` or else one that is measured or in the cache."""
     told: set[str] = set()
 
@@ -181,8 +181,7 @@ def _simulation(
         from vpipe.config.profiled import check_profile_fits, profile_warnings
         from vpipe.report.sweep_simulation import simulate_run
 
-        own = [*overrides, *combination.overrides]
-        found = profile or obtain_profile(path, own, config, sizes_needed(config, own_counts(config)))
+        found = profile or obtain_profile(config, sizes_needed(config, own_counts(config)))
         if profile is not None:
             check_profile_fits(config, profile, str(file))
             warnings = profile_warnings(config, profile, threads_of(config), str(file))

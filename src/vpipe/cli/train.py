@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vpipe.cli import INTERRUPTED
-from vpipe.cli.shared import plural, read_config_aloud, short, threads_of
+from vpipe.cli.shared import plural, read_config_aloud, short, threads_of, write_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
 
     Starts one process per rank on this machine, shows progress, and writes everything about the run to
     <log_directory>/<time>: config.yml, plan.json, output.log.<rank>, metrics.jsonl, timeline.json (for
-    ui.perfetto.dev), summary.json and the trained model.
+    ui.perfetto.dev), summary.json and the trained model. <log_directory>/latest leads to the last run that began.
 
     Under torchrun (torchrun --nproc-per-node 4 -m vpipe train CONFIG) it is one rank of the run.
     """
@@ -49,8 +49,9 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
 
 
 def run_rank(arguments: Sequence[str]) -> None:
-    """Be one rank of the run that the file `arguments[0]` describes, with the overrides that follow."""
-    _train(Path(arguments[0]), arguments[1:])
+    """Be one rank of the run that the file `arguments[0]` describes."""
+    (path,) = arguments
+    _train(Path(path), ())
 
 
 def _be_rank(path: Path, overrides: Sequence[str]) -> None:
@@ -61,13 +62,13 @@ def _be_rank(path: Path, overrides: Sequence[str]) -> None:
 
 def _train(path: Path, overrides: Sequence[str]) -> Path:
     from vpipe.config import load_config
-    from vpipe.launch.run_directory import agree_run_directory
+    from vpipe.launch.run_directory import agree_run_directory, point_latest_to
     from vpipe.train.trainer import train_rank
 
-    return train_rank(load_config(path, overrides), agree_run_directory)[0]
+    return train_rank(load_config(path, overrides), agree_run_directory, point_latest_to)[0]
 
 
-def train_here(path: Path, overrides: Sequence[str], config: RunConfig, run_directory: Path, console: Console) -> None:
+def train_here(config: RunConfig, run_directory: Path, console: Console) -> None:
     """Start all ranks of the run on this machine, show on `console` how they get on, and return when they have ended.
 
     Raises:
@@ -80,7 +81,7 @@ def train_here(path: Path, overrides: Sequence[str], config: RunConfig, run_dire
     progress = ProgressDisplay(run_directory / "metrics.jsonl", console, print_frequency=config.train.print_frequency)
     with progress:
         launch_local(
-            ["vpipe.cli.train:run_rank", str(path), *overrides],
+            ["vpipe.cli.train:run_rank", str(write_config(config, run_directory))],
             config.num_ranks,
             run_directory=run_directory,
             threads_per_rank=threads_of(config),
@@ -100,7 +101,7 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
     ranks = plural(config.num_ranks, "rank", "ranks")
     click.echo(f"{config.pipeline.schedule}, {ranks}, {_slices(config)}; logs in {short(run_directory)}")
     try:
-        train_here(path, overrides, config, run_directory, Console())
+        train_here(config, run_directory, Console())
     except KeyboardInterrupt:
         click.echo(f"interrupted; all ranks were ended. Logs: {short(run_directory)}/output.log.*", err=True)
         sys.exit(INTERRUPTED)

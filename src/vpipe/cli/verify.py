@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vpipe.cli.shared import plural, read_config_aloud, threads_of
+from vpipe.cli.shared import plural, read_config_aloud, threads_of, write_config
 from vpipe.errors import LaunchError
 
 __all__ = ["command"]
@@ -61,6 +61,7 @@ def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, 
     )
 
     directory = create_run_directory(config.log_directory)
+    described = write_config(config, directory)
     pipeline = f"{config.pipeline.schedule} on {plural(config.num_ranks, 'rank', 'ranks')}"
     steps = (
         ("pipeline_rank", config.num_ranks, pipeline_directory(directory), pipeline),
@@ -72,7 +73,7 @@ def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, 
             click.echo(f"training {plural(iterations, 'iteration', 'iterations')}: {what}", err=True)
             with ProgressDisplay(progress_path(place), Console(stderr=True)) as progress:
                 launch_local(
-                    [f"vpipe.train.verify:{function}", str(directory), str(path), str(iterations), *overrides],
+                    [f"vpipe.train.verify:{function}", str(directory), str(described), str(iterations)],
                     num_ranks,
                     run_directory=place,
                     threads_per_rank=threads_of(config),

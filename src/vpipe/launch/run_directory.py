@@ -12,13 +12,13 @@ from vpipe.launch.environment import RUN_DIRECTORY
 from vpipe.launch.logs import add_log_file, log_path
 from vpipe.runtime.process_group import ProcessGroup
 
-__all__ = ["agree_run_directory", "create_run_directory"]
+__all__ = ["agree_run_directory", "create_run_directory", "point_latest_to"]
 
 _KEY = "vpipe/run_directory"
 
 
 def create_run_directory(log_directory: Path) -> Path:
-    """Create `<log_directory>/<time>`, never an existing one, and point `<log_directory>/latest` to it.
+    """Create `<log_directory>/<time>`, never an existing one.
 
     Raises:
         LaunchError: the directory cannot be made.
@@ -36,7 +36,6 @@ def create_run_directory(log_directory: Path) -> Path:
             raise LaunchError(
                 f"cannot create a run directory in log_directory '{log_directory}': {error.strerror}; choose another"
             ) from error
-        _point_latest_to(path)
         return path
 
 
@@ -74,7 +73,11 @@ def _hear(group: ProcessGroup) -> Path:
     return Path(answer["path"])
 
 
-def _point_latest_to(path: Path) -> None:
+def point_latest_to(path: Path) -> None:
+    """Let `latest`, beside the directory `path`, be that directory; a file or directory of that name is left alone.
+
+    Not when a run is only created: one that is refused, or that verifies, is nothing that another can start from.
+    """
     latest = path.parent / "latest"
     if latest.exists() and not latest.is_symlink():
         return  # somebody's own file or directory

@@ -99,10 +99,10 @@ def obtain_profile(
 def profile_ranks(arguments: Sequence[str]) -> None:
     """Be one of the ranks that measure; the profile is kept in the cache.
 
-    `arguments` are the file to write it to, the one for progress, sizes in JSON, the run's file, and overrides.
+    `arguments` are the file to write it to, the one for progress, sizes in JSON, and the run's file.
     """
-    output, progress, sizes, path, *overrides = arguments
-    config = load_config(path, overrides)
+    output, progress, sizes, path = arguments
+    config = load_config(path)
     launch = config.launch
     with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
         setup = build_setup(config)

@@ -56,9 +56,15 @@ class Trainer:
         self._meter = ThroughputMeter(num_draining=count_filling(self.pipeline))
         self._start = time.perf_counter()
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end; return the summary, the same on every rank."""
+    def run(self, began: Callable[[Path], None] | None = None) -> dict[str, Any]:
+        """Train to the end; return the summary, the same on every rank.
+
+        `began` is called on rank 0 with the run's directory, when that says what the run is.
+        """
         try:
+            self._describe()
+            if began is not None and self.group.rank == 0:
+                began(self.run_directory)
             return self._run()
         except PeerLostError as error:
             if not self._status.text.startswith("waiting"):
@@ -70,7 +76,6 @@ class Trainer:
         self._status.write(f"{self._doing}, last done {action}")
 
     def _run(self) -> dict[str, Any]:
-        self._describe()
         train, total = self.config.train, self.setup.total_iterations
         loss, held_out = float("nan"), None
         stretches = list(cut_into_stretches(total, train.eval_frequency if self.setup.evaluates else 0))
@@ -105,7 +110,7 @@ class Trainer:
         if self.group.rank == 0:
             logger.info("Everything about this run is in %s", self.run_directory)
             plan = {**describe_plan(self.pipeline, self.setup), **keep_prediction(self._plan)}
-            (self.run_directory / "config.yml").write_text(dump_config(self.config))
+            (self.run_directory / "config.yml").write_text(dump_config(self.config), encoding="utf-8")
             (self.run_directory / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
 
     def _report(self, result: StepResult) -> None:
@@ -157,10 +162,15 @@ class Trainer:
         return loss
 
 
-def train_rank(config: RunConfig, find_directory: Callable[[Path, ProcessGroup], Path]) -> tuple[Path, dict[str, Any]]:
+def train_rank(
+    config: RunConfig,
+    find_directory: Callable[[Path, ProcessGroup], Path],
+    began: Callable[[Path], None] | None = None,
+) -> tuple[Path, dict[str, Any]]:
     """Be one rank of a training run: join the others, train, leave; return the run's directory and summary.
 
-    `find_directory` gives the run's directory, the same on all ranks, from the log directory.
+    `find_directory` gives the run's directory, the same on all ranks, from the log directory; `began` is as in
+    `Trainer.run`.
 
     Raises:
         ConfigError: another number of ranks was started than the configuration says.
@@ -174,4 +184,4 @@ def train_rank(config: RunConfig, find_directory: Callable[[Path, ProcessGroup],
             )
         run_directory = find_directory(config.log_directory, group)
         planned = plan_run(config, group, run_directory)
-        return run_directory, Trainer(planned.config, run_directory, group, planned.plan).run()
+        return run_directory, Trainer(planned.config, run_directory, group, planned.plan).run(began)

@@ -93,10 +93,10 @@ class _Computed:
 def pipeline_rank(arguments: Sequence[str]) -> None:
     """Be one rank of the pipeline.
 
-    `arguments` are a folder, a configuration file, the number of iterations, and overrides.
+    `arguments` are a folder, a configuration file and the number of iterations.
     """
-    directory, path, iterations, *overrides = arguments
-    config = load_config(path, overrides)
+    directory, path, iterations = arguments
+    config = load_config(path)
     with process_group(
         config.launch.distributed_backend, config.launch.timeout_seconds, device=device_of(config)
     ) as group:
@@ -108,7 +108,7 @@ def pipeline_rank(arguments: Sequence[str]) -> None:
 
 def reference_rank(arguments: Sequence[str]) -> None:
     """Be the one process, after the pipeline; `arguments` are those of `pipeline_rank`."""
-    directory, _, iterations, *_ = arguments
+    directory, _, iterations = arguments
     config = RunConfig.model_validate_json(_planned_path(Path(directory)).read_text())
     run_reference(config, int(iterations), Path(directory))
 
