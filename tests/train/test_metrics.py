@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vpipe.runtime import workspace
+from vpipe.runtime.workspace import WorkspaceMeter
+from vpipe.schedule.action import Action, Kind
 from vpipe.train import metrics
 from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_bytes
 
@@ -87,6 +90,19 @@ def test_peak_memory_grows_with_what_is_allocated_and_stays() -> None:
     assert during > before
     del held
     assert peak_memory_bytes() > 0.95 * during  # the kernel counts in batches
+
+
+def test_the_peak_of_a_gpu_outlives_what_measures_single_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, peak = torch.device("cuda:0"), [700]
+    monkeypatch.setattr(workspace, "_peaks", {})
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.__setitem__(0, 100))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+    meter = WorkspaceMeter(device)
+    for microbatch in range(2):
+        meter.run(lambda _: peak.__setitem__(0, 300), Action(0, Kind.F, microbatch), has_gradients=False)
+    assert meter.excess(0) == 200
+    assert peak_memory_bytes("cuda:0") == 700
 
 
 def test_peak_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

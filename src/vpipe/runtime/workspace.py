@@ -16,7 +16,7 @@ from torch.autograd.profiler import record_function
 from vpipe.runtime.torch_log import errors_only
 from vpipe.schedule.action import COMPUTE, Action, Kind
 
-__all__ = ["WorkspaceMeter"]
+__all__ = ["WorkspaceMeter", "peak_allocated", "reset_peak"]
 
 _NUM_SAMPLES = 3
 """Of each stage and kind of action."""
@@ -25,6 +25,20 @@ _NUM_FORWARDS = _NUM_SAMPLES + 1
 _FREED = "vpipe frees bytes "
 
 _Key = tuple[int, Kind, bool]
+
+_peaks: dict[torch.device, int] = {}
+"""Of GPUs whose peak was reset: the highest until then."""
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let torch look for a GPU's peak anew; `peak_allocated` still knows of those before."""
+    _peaks[device] = peak_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_allocated(device: torch.device) -> int:
+    """Return the most bytes that this process's tensors ever took on a GPU."""
+    return max(_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
 
 
 class WorkspaceMeter:
@@ -86,7 +100,7 @@ class WorkspaceMeter:
 
     def _on_gpu(self, handler: Callable[[Action], None], action: Action) -> tuple[int, int]:
         before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        reset_peak(self._device)
         handler(action)
         after = torch.cuda.memory_allocated(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before, after - before

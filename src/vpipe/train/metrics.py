@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from vpipe.runtime.workspace import peak_allocated
+
 __all__ = ["MetricsWriter", "ThroughputMeter", "finite", "peak_memory_bytes"]
 
 _PROCESS_STATUS = Path("/proc/self/status")
@@ -118,7 +120,7 @@ class ThroughputMeter:
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     """Return the most memory this process ever held: of the GPU's for tensors, or on the CPU all that was resident."""
     if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return peak_allocated(torch.device(device))
     try:
         # Better than getrusage on Linux, where a new process starts with the peak of the one that started it.
         for line in _PROCESS_STATUS.read_text().splitlines():

@@ -17,6 +17,7 @@ from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.message import MessageLayout
 from vpipe.runtime.split import held_tensors
 from vpipe.runtime.swap import SMALL_BYTES
+from vpipe.runtime.workspace import reset_peak
 from vpipe.train.profiling.trial import BlockTrial
 
 __all__ = ["Footprint", "measure_footprint"]
@@ -167,7 +168,7 @@ class _Meter:
     def _on_gpu(self, do: Callable[[], object]) -> tuple[int, int]:
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        reset_peak(self._device)
         result = do()
         torch.cuda.synchronize(self._device)
         end = torch.cuda.memory_allocated(self._device)
