@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vpipe.errors import ConfigError, ExecutionError
-from vpipe.runtime.host_link import Owner, ThreadLink, open_host_link
+from vpipe.runtime.host_link import Owner, StreamLink, ThreadLink, open_host_link
 from vpipe.runtime.host_memory import MappedMemory
 from vpipe.runtime.swap import Parcel
 
@@ -89,6 +91,79 @@ def test_regions_are_used_again(tmp_path: Path) -> None:
             parcel.content()
     link.close()
     assert memory.num_bytes == 4 * PAGE
+
+
+class Streams:
+    """What `StreamLink` asks of torch.cuda, on a CPU: notes what is queued on which stream, and does it at once."""
+
+    class Stream:
+        device = torch.device("cpu")
+
+        def __init__(self, log: list[str], name: str) -> None:
+            self.log, self.name = log, name
+
+        def wait_stream(self, other: Streams.Stream) -> None:
+            self.log.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self) -> Streams.Event:
+            return Streams.Event(self)
+
+    class Event:
+        def __init__(self, stream: Streams.Stream) -> None:
+            self.stream = stream
+
+        def wait(self) -> None:
+            self.stream.log.append(f"computing waits for {self.stream.name}")
+
+        def synchronize(self) -> None:
+            self.stream.log.append(f"host waits for {self.stream.name}")
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.current = Streams.Stream(self.log, "computing")
+        patch.setattr(torch.cuda, "Stream", lambda _: Streams.Stream(self.log, "copying"))
+        patch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        patch.setattr(torch.cuda, "stream", self.on)
+        patch.setattr(Tensor, "record_stream", lambda _, stream: self.log.append(f"allocator told of {stream.name}"))
+        patch.setattr(Tensor, "copy_", lambda target, source, non_blocking: self.copy(target, source))
+
+    @contextmanager
+    def on(self, stream: Streams.Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self.log.append(f"{self.current.name} copies")
+        target.numpy()[:] = source.numpy()
+
+
+def test_a_gpu_copies_beside_the_computation_and_never_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = parcels(5000, 70000)
+    contents = [parcel.content().clone() for parcel in sent]
+    streams = Streams(monkeypatch)
+    link = StreamLink(
+        torch.device("cpu"),
+        MappedMemory(tmp_path),
+        lambda owner, parcel, comes: streams.log.append(f"moved on {streams.current.name}"),
+    )
+    link.offload((0, 0), sent)
+    one = ["copying copies", "allocator told of copying", "moved on copying"]
+    assert streams.log == ["copying waits for computing", *["moved on computing"] * 2, *one, *one]
+    assert [parcel.device for parcel in sent] == [None, None]
+    streams.log.clear()
+    link.fetch((0, 0), sent)
+    one = ["moved on computing", "allocator told of copying", "copying copies"]
+    assert streams.log == ["copying waits for computing", *one, *one]
+    streams.log.clear()
+    assert all(torch.equal(parcel.content(), content) for parcel, content in zip(sent, contents, strict=True))
+    assert streams.log == ["computing waits for copying"] * 2
+    streams.log.clear()
+    link.offload((0, 1), [])
+    assert streams.log[0] == "host waits for copying"
+    assert link.bytes_offloaded == link.bytes_fetched == 75000
 
 
 class Full(MappedMemory):

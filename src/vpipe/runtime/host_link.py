@@ -133,21 +133,6 @@ class ThreadLink:
             self._thread = None
 
 
-class _StreamArrival:
-    """Lets the current stream wait for a copy, and tells the allocator who uses what it brought."""
-
-    def __init__(self, parcel: Parcel, event: torch.cuda.Event) -> None:
-        self._device = parcel.device
-        self._event = event
-
-    def wait(self) -> None:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._event)
-        if self._device is not None:
-            self._device.record_stream(stream)
-            self._device = None
-
-
 class StreamLink:
     """Copies on a CUDA stream of its own, from and to pinned memory."""
 
@@ -194,16 +179,19 @@ class StreamLink:
 
     def fetch(self, owner: Owner, parcels: Sequence[Parcel]) -> None:
         """Begin to bring parcels back, in this order."""
-        with torch.cuda.stream(self._stream):
-            for parcel in parcels:
-                assert parcel.host is not None
-                parcel.device = parcel.room(self._stream.device, partial(self._moved, owner, parcel, True))
+        # The memory is the computing stream's: what the allocator has freed for one stream, another cannot have.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        for parcel in parcels:
+            assert parcel.host is not None
+            parcel.device = parcel.room(self._stream.device, partial(self._moved, owner, parcel, True))
+            parcel.device.record_stream(self._stream)
+            with torch.cuda.stream(self._stream):
                 parcel.device.copy_(parcel.host, non_blocking=True)
-                self.bytes_fetched += parcel.num_bytes
-                parcel.arrival = _StreamArrival(parcel, self._stream.record_event())
-                # Whoever takes the region next writes to it on this same stream, after this copy.
-                self._memory.give(parcel.host)
-                parcel.host = None
+                parcel.arrival = self._stream.record_event()
+            self.bytes_fetched += parcel.num_bytes
+            # Whoever takes the region next writes to it on this same stream, after this copy.
+            self._memory.give(parcel.host)
+            parcel.host = None
 
     def close(self) -> None:
         """Stop; what is under way is finished first."""
