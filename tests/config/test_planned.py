@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from vpipe.config import RunConfig, build_config
-from vpipe.config.planned import decide, name_schedules, own_counts, sizes_needed, with_plan
+from vpipe.config.planned import build_request, decide, name_schedules, own_counts, sizes_needed, with_plan
 from vpipe.errors import ConfigError, PlanError
 from vpipe.plan.profile import BlockProfile, Profile, SizeProfile
 
@@ -118,6 +119,14 @@ def test_a_limit_makes_blocks_recompute_and_is_refused_when_nothing_can_keep_it(
         planned(*overrides, f"plan.memory_limit={least}")
         with pytest.raises(PlanError):
             planned(*overrides, f"plan.memory_limit={int(least) - 1}")
+
+
+def test_messages_need_the_room_that_they_have_in_sockets_or_on_a_gpu() -> None:
+    run, profile = run_with("pipeline.schedule=1f1b"), profile_of()
+    on_gpu = replace(profile, machine={**profile.machine, "device": "NVIDIA L4"})
+    assert not build_request(run, profile).sockets
+    assert build_request(run, on_gpu).sockets  # whoever leaves the backend open gets nccl there
+    assert build_request(run_with("pipeline.schedule=1f1b", "launch.shared_memory=false"), profile).sockets
 
 
 def test_never_recompute_is_kept() -> None:

@@ -95,14 +95,15 @@ def build_request(run: RunConfig, profile: Profile) -> Request:
         None if is_own else pipeline.stages_per_rank,
         {**_options(run), "macrobatch": pipeline.macrobatch, "swap_versions": _version_moves(run, profile)},
         policies=[policy for policy in Policy if not (never and policy is Policy.RECOMPUTE)],
-        sockets=_uses_sockets(run.launch),
+        sockets=_uses_sockets(run.launch, profile),
     )
 
 
-def _uses_sockets(launch: LaunchConfig) -> bool:
+def _uses_sockets(launch: LaunchConfig, profile: Profile) -> bool:
     """Tell whether some messages may go through sockets, or lie in a GPU's memory, which holds more of them."""
     hosts = {machine.partition(":")[0] for machine in launch.machines}
-    return not launch.shared_memory or len(hosts) > 1 or launch.distributed_backend == "nccl"
+    on_gpu = launch.distributed_backend == "nccl" or profile.machine.get("device", "cpu") != "cpu"
+    return not launch.shared_memory or len(hosts) > 1 or on_gpu
 
 
 def _options(run: RunConfig) -> dict[str, object]:
