@@ -8,7 +8,7 @@ import torch
 
 from vpipe.config import RunConfig
 
-__all__ = ["device_of"]
+__all__ = ["compute_reproducibly", "device_of"]
 
 
 def device_of(config: RunConfig) -> str:
@@ -24,3 +24,18 @@ def device_of(config: RunConfig) -> str:
     if kind == "cuda" and rank < len(launch.machines):
         return f"cuda:{launch.machines[rank].partition(':')[2]}"
     return kind
+
+
+def compute_reproducibly(device: torch.device) -> None:
+    """Let a GPU give the same bits every time, as far as torch can; a CPU does anyway.
+
+    Where an operation has no deterministic kernel, torch warns. Its fused attention would do no more than that, so
+    attention is computed in steps.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)

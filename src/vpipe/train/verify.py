@@ -19,11 +19,11 @@ from vpipe.config import RunConfig, load_config
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import LaunchError
 from vpipe.runtime.pipeline import Hooks, Pipeline
-from vpipe.runtime.process_group import ProcessGroup, process_group
+from vpipe.runtime.process_group import ProcessGroup, process_group, use_device
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.schedule.weights import weight_usage
 from vpipe.train.comparison import Comparison, compare
-from vpipe.train.device import device_of
+from vpipe.train.device import compute_reproducibly, device_of
 from vpipe.train.metrics import MetricsWriter
 from vpipe.train.planning import plan_run
 from vpipe.train.reference import Reference, ReferenceResult
@@ -115,6 +115,7 @@ def reference_rank(arguments: Sequence[str]) -> None:
 
 def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group: ProcessGroup) -> None:
     """Train as one of `group`'s ranks, and keep the results in a file."""
+    compute_reproducibly(group.device)
     setup = build_setup(config)
     agree_on_data(setup, group)
     gradients: dict[int, list[dict[str, Tensor]]] = {}
@@ -191,7 +192,9 @@ def remove_computed(run_directory: Path) -> None:
 
 def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> VerifyReport:
     """Train in this process, compare with what the ranks kept, write the report to its file and return it."""
-    expected = _reference(build_setup(config), iterations, device_of(config), reference_directory(run_directory))
+    device = use_device(torch.device(device_of(config)))
+    compute_reproducibly(device)
+    expected = _reference(build_setup(config), iterations, device, reference_directory(run_directory))
     found = _load(run_directory, config.num_ranks)
     comparisons = {
         "loss": compare(_as_tensors(found.losses), _as_tensors(expected.losses)),
@@ -227,7 +230,7 @@ def _programs(config: RunConfig) -> ProgramBuilder:
     )
 
 
-def _reference(setup: Setup, iterations: int, device: str, directory: Path) -> _Computed:
+def _reference(setup: Setup, iterations: int, device: torch.device, directory: Path) -> _Computed:
     config = setup.config
     programs = _programs(config)
     reference = Reference(
