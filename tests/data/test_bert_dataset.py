@@ -131,7 +131,10 @@ def test_unknown_field_and_sample(static: Path) -> None:
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    message = rf"no prepared data in {tmp_path}/x; make it with `vpipe data prepare bert --out {tmp_path}/x`"
+    message = (
+        rf"no prepared data in {tmp_path}/x; make it with `vpipe data prepare bert --out {tmp_path}/x`, "
+        r"or correct data.data_dir \(a relative one starts from the folder of the run's YAML file\)"
+    )
     with pytest.raises(DataError, match=message):
         open_bert(tmp_path / "x")
 

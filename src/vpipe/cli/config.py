@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vpipe.cli.shared import read_config_aloud
+from vpipe.cli.shared import read_config_aloud, set_option
 from vpipe.config.load import dump_config
 from vpipe.config.reference import reference_lines
 
@@ -16,13 +16,7 @@ __all__ = ["command"]
 
 @click.command(name="config")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one key: section.key or a flat key; relative paths start from FILE's folder. Repeatable.",
-)
+@set_option("train.iterations=20", "FILE")
 @click.option("--format", "form", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True)
 @click.option("--fields", is_flag=True, help="Print the reference of all keys instead.")
 def command(file: Path | None, overrides: tuple[str, ...], form: str, fields: bool) -> None:

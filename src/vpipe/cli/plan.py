@@ -11,7 +11,7 @@ import click
 
 from vpipe.cli.output import validate_output
 from vpipe.cli.profiling import obtain_profile, read_counts, read_profile_aloud
-from vpipe.cli.shared import read_config_aloud, short
+from vpipe.cli.shared import read_config_aloud, set_option, short
 from vpipe.config import RunConfig
 from vpipe.config.planned import build_request, judge_by_hand, name_schedules, sizes_needed
 from vpipe.errors import PlanError
@@ -28,13 +28,7 @@ __all__ = ["command"]
 
 @click.command(name="plan")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one key, e.g. --set pipeline.num_ranks=8. Repeatable.",
-)
+@set_option("pipeline.num_ranks=8")
 @click.option(
     "--profile",
     "profile_file",

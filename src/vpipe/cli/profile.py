@@ -8,7 +8,7 @@ import click
 
 from vpipe.cli.output import validate_output
 from vpipe.cli.profiling import obtain_profile, read_counts
-from vpipe.cli.shared import read_config_aloud, short
+from vpipe.cli.shared import read_config_aloud, set_option, short
 from vpipe.config.planned import sizes_needed
 from vpipe.plan.profile import write_profile
 from vpipe.plan.profile_lines import profile_lines
@@ -18,13 +18,7 @@ __all__ = ["command"]
 
 @click.command(name="profile")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one key, e.g. --set train.batch_size=64. Repeatable.",
-)
+@set_option("train.batch_size=64")
 @click.option(
     "--microbatches",
     metavar="N[,N...]|auto",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
 from vpipe.config import RunConfig, dump_config, read_config
 
-__all__ = ["plural", "read_config_aloud", "short", "threads_of", "write_config"]
+__all__ = ["plural", "read_config_aloud", "set_option", "short", "threads_of", "write_config"]
 
 
 def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -19,6 +19,18 @@ def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
     return loaded.config
+
+
+def set_option(example: str, file: str = "CONFIG") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the option --set of a command whose argument is `file`, with an example of what it may change."""
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=f"Change one key, e.g. --set {example}: section.key or a flat key, and relative paths start from {file}'s "
+        "folder. Repeatable; `vpipe config --fields` lists all keys.",
+    )
 
 
 def write_config(config: RunConfig, folder: Path) -> Path:

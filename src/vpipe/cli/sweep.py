@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vpipe.cli import INTERRUPTED
-from vpipe.cli.shared import plural, short, threads_of
+from vpipe.cli.shared import plural, set_option, short, threads_of
 from vpipe.config import RunConfig
 from vpipe.errors import ConfigError, LaunchError
 from vpipe.report.sweep import Combination, Result, Row, combine, parse_axis, resolve, run_sweep
@@ -41,9 +41,7 @@ _TAKEN = ("samples_per_second", "iteration_ms", "bubble_fraction", "communicatio
     help="A key and its values, e.g. --over batch_size=8,16,32 or --over 'plan.partition=uniform,[26,23]'. Repeatable: "
     "every combination is tried.",
 )
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key in all combinations. Repeatable."
-)
+@set_option("train.iterations=20")
 @click.option("--simulate", is_flag=True, help="Predict each combination from a profile instead of running it.")
 @click.option(
     "--profile",
@@ -69,10 +67,10 @@ def command(
 ) -> None:
     """Run or simulate the YAML file CONFIG with every combination of some values, and show them side by side.
 
-    Keys and values are those of --set. The folder of results gets table.csv, plot.svg, rows.jsonl and a folder per run
-    in runs/; models are not saved, unless --set train.save_model=true. A combination that fails has the reason in its
-    row and stops no other. When a sweep was interrupted, the same command with --output goes on: what is done is kept,
-    what failed is tried again. The exit code is 1 when nothing succeeded.
+    Keys and values are those of --set, which changes a key in all combinations. The folder of results gets table.csv,
+    plot.svg, rows.jsonl and a folder per run in runs/; models are not saved, unless --set train.save_model=true. A
+    combination that fails has the reason in its row and stops no other. When a sweep was interrupted, the same command
+    with --output goes on: what is done is kept, what failed is tried again. The exit code is 1 when nothing succeeded.
 
     \b
     Columns of table.csv, after the swept keys:

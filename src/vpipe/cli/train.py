@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vpipe.cli import INTERRUPTED
-from vpipe.cli.shared import plural, read_config_aloud, short, threads_of, write_config
+from vpipe.cli.shared import plural, read_config_aloud, set_option, short, threads_of, write_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,13 +24,7 @@ __all__ = ["command", "run_rank", "train_here"]
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one key, e.g. --set train.iterations=20. Repeatable; `vpipe config --fields` lists all keys.",
-)
+@set_option("train.iterations=20")
 def command(config: Path, overrides: tuple[str, ...]) -> None:
     """Train the model of the YAML file CONFIG.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from vpipe.cli.shared import plural, read_config_aloud, threads_of, write_config
+from vpipe.cli.shared import plural, read_config_aloud, set_option, threads_of, write_config
 from vpipe.errors import LaunchError
 
 __all__ = ["command"]
@@ -20,13 +20,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--iterations", default=2, show_default=True, type=click.IntRange(1), help="Batches to train on.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Change one key, e.g. --set pipeline.schedule=gpipe. Repeatable.",
-)
+@set_option("pipeline.schedule=gpipe")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def command(config: Path, iterations: int, overrides: tuple[str, ...], form: str) -> None:
     """Prove that a run gives the answer of one process.

@@ -152,7 +152,10 @@ def read_meta(directory: Path) -> BertMeta:
     make = shlex.join([*_COMMAND.split(), "--out", str(directory)])
     path = directory / META_FILE
     if not directory.exists():
-        raise DataError(f"there is no prepared data in {directory}; make it with `{make}`, or correct data.data_dir")
+        raise DataError(
+            f"there is no prepared data in {directory}; make it with `{make}`, or correct "
+            "data.data_dir (a relative one starts from the folder of the run's YAML file)"
+        )
     if not path.is_file():
         raise DataError(
             f"{directory} has no {META_FILE}, so it is no prepared set; "
