@@ -217,6 +217,7 @@ ADVICE = "; VPipe has 'bert'; for another model give a 'model:' section with typ
          "directory = 'gnmt' is model code that VPipe does not have" + ADVICE),
         ({"module": "large_4"}, "module = 'large_4' is not known; 'vgpus=N' is BERT-large" + ADVICE),
         ({"batch_sise": 4}, "batch_sise = 4 is not a known key; did you mean 'batch_size'?"),
+        ({"modle": "large_4"}, "modle = 'large_4' is not a known key; did you mean 'module'?"),
         ({"epochs": "two"}, "epochs = 'two' is not a whole number of at least 1, or null"),
         ({"batch_size": 15, "num_microbatches": 2},
          "batch_size = 15 cannot be cut into num_microbatches = 2 equal microbatches; use a batch size of 14 or 16, "

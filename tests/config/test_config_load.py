@@ -170,6 +170,7 @@ def test_options_of_a_custom_model_by_override(tmp_path: Path) -> None:
          "'<stream end>'"),
         ("train.batchsize=3", "train.batchsize = 3 is not a known key; did you mean 'batch_size'?"),
         ("batchsize=3", "batchsize = 3 is not a known key; did you mean 'batch_size'?"),
+        ("modle={size: tiny}", "modle = {'size': 'tiny'} is not a known key; did you mean 'model'?"),
         ("hidden_size=3", "hidden_size = 3 is not a known key; did you mean 'model.hidden_size'?"),
         ("pipeline=&a [*a]", "--set pipeline=&a [*a]: is nested too deeply, or an alias stands inside what it repeats"),
         ("batch_size=no", "batch_size = false is not a whole number of at least 1"),

@@ -110,10 +110,15 @@ def _problem(tree: Tree, place: tuple[str, ...], vocabulary: list[str], *, is_fl
 
 
 def _suggest(place: tuple[str, ...], vocabulary: list[str], *, is_flat: bool) -> str:
-    """Suggest a key for an unknown one: a like name in its own section, else a like name elsewhere, else list them."""
+    """Suggest a key for an unknown one: a like name in its own section, else a like name elsewhere, else list them.
+
+    At top level a key of the file's own form, native or flat, goes before one of the other.
+    """
     leaf, kinds = place[-1], sections()
     here = list(kinds[place[0]].model_fields) if len(place) > 1 else [*RunConfig.model_fields, *vocabulary]
-    if near := did_you_mean(leaf, here):
+    own_form = vocabulary if is_flat else RunConfig.model_fields
+    near = did_you_mean(leaf, own_form) if len(place) == 1 else ""
+    if near := near or did_you_mean(leaf, here):
         return near
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(native_keys())}
     close = difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.75)
