@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from itertools import islice
 
 import numpy as np
@@ -47,6 +48,19 @@ def test_too_few_samples_for_a_batch() -> None:
         DataError, match=r"train.batch_size is 8 but the data has 5 samples; use a batch_size of at most 5"
     ):
         num_iterations(5, 8)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_microbatches", "advice"),
+    [
+        (45, 2, "use a batch_size of at most 44 (2 microbatches), or more data"),
+        (45, 5, "use a batch_size of at most 45, or more data"),
+        (45, 64, "use at most 45 microbatches, or more data"),
+    ],
+)
+def test_the_advice_fits_the_microbatches(num_samples: int, num_microbatches: int, advice: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"the data has {num_samples} samples; {advice}")):
+        num_iterations(num_samples, 64, num_microbatches)
 
 
 def test_iteration_outside_the_epoch() -> None:

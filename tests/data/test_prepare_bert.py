@@ -168,14 +168,26 @@ def test_too_short_texts(tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("One line. It has two sentences.", ""),
+        ("----\n\nOne line.\n\nOne  line.", ""),
+        ("One.\n\nTwo.", ", or use --eval-fraction 0"),
+        ("One.\nTwo.\n\nThree.\nFour.", ", or use --documents line or --eval-fraction 0"),
+        ("One.\n\nTwo.\n\n\nThree.\n\nFour.", ", or use --documents blank-line or --documents line or --ev.* 0"),
+    ],
+)
+def test_too_few_documents_are_told_what_works(tmp_path: Path, text: str, advice: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    options = replace(SMALL, documents="two-blank-lines" if "\n\n\n" in text else "blank-line")
+    with pytest.raises(DataError, match=rf"at least 4 are needed \(.*\); give more text{advice}$"):
+        prepare_bert([tmp_path / "a.txt"], tmp_path / "set", options)
+
+
 def test_one_document(tmp_path: Path) -> None:
     text = _write(tmp_path / "a.txt", "One line. It has two sentences.")
-    message = r"the text has 1 different documents with words, at least 4 are needed .* or use --eval-fraction 0"
-    with pytest.raises(DataError, match=message):
-        prepare_bert([text], tmp_path / "set", SMALL)
-    with pytest.raises(
-        DataError, match=r"1 different documents with words, at least 2 are needed .*--documents line or blank-line$"
-    ):
+    with pytest.raises(DataError, match=r"has 1 different documents with words, at least 2 are needed .*more text$"):
         prepare_bert([text], tmp_path / "set", replace(SMALL, eval_fraction=0))
 
 

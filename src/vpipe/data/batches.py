@@ -32,8 +32,10 @@ class TrainingBatch:
     indices: NDArray[np.int64]
 
 
-def num_iterations(num_samples: int, batch_size: int) -> int:
+def num_iterations(num_samples: int, batch_size: int, num_microbatches: int = 1) -> int:
     """Count the full batches of one epoch; the samples left over are read in other epochs, which have another order.
+
+    `num_microbatches` is what a batch must be a multiple of, for the advice in the error.
 
     Raises:
         ConfigError: the batch size is below 1.
@@ -41,9 +43,12 @@ def num_iterations(num_samples: int, batch_size: int) -> int:
     """
     _check_batch_size(batch_size)
     if num_samples < batch_size:
+        most = num_samples // num_microbatches * num_microbatches
+        fix = f"use a batch_size of at most {most}" if most else f"use at most {num_samples} microbatches"
         raise DataError(
-            f"train.batch_size is {batch_size} but the data has {num_samples} samples; "
-            f"use a batch_size of at most {num_samples}, or more data (more text, or data.synthetic_samples)"
+            f"train.batch_size is {batch_size} but the data has {num_samples} samples; {fix}"
+            f"{f' ({num_microbatches} microbatches)' * (0 < most < num_samples)}, or more data (more text, or "
+            "data.synthetic_samples)"
         )
     return num_samples // batch_size
 

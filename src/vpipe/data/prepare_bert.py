@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from vpipe.data.bert_meta import META_FILE, BertMeta, BertOptions, Split, SplitMeta, fingerprint
-from vpipe.data.corpus import Corpus, read_files, without_duplicates
+from vpipe.data.corpus import Corpus, DocumentRule, read_files, split_documents, without_duplicates
 from vpipe.data.draws import Stream
 from vpipe.data.existing import refuse_existing
 from vpipe.data.order import shuffled
@@ -52,7 +52,9 @@ def prepare_bert(
     check_destination(out, force, META_FILE)
     corpus = read_files(paths, options.documents, progress) if paths else stdlib_corpus(progress)
     unique = without_duplicates(corpus.documents)
-    splits = _deal(_sentences(unique, progress), options)
+    documents = _sentences(unique, progress)
+    _refuse_few(unique, len(documents), options)
+    splits = _deal(documents, options)
     progress("train the tokenizer", 0, 0)
     tokenizer = train_wordpiece(
         [" ".join(document) for document in splits["train"]],
@@ -78,15 +80,30 @@ def _sentences(documents: Sequence[str], progress: Progress) -> list[_Document]:
     return [document for document in found if document]
 
 
+def _refuse_few(texts: Sequence[str], num_documents: int, options: BertOptions) -> None:
+    """Raise DataError for too few documents, with what would make enough of this very text."""
+    smallest = MIN_DOCUMENTS * (2 if options.eval_fraction else 1)
+    if num_documents >= smallest:
+        return
+    rules: tuple[DocumentRule, ...] = ("two-blank-lines", "blank-line", "line")
+    ways = [f"--documents {rule}" for rule in rules if _count(texts, rule) >= smallest]
+    if options.eval_fraction and num_documents >= MIN_DOCUMENTS:
+        ways.append("--eval-fraction 0")
+    raise DataError(
+        f"the text has {num_documents} different documents with words, at least {smallest} are needed (random next "
+        f"sentences come from another document of the same split); give more text"
+        + (f", or use {' or '.join(ways)}" if ways else "")
+    )
+
+
+def _count(texts: Sequence[str], rule: DocumentRule) -> int:
+    """Count the documents that a finer rule makes of these."""
+    pieces = [piece for text in texts for piece in split_documents(text, rule)[1]]
+    return sum(bool(split_sentences(piece)) for piece in without_duplicates(pieces))
+
+
 def _deal(documents: list[_Document], options: BertOptions) -> dict[Split, list[_Document]]:
     """Deal whole documents to the splits, each in the order of the text."""
-    smallest = MIN_DOCUMENTS * (2 if options.eval_fraction else 1)
-    if len(documents) < smallest:
-        raise DataError(
-            f"the text has {len(documents)} different documents with words, at least {smallest} are needed (random "
-            f"next sentences come from another document of the same split); give more text, tell documents apart with "
-            f"--documents line or blank-line{', or use --eval-fraction 0' if options.eval_fraction else ''}"
-        )
     if not options.eval_fraction:
         return {"train": documents}
     wanted = round(options.eval_fraction * len(documents))

@@ -106,7 +106,10 @@ def build_setup(config: RunConfig) -> Setup:
     for opened in (source, held_out):
         if opened is not None:
             _check_fields(chain, opened)
-    per_epoch = num_iterations(source.num_samples, config.train.batch_size)
+    microbatches = config.pipeline.num_microbatches
+    per_epoch = num_iterations(
+        source.num_samples, config.train.batch_size, 1 if microbatches == "auto" else microbatches
+    )
     total = config.train.iterations or per_epoch * (config.train.epochs or 1)
     return Setup(config, chain, source, held_out, vocab_size, per_epoch, total)
 
