@@ -70,6 +70,11 @@ def unseeded():
     return Chain.from_modules(modules, CallableLoss(nn.functional.mse_loss))
 
 
+def shared():
+    layer = nn.Linear(WIDTH, WIDTH)
+    return Chain.from_modules(nn.Sequential(layer, nn.Tanh(), layer), CallableLoss(nn.functional.mse_loss))
+
+
 def failing():
     raise RuntimeError("no such layer")
 

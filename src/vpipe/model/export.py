@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,18 @@ def shard_path(directory: Path | str, stage: int, num_stages: int) -> Path:
 
 
 def save_shard(
-    directory: Path | str, chain: Chain, states: Mapping[int, Mapping[str, Tensor]], stage: int, num_stages: int
+    directory: Path | str,
+    chain: Chain,
+    states: Mapping[int, Mapping[str, Tensor]],
+    stage: int,
+    num_stages: int,
+    *,
+    tied_copies: bool = False,
 ) -> Path:
     """Write the blocks of one stage, given as block index -> the module's `state_dict`, under model-wide names.
 
-    Of tied parameters only the first of the group is written. Returns the file, which appears when it is complete.
+    Of tied parameters only the first of the group is written, as transformers expects; with `tied_copies` all of them,
+    as a module's own `load_state_dict` does. Returns the file, which appears when it is complete.
 
     Raises:
         ModelError: the directory holds a model in a single file, which transformers would load instead, or the file
@@ -49,7 +56,8 @@ def save_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
     try:
-        save_file(_shard_tensors(chain, states), partial_path, metadata={"format": "pt"})
+        dropped = set() if tied_copies else _tied_copies(chain)
+        save_file(_shard_tensors(chain, states, dropped), partial_path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ModelError(
             f"cannot write the weights to '{path}': {error}; free some space, or save elsewhere"
@@ -89,8 +97,9 @@ def write_config(directory: Path | str, config: PreTrainedConfig, *, tie_weights
     return Path(directory) / "config.json"
 
 
-def _shard_tensors(chain: Chain, states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    dropped = _tied_copies(chain)
+def _shard_tensors(
+    chain: Chain, states: Mapping[int, Mapping[str, Tensor]], dropped: Collection[tuple[int, str]]
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     written: set[int] = set()
     for block, state in states.items():

@@ -18,18 +18,20 @@ __all__ = ["save_model"]
 def save_model(pipeline: Pipeline, setup: Setup, directory: Path, group: ProcessGroup) -> None:
     """Write the newest weights to `directory`, from where transformers loads a BERT, GPT or Llama; collective.
 
+    The shards of a user's own model hold together what the `state_dict` of its modules would, shared weights under all
+    their names.
+
     Raises:
         ModelError: `directory` already holds a model.
     """
-    num_stages = len(pipeline.partition)
+    num_stages, model = len(pipeline.partition), setup.config.model
+    config = transformers_config_of(model, setup.vocab_size)
     for stage, held in pipeline.held.items():
         blocks = range(held.stage.start, held.stage.stop)
         states = {block: module.state_dict() for block, module in zip(blocks, held.weights.newest, strict=True)}
-        save_shard(directory, pipeline.chain, states, stage, num_stages)
+        save_shard(directory, pipeline.chain, states, stage, num_stages, tied_copies=config is None)
     dist.barrier(group=group.control)
     if group.rank == 0:
         write_index(directory, pipeline.chain, num_stages)
-        model = setup.config.model
-        config = transformers_config_of(model, setup.vocab_size)
         if config is not None:
             write_config(directory, config, tie_weights=model.tie_weights)
