@@ -134,6 +134,8 @@ def test_a_missing_cuda_device_is_named():
 def gpus(monkeypatch):
     """Pretend that there are two; return which one torch was told to take."""
     taken = []
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
@@ -147,6 +149,7 @@ def test_the_local_rank_chooses_a_gpu_where_no_index_does(gpus, monkeypatch):
     assert use_device(torch.device("cuda")) == torch.device("cuda:0")
     assert use_device(torch.device("cuda:1")) == torch.device("cuda:1")
     assert gpus == [0, 1]
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     with pytest.raises(ConfigError, match="'cuda:2' does not exist: this rank sees 2 of them"):
         use_device(torch.device("cuda:2"))
 

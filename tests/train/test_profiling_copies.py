@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,3 +49,13 @@ def test_a_link_of_unknown_speed_copies_once() -> None:
         assert copier.begin(5.0) == 0.0
         copier.finish()
         assert copier.bytes_copied == MIB // 2
+
+
+def test_on_a_gpu_the_host_waits_as_well(copier: Copier, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(copier.bytes_copied))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(copier, "_device", torch.device("cuda"))
+    copier.begin(2.0)
+    copier.finish()
+    assert waited == [2 * MIB]

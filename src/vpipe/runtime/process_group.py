@@ -171,6 +171,9 @@ def use_device(device: torch.device) -> torch.device:
     """
     if device.type != "cuda":
         return device
+    # Read when CUDA starts. With NCCL each link is a stream of its own, on which receives wait; by default no more than
+    # eight streams are independent of each other, and a stage in the middle of a "v" has as many links.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if not torch.cuda.is_available():
         raise ConfigError("the device is 'cuda' but torch finds no CUDA device here; set it (launch.device) to cpu")
     num_devices, index = torch.cuda.device_count(), device.index

@@ -27,6 +27,7 @@ class Copier:
     """
 
     def __init__(self, device: torch.device, host: LinkProfile, directory: Path | None = None) -> None:
+        self._device = device
         self._link = open_host_link(device, directory)
         self._parcel_ms = host.transfer_ms(_PARCEL_BYTES)
         self.parcels = [
@@ -73,6 +74,8 @@ class Copier:
                 parcel.device = parcel.departure = None
             if parcel.error is not None:
                 raise parcel.error
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # it is the stream that waits for the copies, so far
         self._under_way.clear()
 
     def close(self) -> None:
