@@ -57,7 +57,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_directory_instead_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is a directory; give .*: --input \S+/a.txt --input \S+/b.txt$"):
         read_files([tmp_path])
-    for name in ("my book.txt", "next.txt", "other.txt"):
+    for name in ("cover.png", "my book.txt", "next.txt", "other.txt"):
         (tmp_path / name).write_text("text")
     advice = f"--input before each of them: --input '{tmp_path}/my book.txt' --input {tmp_path}/next.txt"
     with pytest.raises(DataError, match=re.escape(advice) + "$"):

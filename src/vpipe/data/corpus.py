@@ -95,7 +95,7 @@ def without_duplicates(documents: Sequence[str]) -> list[str]:
 def _read_text(path: Path) -> tuple[str, str, int]:
     """Return the text, the sha256 and the size in bytes of a file."""
     if path.is_dir():
-        names = [each.name for each in sorted(path.iterdir()) if each.is_file()][:2] or ["a.txt", "b.txt"]
+        names = [each.name for each in sorted(path.glob("*.txt"))][:2] or ["a.txt", "b.txt"]
         example = " ".join(f"--input {shlex.quote(str(path / name))}" for name in names)
         raise DataError(f"{path} is a directory; give the text files in it, --input before each of them: {example}")
     try:
