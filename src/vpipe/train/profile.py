@@ -20,7 +20,7 @@ from vpipe.data.progress import Progress, no_progress
 from vpipe.errors import PlanError
 from vpipe.plan.profile import Profile, write_profile
 from vpipe.runtime.allocator import keep_freed_memory
-from vpipe.runtime.process_group import ProcessGroup, process_group
+from vpipe.runtime.process_group import ProcessGroup, process_group, use_device
 from vpipe.train.device import device_of
 from vpipe.train.metrics import MetricsWriter
 from vpipe.train.profiling.alike import describe_machine, describe_model, profile_fingerprint
@@ -70,7 +70,8 @@ def find_profile(config: RunConfig, microbatch_sizes: Sequence[int] | None, num_
         PlanError, ConfigError, DataError, ModelError: as in `profile_config`.
     """
     sizes = _sizes(config, microbatch_sizes)
-    return read_cached(profile_fingerprint(build_setup(config), sizes, torch.device(device_of(config)), num_threads))
+    device = use_device(torch.device(device_of(config)))
+    return read_cached(profile_fingerprint(build_setup(config), sizes, device, num_threads))
 
 
 def obtain_profile(
