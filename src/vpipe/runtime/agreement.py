@@ -13,7 +13,7 @@ from torch import Tensor
 from vpipe.errors import ConfigError
 from vpipe.runtime.wait import telling_losses
 
-__all__ = ["agree", "agree_on_batch"]
+__all__ = ["agree", "agree_on_batch", "checksum"]
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def agree_on_batch(fields: Mapping[str, Tensor], group: dist.ProcessGroup | None
     if group is None:
         return
     first: dict[str, tuple[int, int]] = {}
-    for rank, theirs in enumerate(_gather({name: _checksum(tensor) for name, tensor in fields.items()}, group)):
+    for rank, theirs in enumerate(_gather({name: checksum(tensor) for name, tensor in fields.items()}, group)):
         for name, checksum in theirs.items():
             other, expected = first.setdefault(name, (rank, checksum))
             if checksum != expected:
@@ -59,7 +59,8 @@ def agree_on_batch(fields: Mapping[str, Tensor], group: dist.ProcessGroup | None
                 )
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
+    """Return a number that is the same for equal tensors, and nearly always another one for others."""
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 

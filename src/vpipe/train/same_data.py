@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
-
-import torch
-from torch import Tensor
-
 from vpipe.data.source import BatchSource
-from vpipe.runtime.agreement import agree
+from vpipe.runtime.agreement import agree, checksum
 from vpipe.runtime.process_group import ProcessGroup
 from vpipe.train.setup import Setup
 
@@ -40,10 +35,6 @@ def agree_on_data(setup: Setup, group: ProcessGroup) -> None:
 def _describe(source: BatchSource) -> dict[str, str]:
     first = source.batch(range(min(_NUM_SAMPLES, source.num_samples)), tuple(source.fields))
     return {
-        name: f"{source.num_samples} samples, checksum {_checksum(tensor):08x} of the first {len(tensor)}"
+        name: f"{source.num_samples} samples, checksum {checksum(tensor):08x} of the first {len(tensor)}"
         for name, tensor in first.items()
     }
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
