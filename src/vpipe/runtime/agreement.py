@@ -49,9 +49,9 @@ def agree_on_batch(fields: Mapping[str, Tensor], group: dist.ProcessGroup | None
         return
     first: dict[str, tuple[int, int]] = {}
     for rank, theirs in enumerate(_gather({name: checksum(tensor) for name, tensor in fields.items()}, group)):
-        for name, checksum in theirs.items():
-            other, expected = first.setdefault(name, (rank, checksum))
-            if checksum != expected:
+        for name, found in theirs.items():
+            other, expected = first.setdefault(name, (rank, found))
+            if found != expected:
                 raise ConfigError(
                     f"rank {other} and rank {rank} were given different batches: the field '{name}' is not the same. "
                     "Every rank needs the same batches in the same order, so draw them with the same seed on all ranks "
