@@ -1,7 +1,9 @@
+import importlib
 import multiprocessing
 import os
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch.distributed as dist
 
 from vpipe.errors import ConfigError, LaunchError, NonFiniteLossError, PeerLostError
 from vpipe.runtime import failure
+from vpipe.runtime import process_group as process_group_module
 from vpipe.runtime.failure import find_failure, publish_failure, raise_if_peer_lost
 from vpipe.runtime.process_group import _choose_backend, process_group, use_device
 
@@ -249,3 +252,33 @@ def test_ranks_join_again_with_nothing_left_of_the_last_time():
         for rank in ranks:
             rank.kill()
             rank.join(10)
+
+
+def test_leaving_waits_for_threads_that_still_have_something_in_hand(tmp_path, monkeypatch):
+    states = iter(["R", "R", "S"])
+
+    def write(_seconds):
+        (tmp_path / "7" / "stat").write_text(f"7 (pt_gloo_runloop) {next(states)} 1 7")
+
+    (tmp_path / "7").mkdir()
+    (tmp_path / "8").mkdir()
+    (tmp_path / "8" / "stat").write_text("8 (python) R 1 8")  # whoever else computes is not waited for
+    monkeypatch.setattr(process_group_module, "_THREADS", tmp_path)
+    monkeypatch.setattr(process_group_module.time, "sleep", write)
+    with process_group("gloo", 10):
+        pass
+    assert next(states, None) is None
+
+
+def test_a_group_that_was_left_has_no_threads():
+    with process_group("gloo", 10) as group:
+        dist.all_reduce(torch.zeros(1), group=group.control)
+        assert "pt_gloo_runloop" in _threads()
+    del group
+    # Were torch.distributed.nn imported while there is a group, it would have it as a default for ever.
+    importlib.import_module("torch.distributed.nn.functional")
+    assert "pt_gloo_runloop" not in _threads()
+
+
+def _threads():
+    return [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]

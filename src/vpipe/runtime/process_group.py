@@ -5,13 +5,19 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group of all ranks as a default, as it is when the module is imported. If that happened later,
+# by way of an optimizer, the group and its threads would never end.
+import torch.distributed.nn.functional
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -30,6 +36,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("gloo", "nccl")
+
+_GLOO_THREAD = "pt_gloo_runloop"
+_THREADS = Path("/proc/self/task")
+_RESTING_SECONDS = 1
 
 _joined = itertools.count()
 """How often this process has joined; all ranks do so equally often."""
@@ -130,6 +140,27 @@ def destroy_process_group(group: ProcessGroup) -> None:
         raise_if_peer_lost(error, "the end of the run")
         raise
     dist.destroy_process_group()
+    _let_threads_rest()
+
+
+def _let_threads_rest() -> None:
+    """Wait until gloo's threads have put down what they had in hand, for a second at most.
+
+    A collective is over for who waited before the thread that did it lets go of its tensors. Where Python has dropped
+    them meanwhile, that needs the interpreter, and torch aborts the process if that is about to end.
+    """
+    for _ in range(_RESTING_SECONDS * 1000):
+        time.sleep(0.001)
+        if not any(_is_running(thread) for thread in _THREADS.glob("*")):
+            return
+
+
+def _is_running(thread: Path) -> bool:
+    try:
+        name, _, state = (thread / "stat").read_text().partition("(")[2].rpartition(") ")
+    except OSError:
+        return False  # it has ended
+    return name == _GLOO_THREAD and state.startswith("R")
 
 
 def _connect(timeout: timedelta) -> tuple[Store, int, int]:
