@@ -56,6 +56,13 @@ def test_what_stops_a_rank_is_published():
     assert find_failure() == "rank 0 stopped: the loss became NaN"
 
 
+def test_a_single_rank_may_go_on_after_a_mistake():
+    for _ in range(2):
+        with pytest.raises(NonFiniteLossError), process_group("gloo", 10):
+            raise NonFiniteLossError("the loss became NaN")
+        assert not dist.is_initialized()
+
+
 def lose_peer(known=None):
     with process_group("gloo", 10):
         if known is not None:

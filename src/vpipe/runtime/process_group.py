@@ -69,7 +69,7 @@ def process_group(
     """Be a member of the process group inside the `with` block; all ranks leave it together.
 
     When the block raises, the other ranks are told why and the group is not destroyed: that would wait for peers which
-    may be dead. The process is expected to end then.
+    may be dead. The process is expected to end then; that of a single rank may go on, and join again.
 
     Raises:
         PeerLostError: another rank failed first; the text includes its message if it left one.
@@ -80,6 +80,8 @@ def process_group(
         yield group
         destroy_process_group(group)
     except Exception as error:
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            dist.destroy_process_group()
         report_failure(error)
         raise
 
