@@ -60,10 +60,10 @@ def _named_items(modules: Modules) -> Iterator[tuple[str, nn.Module | Block]]:
 
 def _check_own_buffers(name: str, module: nn.Module, owners: dict[int, str]) -> None:
     """Refuse state that another item has, too: in one process both would write to it, on two stages neither knows."""
-    parameters = {id(parameter) for parameter in module.parameters()}
     # What is not in the state_dict is a constant, of which copies do no harm.
-    for local, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in parameters and (owner := owners.setdefault(id(tensor), name)) != name:
+    saved = module.state_dict().keys()
+    for local, buffer in module.named_buffers():
+        if local in saved and (owner := owners.setdefault(id(buffer), name)) != name:
             raise ModelError(
                 f"items {owner} and {name} of the chain share the buffer '{local}', and stages cannot keep it equal; "
                 "use two modules, or register a constant with register_buffer(..., persistent=False)"
