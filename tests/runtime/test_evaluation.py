@@ -1,4 +1,4 @@
-"""Evaluations are cut as training is, whatever the size of their batches, and keep to the memory limit."""
+"""Evaluations depend on weights, batches and the size of a microbatch alone, and keep to the memory limit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vpipe.runtime.process_group import process_group
 WIDTH, ROWS = 16, 4
 
 
-def build(schedule: str = "gpipe", **options: Any) -> Pipeline:
+def build(schedule: str = "gpipe", drawing: nn.Module | None = None, **options: Any) -> Pipeline:
     torch.manual_seed(3)
-    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
+    blocks: list[nn.Module] = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
     return Pipeline(
-        blocks,
+        blocks if drawing is None else [*blocks, drawing],
         nn.functional.mse_loss,
         optimizer=lambda named: torch.optim.SGD(named, lr=0.1),
         schedule=schedule,
@@ -54,13 +54,41 @@ def forwards(made: Pipeline, num_samples: int, **options: int) -> list[int]:
 
 
 @pytest.mark.usefixtures("_alone")
-def test_an_evaluation_is_cut_as_training_is() -> None:
+def test_a_batch_is_cut_from_its_start_with_one_short_last_piece() -> None:
     made = build()
-    assert forwards(made, 6) == [3, 3]  # into as many as a batch for training
-    made.step(*batch(2 * ROWS))
-    assert forwards(made, 4 * ROWS + 1) == [ROWS] * 4 + [1]
-    assert forwards(made, 6, microbatch_size=5) == [5, 1]
-    assert forwards(made, 3) == [3]
+    for before in (None, 2 * ROWS, 8 * ROWS, 2):
+        if before is not None:
+            made.step(*batch(before))
+        assert forwards(made, 6) == [3, 3]  # without a size, into as many as a batch for training
+        assert forwards(made, 4 * ROWS + 1) == [2 * ROWS + 1, 2 * ROWS]
+        assert forwards(made, 1) == [1]
+        assert forwards(made, 4 * ROWS + 1, microbatch_size=ROWS) == [ROWS] * 4 + [1]
+        assert forwards(made, 6, microbatch_size=5) == [5, 1]
+        assert forwards(made, 3, microbatch_size=5) == [3]
+
+
+class Drawing(nn.Module):
+    """Draws random numbers, in an evaluation, too."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value * torch.rand_like(value)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "pipedream"])
+def test_the_same_weights_and_batches_give_the_same_bits_whatever_came_before(schedule: str) -> None:
+    held_out = [batch(5), batch(5, seed=2), batch(4, seed=3), batch(70, seed=4)]
+
+    def evaluate(*before: int, **options: Any) -> tuple[dict[str, float], dict[str, float]]:
+        made = build(schedule, learning_rate=lambda iteration: 0.0, drawing=Drawing(), **options)
+        for num_samples in before:
+            list(made.train([batch(num_samples)] * 2))
+            made.evaluate([batch(num_samples)])
+        return made.evaluate(held_out), made.evaluate(held_out, microbatch_size=3)
+
+    # A limit changes how many pieces go together, and with it the order in which they are computed.
+    found = [evaluate(), *(evaluate(size) for size in (8, 16, 4)), evaluate(8, 2, memory_limit_bytes=1 << 30)]
+    assert found == [found[0]] * 5
 
 
 @pytest.mark.usefixtures("_alone")
@@ -93,9 +121,9 @@ def test_pieces_of_one_size_go_together() -> None:
         programs = build().programs
     batches = [Batch({"x": torch.arange(5)}, 5), Batch({"x": torch.arange(5, 10)}, 5)]
     pieces = list(pieces_alike(batches, 2, programs, None))
-    assert [[piece.fields["x"].tolist() for piece in alike] for alike in pieces] == [
-        [[0, 1], [2, 3], [5, 6], [7, 8]],
-        [[4], [9]],
+    assert [[(piece.number, piece.batch.fields["x"].tolist()) for piece in alike] for alike in pieces] == [
+        [(0, [0, 1]), (1, [2, 3]), (3, [5, 6]), (4, [7, 8])],
+        [(2, [4]), (5, [9])],
     ]
     # With a limit, no more than the two that GPipe has in flight.
     assert [len(alike) for alike in pieces_alike(batches, 2, programs, 1 << 30)] == [2, 2, 2]
@@ -108,7 +136,7 @@ def test_an_evaluation_is_within_the_limit_of_training() -> None:
     limited = build(memory_limit_bytes=made.ledger.peak.total)
     for _ in range(3):
         limited.step(*batch(2 * ROWS))
-        limited.evaluate([batch(64 * ROWS), batch(3)])
+        limited.evaluate([batch(64 * ROWS), batch(3)], ROWS)
 
 
 @pytest.mark.usefixtures("_alone")
@@ -117,8 +145,11 @@ def test_an_evaluation_over_the_limit_is_told() -> None:
     made.step(*batch(2 * ROWS))
     limited = build(memory_limit_bytes=made.ledger.peak.total)
     limited.step(*batch(2 * ROWS))
-    with pytest.raises(MemoryLimitError, match=r"rank 0 held [\d,]+ bytes in 0F0 of an evaluation, "):
-        limited.evaluate([batch(256 * ROWS)], microbatch_size=256 * ROWS)
+    with pytest.raises(
+        MemoryLimitError,
+        match=r"rank 0 held [\d,]+ bytes in 0F0 of an evaluation, .*\(of Pipeline.evaluate: microbatch_size\)",
+    ):
+        limited.evaluate([batch(256 * ROWS)])
 
 
 def evaluate_under_limits(arguments: list[str]) -> None:
@@ -133,7 +164,7 @@ def evaluate_under_limits(arguments: list[str]) -> None:
         limited = build("1f1b", memory_limit_bytes=[int(peak) + 4096 for peak in peaks])
         for _ in range(3):
             limited.step(*batch(2 * ROWS))
-            limited.evaluate([batch(64 * ROWS), batch(3), batch(64 * ROWS + 1)])
+            limited.evaluate([batch(64 * ROWS), batch(3), batch(64 * ROWS + 1)], ROWS)
         limited.step(*batch(2 * ROWS))
         (Path(arguments[0]) / f"{group.rank}").write_text(f"{limited.ledger.peak.total} {limited.ledger.limit}")
         torch.distributed.barrier()

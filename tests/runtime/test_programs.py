@@ -54,7 +54,7 @@ def test_a_macrobatch_is_for_asynchronous_schedules():
 def test_ranks_compare_batches_ever_less_often(name, expected):
     builder = build(name)
     assert [start for start in range(40) if builder.training(2, start).compares_batches] == expected
-    assert not builder.evaluation(2).compares_batches
+    assert not builder.evaluation([0, 1]).compares_batches
 
 
 def test_a_family_with_updates_of_its_own_size_is_understood():
@@ -76,11 +76,12 @@ def test_the_validated_sample_reaches_the_steady_state(num_microbatches):
 
 
 def test_an_evaluation_only_goes_forward():
-    program = build("naive", num_ranks=2, rank=1, stages_per_rank=2).evaluation(2)
+    program = build("naive", num_ranks=2, rank=1, stages_per_rank=2).evaluation([4, 7])
     assert " ".join(map(str, program.actions)) == (
         "1RECV_F0 1F0 1SEND_F0 3RECV_F0 3F0 1RECV_F1 1F1 1SEND_F1 3RECV_F1 3F1"
     )
     assert not program.training
+    assert [program.place_of(serial) for serial in range(2)] == [(4, 0), (7, 0)]
 
 
 def test_stages_per_rank_are_the_familys_own_unless_given():

@@ -92,7 +92,7 @@ def test_the_evaluation_is_that_of_one_process(folder: Path, run: str) -> None:
     assert setup.held_out is not None
     assert setup.held_out.num_samples % 5
     pipeline = build_training_pipeline(setup, torch.device("cpu"), Hooks())
-    losses = pipeline.evaluate(setup.evaluation_batches(pipeline.fields))
+    losses = pipeline.evaluate(setup.evaluation_batches(pipeline.fields), setup.config.microbatch_size)
     found = [record for record in records(folder / run) if "eval_loss" in record][-1]
     assert found["eval_loss"] == losses["loss"]
     assert (found["eval_mlm_loss"], found["eval_nsp_loss"]) == (losses["mlm"], losses["nsp"])

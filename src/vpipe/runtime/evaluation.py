@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,36 +16,45 @@ from vpipe.runtime.batch import Batch
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.wait import telling_losses
 
-__all__ = ["LossSums", "pieces_alike"]
+__all__ = ["LossSums", "Piece", "pieces_alike"]
 
 _MOST_TOGETHER = 32
 
 
+class Piece(NamedTuple):
+    """What is evaluated at once, and its number in the whole evaluation."""
+
+    number: int
+    batch: Batch
+
+
 def pieces_alike(
     batches: Iterable[Batch], size: int | None, programs: ProgramBuilder, memory_limit: int | None
-) -> Iterator[list[Batch]]:
-    """Cut batches into pieces of at most `size` samples; yield pieces that are equally large together.
+) -> Iterator[list[Piece]]:
+    """Cut each batch from its start into pieces of `size` samples and a short last one; yield those alike together.
 
-    Without a size they are as large as in training; before any, a batch is cut as one for training is. Nothing comes
-    back from ranks behind that would hold up one that is ahead, so whatever is together may be under way at once: with
-    a limit no more than in training, for which a plan has left room.
+    Without a size a batch is cut as one for training, into `num_microbatches`. What was trained on before has no say:
+    how large a piece is decides which kernels compute it, and so the bits of its loss. Nothing comes back from ranks
+    behind that would hold up one that is ahead, so whatever is together may be under way at once: with a limit no more
+    than in training, for which a plan has left room.
 
     Raises:
         ConfigError, DataError: the size is below 1; there are no batches.
     """
     if size is not None and size < 1:
-        raise ConfigError(f"microbatch_size is {size}; give a number of samples above 0, or None: as in training")
+        raise ConfigError(
+            f"microbatch_size is {size}; give a number of samples above 0, or None: batches are cut as for training"
+        )
     most = _MOST_TOGETHER if memory_limit is None else programs.window
-    waiting: dict[int, list[Batch]] = {}
-    batch = None
+    waiting: dict[int, list[Piece]] = {}
+    numbers = count()
     for batch in batches:
-        as_for_training = max(1, -(-batch.num_samples // programs.num_microbatches))
-        for piece in _cut(batch, size or programs.microbatch_size or as_for_training):
-            alike = waiting.setdefault(piece.num_samples, [])
-            alike.append(piece)
+        for part in _cut(batch, size or -(-batch.num_samples // programs.num_microbatches)):
+            alike = waiting.setdefault(part.num_samples, [])
+            alike.append(Piece(next(numbers), part))
             if len(alike) >= most:
-                yield waiting.pop(piece.num_samples)
-    if batch is None:
+                yield waiting.pop(part.num_samples)
+    if not next(numbers):
         raise DataError("there are no batches to evaluate; an iterator that was read to its end has none left")
     yield from waiting.values()
 
@@ -84,7 +95,7 @@ class LossSums:
                 dist.broadcast(totals, source, group=group)
         values, num_parts = totals.tolist(), len(self._losses)
         means = [
-            total / count if count else math.nan
-            for total, count in zip(values[:num_parts], values[num_parts:], strict=True)
+            total / targets if targets else math.nan
+            for total, targets in zip(values[:num_parts], values[num_parts:], strict=True)
         ]
         return {"loss": math.fsum(means), **dict(zip(self._losses, means, strict=True))}

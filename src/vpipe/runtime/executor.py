@@ -45,6 +45,8 @@ class Program:
     training: bool = True
     split: bool = False
     """Whether there are backwards in two halves."""
+    numbers: tuple[int, ...] = ()
+    """Of an evaluation, the number of each microbatch in the whole of it, which may take several programs."""
 
     @property
     def num_batches(self) -> int:
@@ -58,6 +60,13 @@ class Program:
         What drifts is found before training has gone on for twice as long. In a program of many batches the first is.
         """
         return self.training and (self.num_batches > 1 or not self.first_iteration & (self.first_iteration - 1))
+
+    def place_of(self, serial: int) -> tuple[int, int]:
+        """Return what random numbers depend on: iteration and index in the batch, or the number in an evaluation."""
+        if not self.training:
+            return self.numbers[serial], 0
+        batch, index = divmod(serial, self.num_microbatches)
+        return self.first_iteration + batch, index
 
 
 @dataclass
@@ -203,8 +212,7 @@ class Executor:
 
     def _prepare(self, action: Action) -> _Prepared:
         held, serial, program = self._held[action.stage], action.microbatch, self._program
-        batch, index = divmod(serial, program.num_microbatches)
-        key = MicrobatchKey(self._seed, program.first_iteration + batch, index)
+        key = MicrobatchKey(self._seed, *program.place_of(serial))
         key.prepare(range(held.stage.start, held.stage.stop))
         fields, num_samples = self._feed.rows(serial, held.stage.fields)
         if not program.training:

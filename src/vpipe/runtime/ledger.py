@@ -137,7 +137,7 @@ class Ledger:
         raise MemoryLimitError(
             f"rank {self._rank} held {use.total:,} bytes in {use.action}, {use.total - limit:,} more than its "
             f"memory limit of {limit:,} ({parts}); let more blocks recompute or swap (`vpipe plan` says which), use "
-            "smaller microbatches, or raise the limit"
+            "smaller microbatches (of Pipeline.evaluate: microbatch_size), or raise the limit"
         )
 
     def _hold(self, owner: Hashable, place: int, num_bytes: int) -> None:

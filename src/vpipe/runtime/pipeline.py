@@ -51,7 +51,7 @@ from vpipe.runtime.assembly import (
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
 from vpipe.runtime.board import LossBoard
 from vpipe.runtime.crossings import Crossings
-from vpipe.runtime.evaluation import LossSums, pieces_alike
+from vpipe.runtime.evaluation import LossSums, Piece, pieces_alike
 from vpipe.runtime.executor import Executor, Program
 from vpipe.runtime.failure import report_failure
 from vpipe.runtime.feed import BatchFeed
@@ -331,7 +331,8 @@ class Pipeline:
     def evaluate(self, batches: Iterable[BatchLike], microbatch_size: int | None = None) -> dict[str, float]:
         """Return the loss and its parts over `batches` of any size, with dropout off, on the newest weights.
 
-        Samples are evaluated `microbatch_size` at once; None: as many as in training.
+        Each batch is cut from its start into microbatches of `microbatch_size` samples and a short last one; None: into
+        `num_microbatches`, as for training. The result depends on weights, batches and size, not on what came before.
 
         Raises:
             DataError, MemoryLimitError: a batch is not one of the model's; a rank held more than its limit.
@@ -343,10 +344,10 @@ class Pipeline:
                 self._evaluate(alike, sums)
         return sums.means(self._last_rank, self._control)
 
-    def _evaluate(self, batches: list[Batch], sums: LossSums) -> None:
-        program = self.programs.evaluation(len(batches))
-        agree({"microbatches to evaluate": len(batches)}, self._control)  # whoever is ahead waits here
-        for _ in self._executor.run(program, self._start(program, iter(batches))):
+    def _evaluate(self, pieces: list[Piece], sums: LossSums) -> None:
+        program = self.programs.evaluation([piece.number for piece in pieces])
+        agree({"microbatches to evaluate": len(pieces)}, self._control)  # whoever is ahead waits here
+        for _ in self._executor.run(program, self._start(program, (piece.batch for piece in pieces))):
             raise AssertionError("an evaluation has no updates")
         self.transport.finish()
         sums.take(self._executor.losses, self._executor.counts)
@@ -362,7 +363,6 @@ class Pipeline:
         if first is None:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
-        self.programs.microbatch_size = num_samples if program.training else self.programs.microbatch_size
         crossing = self._crossings.of(first, num_samples, training=program.training, compare=program.compares_batches)
         for index, item in self.held.items():
             item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))

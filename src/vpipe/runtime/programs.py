@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from vpipe.errors import ScheduleError
@@ -47,8 +47,6 @@ class ProgramBuilder:
         if reasons := check_csv_run(name, synchronous=self.synchronous):
             raise ScheduleError(reasons[0])
         self.num_microbatches = num_microbatches
-        self.microbatch_size: int | None = None
-        """Samples in a microbatch of the latest batch that was trained on."""
         self._name = name
         self._num_ranks = num_ranks
         self._rank = rank
@@ -158,9 +156,9 @@ class ProgramBuilder:
         """Count the microbatches that are in flight on any stage at most, in training."""
         return _window(self.sample)
 
-    def evaluation(self, num_microbatches: int) -> Program:
-        """Return a program of forwards only, for batches of one microbatch each."""
-        placement = self.sample.placement
+    def evaluation(self, numbers: Sequence[int]) -> Program:
+        """Return a program of forwards only, for microbatches that have `numbers` in the whole evaluation."""
+        placement, num_microbatches = self.sample.placement, len(numbers)
         orders = tuple(
             tuple(
                 Action(stage, Kind.F, index) for index in range(num_microbatches) for stage in placement.stages_of(rank)
@@ -177,6 +175,7 @@ class ProgramBuilder:
             num_serials=num_microbatches,
             window=placement.num_stages,
             training=False,
+            numbers=tuple(numbers),
         )
 
 

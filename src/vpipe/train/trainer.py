@@ -151,7 +151,8 @@ class Trainer:
     def _evaluate(self, iteration: int) -> float:
         self._recorder.enabled, self._doing = False, "evaluating"
         with self._meter.paused():
-            losses = self.pipeline.evaluate(self.setup.evaluation_batches(self.pipeline.fields))
+            held_out = self.setup.evaluation_batches(self.pipeline.fields)
+            losses = self.pipeline.evaluate(held_out, self.config.microbatch_size)
         self._recorder.enabled, self._doing = True, "training"
         loss = losses["loss"]
         parts = {f"eval_{name}_loss": value for name, value in losses.items() if name != "loss"}
