@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,8 @@ from train_toys import launch_many, records, train_many, write_config
 from transformers import BertForPreTraining
 
 from vpipe.config import load_config
+from vpipe.errors import LaunchError
+from vpipe.launch.local import launch_local
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.process_group import process_group
 from vpipe.train.setup import build_setup, build_training_pipeline
@@ -180,3 +183,20 @@ def test_slow_links_change_the_time_and_nothing_else(folder: Path) -> None:
     assert losses[0] == losses[1]
     # There and back: no machine is so quick that a message arrives before it has left.
     assert summary(folder / "slow-2")["iteration_ms"] >= 200
+
+
+def test_a_run_that_fails_in_its_first_batch_is_the_latest_however_slow_rank_0_is(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    np.load(tmp_path / "set" / "train" / "labels.npy", mmap_mode="r+")[:, 1] = 30000  # only rank 1 reads them
+    (tmp_path / "runs" / "slow").mkdir(parents=True)
+    with pytest.raises(LaunchError, match=r"^rank 1 stopped: .*labels\.npy is damaged"):
+        launch_local(
+            ["train_toys:begin_slowly", str(path)],
+            2,
+            run_directory=tmp_path / "runs" / "slow",
+            environment={"PYTHONPATH": str(Path(__file__).parent)},
+        )
+    assert (tmp_path / "runs" / "latest").resolve() == (tmp_path / "runs" / "slow").resolve()
+    assert json.loads((tmp_path / "runs" / "latest" / "plan.json").read_text())["schedule"] == "1f1b"
+    for rank in range(2):
+        assert "labels.npy is damaged" in (tmp_path / "runs" / "latest" / f"output.log.{rank}").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from vpipe.config import load_config
 from vpipe.data.bert_meta import BertOptions
 from vpipe.data.prepare_bert import prepare_bert
 from vpipe.launch.local import launch_local
+from vpipe.launch.run_directory import point_latest_to
 from vpipe.runtime.process_group import process_group
+from vpipe.train import trainer
 from vpipe.train.trainer import Trainer
 from vpipe.train.verify import pipeline_directory, run_pipeline
 
@@ -94,6 +97,18 @@ def train_many(arguments: Sequence[str]) -> None:
             directory = path.parent / name
             directory.mkdir(exist_ok=True)
             Trainer(config, directory, group).run()
+
+
+def begin_slowly(arguments: Sequence[str]) -> None:
+    """Be one rank of a run, of which rank 0 takes its time to say what it is."""
+    path = Path(arguments[0])
+    with process_group("gloo", 60) as group:
+        if group.rank == 0:
+            describe = trainer.describe_plan
+            trainer.describe_plan = lambda *given: (time.sleep(1), describe(*given))[1]  # type: ignore[attr-defined]
+        directory = path.parent / "runs" / "slow"
+        config = load_config(path, [f"pipeline.num_ranks={group.num_ranks}"])
+        Trainer(config, directory, group).run(point_latest_to)
 
 
 def launch_many(path: Path, num_ranks: int, runs: Mapping[str, Sequence[str]]) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "control_group",
     "destroy_process_group",
     "initialise_process_group",
+    "meet",
     "process_group",
     "use_device",
 ]
@@ -130,8 +131,8 @@ def control_group(joined: ProcessGroup | None, timeout: timedelta) -> dist.Proce
     return dist.new_group(backend="gloo", timeout=timeout) if joined is None else joined.control
 
 
-def destroy_process_group(group: ProcessGroup) -> None:
-    """Wait until all ranks got here, then disconnect, so that no rank sees a peer leave early.
+def meet(group: ProcessGroup, what: str) -> None:
+    """Wait until all ranks got here; collective. `what` says in an error what was waited for.
 
     Raises:
         PeerLostError: a rank ended before it got here.
@@ -139,8 +140,17 @@ def destroy_process_group(group: ProcessGroup) -> None:
     try:
         dist.barrier(group=group.control)
     except RuntimeError as error:
-        raise_if_peer_lost(error, "the end of the run")
+        raise_if_peer_lost(error, what)
         raise
+
+
+def destroy_process_group(group: ProcessGroup) -> None:
+    """Wait until all ranks got here, then disconnect, so that no rank sees a peer leave early.
+
+    Raises:
+        PeerLostError: a rank ended before it got here.
+    """
+    meet(group, "the end of the run")
     dist.destroy_process_group()
     _let_threads_rest()
 

@@ -12,7 +12,7 @@ from typing import Any
 from vpipe.config import RunConfig, dump_config
 from vpipe.errors import ConfigError, PeerLostError
 from vpipe.runtime.pipeline import Hooks, StepResult
-from vpipe.runtime.process_group import ProcessGroup, process_group
+from vpipe.runtime.process_group import ProcessGroup, meet, process_group
 from vpipe.runtime.status import StatusFile, status_path
 from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action
@@ -65,6 +65,8 @@ class Trainer:
             self._describe()
             if began is not None and self.group.rank == 0:
                 began(self.run_directory)
+            # A rank that is quick to fail ends the others: none may before the run says what it is.
+            meet(self.group, "rank 0 to describe the run")
             return self._run()
         except PeerLostError as error:
             if not self._status.text.startswith("waiting"):
