@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import shutil
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -40,7 +43,39 @@ def _commands(script: str) -> list[str]:
 
 
 def test_ci_calls_the_developers_scripts() -> None:
-    assert _commands(".ci/run")[-2:] == ["scripts/check", "scripts/test"]
+    check, test, other = _commands(".ci/run")[-3:]
+    assert (check, test) == ("scripts/check", "scripts/test")
+    script, option, *suites = other.split()
+    assert (script, option) == ("scripts/test", "--oldest-kernels")
+    assert suites
+    assert all((ROOT / suite).exists() for suite in suites)
+
+
+# One operation each of MKL, oneDNN and ATen, on numbers that are the same for all kernels.
+KERNELS = """
+import torch
+value = (torch.arange(16 * 48) * 7919 % 1009).view(16, 48) / 1009 - 0.5
+results = torch.nn.functional.linear(value, value), torch.nn.functional.gelu(value), value.softmax(-1)
+print(torch.backends.cpu.get_cpu_capability(), *(bytes(result.numpy()).hex() for result in results))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are for x86-64")
+def test_the_oldest_kernels_are_not_this_processors_own() -> None:
+    (line,) = (line for line in _commands("scripts/test") if line.startswith("export ATEN"))
+    oldest = dict(word.split("=") for word in line.split()[1:])
+    plain = {name: value for name, value in os.environ.items() if name not in oldest}
+    own, other = (
+        subprocess.run(
+            [sys.executable, "-c", KERNELS], env=plain | variables, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for variables in ({}, oldest)
+    )
+    if not own[0].startswith("AVX"):
+        pytest.skip("this processor has the oldest kernels alone")
+    assert other[0] == "DEFAULT"
+    # A library that no longer read its variable would make the run with other kernels a repetition.
+    assert [mine == theirs for mine, theirs in zip(own[1:], other[1:], strict=True)] == [False] * 3
 
 
 @pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", "scripts/check"])
