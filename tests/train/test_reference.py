@@ -15,6 +15,7 @@ from vpipe.errors import DataError, PlanError, ScheduleError
 from vpipe.model.chain import Block, Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.model.rng import derive_seed
+from vpipe.runtime.clipping import global_norm
 from vpipe.schedule.weights import StageWeights
 from vpipe.train.reference import Reference, ReferenceResult
 
@@ -195,6 +196,17 @@ def test_every_stage_clips_by_its_own_norm_in_asynchronous_training() -> None:
     assert [result.gradients[0][f"{stage}.w"].item() for stage in range(3)] == pytest.approx(
         [-1.0, -2.0 * 2.0 / 2.000001, -3.0 * 2.0 / 3.000001], rel=1e-13
     )
+
+
+@pytest.mark.parametrize("width", [100, 128, 129, 300])
+def test_the_norm_of_a_large_parameter_is_added_as_the_pipeline_adds_it(width: int) -> None:
+    torch.manual_seed(width)
+    chain = Chain.from_modules([nn.Linear(256, width), nn.Tanh(), nn.Linear(width, 1)], MSE)
+    reference = Reference(chain, SGD, partition=[3], clip_grad_norm=1e9)
+    result = reference.train_batch([{"input": torch.randn(8, 256), "target": torch.randn(8, 1)}])
+    (gradients,) = result.gradients
+    assert max(item.numel() for item in gradients.values()) == 256 * width
+    assert result.norms[0][0] == global_norm(list(enumerate(gradients.values())), len(gradients))
 
 
 def test_synchronous_clipping_uses_the_norm_of_all_stages() -> None:

@@ -26,6 +26,9 @@ __all__ = ["OptimizerFactory", "Reference", "ReferenceResult"]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 Fields = Mapping[str, Tensor]
 
+_PIECE = 1 << 15
+_MOST_PIECES = 256
+
 
 @dataclass(frozen=True)
 class ReferenceResult:
@@ -302,8 +305,7 @@ class Reference:
             for ref in group[1:]:
                 counted.pop((ref.block, ref.name), None)
         gradients = [item.grad for item in counted.values() if item.grad is not None]
-        squares = [torch.linalg.vector_norm(item, dtype=torch.float64).item() for item in gradients]
-        norm = math.sqrt(math.fsum(square * square for square in squares))
+        norm = math.sqrt(math.fsum(_norm(item) ** 2 for item in gradients))
         if self._clip is not None and self._clip / (norm + 1e-6) < 1.0:
             for item in held.values():
                 if item.grad is not None:
@@ -329,6 +331,15 @@ def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:
         total += part
     for copy in copies:
         copy.grad = total.clone()
+
+
+def _norm(gradient: Tensor) -> float:
+    """Return the norm in float64: of a large gradient that of its pieces' norms, as docs/contract.md has it."""
+    if gradient.numel() <= _PIECE:
+        return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    num_pieces = min(_MOST_PIECES, 1 + gradient.numel() // _PIECE)
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in gradient.flatten().chunk(num_pieces)]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _num_samples(fields: Fields) -> int:
