@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from vpipe.errors import ConfigError, DataError, MemoryLimitError
 from vpipe.launch.local import launch_local
 from vpipe.runtime.batch import Batch
-from vpipe.runtime.evaluation import pieces_alike
+from vpipe.runtime.evaluation import LossSums, pieces_alike
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.process_group import process_group
 
@@ -116,7 +117,19 @@ def test_an_evaluation_of_nothing_is_refused() -> None:
             made.evaluate([batch(4)], microbatch_size=size)
 
 
-def test_pieces_of_one_size_go_together() -> None:
+def test_fractional_counts_add_up_in_any_order() -> None:
+    shares = [(0.7, 0.1), (1e6, 0.2), (1e-7, 0.3)]
+    found = []
+    for order in (shares, shares[::-1]):
+        sums = LossSums(["loss"])
+        for loss, count in order:
+            sums.take({0: {"loss": torch.tensor(loss, dtype=torch.float64)}}, {0: {"loss": count}})
+        found.append(sums.means(0, None))
+    losses, counts = zip(*shares, strict=True)
+    assert found == [{"loss": math.fsum(losses) / math.fsum(counts)}] * 2
+
+
+def test_pieces_of_one_shape_go_together() -> None:
     with process_group("gloo", 60):
         programs = build().programs
     batches = [Batch({"x": torch.arange(5)}, 5), Batch({"x": torch.arange(5, 10)}, 5)]
@@ -124,6 +137,11 @@ def test_pieces_of_one_size_go_together() -> None:
     assert [[(piece.number, piece.batch.fields["x"].tolist()) for piece in alike] for alike in pieces] == [
         [(0, [0, 1]), (1, [2, 3]), (3, [5, 6]), (4, [7, 8])],
         [(2, [4]), (5, [9])],
+    ]
+    lengths = [Batch({"x": torch.zeros(4, length)}, 4) for length in (3, 5, 3)]
+    assert [[piece.number for piece in alike] for alike in pieces_alike(lengths, 2, programs, None)] == [
+        [0, 1, 4, 5],
+        [2, 3],
     ]
     # With a limit, no more than the two that GPipe has in flight.
     assert [len(alike) for alike in pieces_alike(batches, 2, programs, 1 << 30)] == [2, 2, 2]

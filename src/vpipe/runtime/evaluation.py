@@ -33,6 +33,8 @@ def pieces_alike(
 ) -> Iterator[list[Piece]]:
     """Cut each batch from its start into pieces of `size` samples and a short last one; yield those alike together.
 
+    Alike are those whose fields have the same shapes and types, so that the same messages carry them.
+
     Without a size a batch is cut as one for training, into `num_microbatches`. What was trained on before has no say:
     how large a piece is decides which kernels compute it, and so the bits of its loss. Nothing comes back from ranks
     behind that would hold up one that is ahead, so whatever is together may be under way at once: with a limit no more
@@ -46,14 +48,15 @@ def pieces_alike(
             f"microbatch_size is {size}; give a number of samples above 0, or None: batches are cut as for training"
         )
     most = _MOST_TOGETHER if memory_limit is None else programs.window
-    waiting: dict[int, list[Piece]] = {}
+    waiting: dict[object, list[Piece]] = {}
     numbers = count()
     for batch in batches:
         for part in _cut(batch, size or -(-batch.num_samples // programs.num_microbatches)):
-            alike = waiting.setdefault(part.num_samples, [])
+            form = part.num_samples, *((name, item.shape, item.dtype) for name, item in sorted(part.fields.items()))
+            alike = waiting.setdefault(form, [])
             alike.append(Piece(next(numbers), part))
             if len(alike) >= most:
-                yield waiting.pop(part.num_samples)
+                yield waiting.pop(form)
     if not next(numbers):
         raise DataError("there are no batches to evaluate; an iterator that was read to its end has none left")
     yield from waiting.values()
@@ -73,7 +76,7 @@ class LossSums:
 
     def __init__(self, parts: Iterable[str]) -> None:
         self._losses: dict[str, list[float]] = {name: [] for name in parts}
-        self._counts = dict.fromkeys(self._losses, 0.0)
+        self._counts: dict[str, list[float]] = {name: [] for name in self._losses}
 
     def take(self, losses: dict[int, dict[str, Tensor]], counts: dict[int, dict[str, float]]) -> None:
         """Move what there is of microbatches here; their order makes no difference."""
@@ -81,15 +84,16 @@ class LossSums:
             parts, own = losses.pop(serial), counts.pop(serial)
             for name, values in self._losses.items():
                 values.append(parts[name].item())
-                self._counts[name] += own[name]
+                self._counts[name].append(own[name])
 
     def means(self, source: int, group: dist.ProcessGroup | None) -> dict[str, float]:
         """Return the loss and its parts as rank `source` has them, on every rank of `group`; collective.
 
         A part of which there are no targets is NaN.
         """
-        sums = map(math.fsum, self._losses.values())
-        totals = torch.tensor([*sums, *self._counts.values()], dtype=torch.float64)
+        totals = torch.tensor(
+            [math.fsum(values) for values in (*self._losses.values(), *self._counts.values())], dtype=torch.float64
+        )
         if group is not None:
             with telling_losses("the held-out loss"):
                 dist.broadcast(totals, source, group=group)
