@@ -54,7 +54,7 @@ class TraceRecorder:
         self._iteration = iteration
         self._rows: deque[tuple[Action, int, int, int, int]] = deque(maxlen=max_events)
         self._waited_ns = 0
-        self._to_wall_clock_ns = time.time_ns() - time.perf_counter_ns()
+        self._to_wall_clock_ns = _wall_clock_shift_ns()
         self.enabled = True
         """Set to False for actions that are not part of the training, such as an evaluation's."""
 
@@ -86,3 +86,15 @@ class TraceRecorder:
             )
             for action, first, start, end, wait in self._rows
         ]
+
+
+def _wall_clock_shift_ns(num_readings: int = 5) -> int:
+    """Return what to add to `time.perf_counter_ns` for the wall clock.
+
+    A process that is paused between two readings of the clocks would be off by that; the closest readings count.
+    """
+    readings = []
+    for _ in range(num_readings):
+        before, wall, after = time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()
+        readings.append((after - before, wall - (before + after) // 2))
+    return min(readings)[1]
