@@ -40,7 +40,7 @@ BACKENDS = ("gloo", "nccl")
 
 _GLOO_THREAD = "pt_gloo_runloop"
 _THREADS = Path("/proc/self/task")
-_RESTING_SECONDS = 1
+_RESTING_SECONDS = 30
 
 _joined = itertools.count()
 """How often this process has joined; all ranks do so equally often."""
@@ -156,7 +156,7 @@ def destroy_process_group(group: ProcessGroup) -> None:
 
 
 def _let_threads_rest() -> None:
-    """Wait until gloo's threads have put down what they had in hand, for a second at most.
+    """Wait until gloo's threads have put down what they had in hand: a moment, unless the machine is very busy.
 
     A collective is over for who waited before the thread that did it lets go of its tensors. Where Python has dropped
     them meanwhile, that needs the interpreter, and torch aborts the process if that is about to end.
