@@ -86,7 +86,8 @@ def test_generic_values() -> None:
 def test_generic_samples_depend_on_seed_and_number() -> None:
     source = _generic()
     together = source.batch([4, 900], ["target", "image"])
-    assert torch.equal(source.batch([900], ["image"], epoch=5)["image"][0], together["image"][1])
+    # Logarithm and cosine of other numbers of rows may be rounded by other instructions.
+    torch.testing.assert_close(source.batch([900], ["image"], epoch=5)["image"][0], together["image"][1])
     assert not torch.equal(together["image"][0], together["image"][1])
     assert not torch.equal(_generic(seed=1).batch([4], ["image"])["image"][0], together["image"][0])
 

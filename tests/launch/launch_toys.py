@@ -29,7 +29,7 @@ def refuse(arguments):
     """The rank that `arguments` names raises; the others wait."""
     if int(arguments[0]) == RANK:
         raise ConfigError("train.batch_size 7 is not divisible by 2; use 8")
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def measure(arguments):
@@ -45,20 +45,20 @@ def fill_the_disk(arguments):
     if RANK == 1:
         with open("/dev/full", "w") as file:
             file.write("more than fits")
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def stumble(arguments):
     if RANK == 1:
         raise ValueError("surprise")
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def exit_with(arguments):
     print("last words", end="")  # without a line end, so it stays in the buffer
     if RANK == 1:
         os._exit(int(arguments[0]))
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def sleep_after_status(arguments):
@@ -66,13 +66,13 @@ def sleep_after_status(arguments):
     for name in arguments:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     StatusFile(status_path(DIRECTORY, RANK)).write(f"waiting for {RANK}F3 from rank {(RANK + 1) % NUM_RANKS}")
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def crash(arguments):
     if RANK == 1:
         os.kill(os.getpid(), getattr(signal, arguments[0]))
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def ring(arguments):
@@ -132,4 +132,4 @@ def suspend(arguments):
     StatusFile(status_path(DIRECTORY, RANK)).write("waiting for a signal")
     if RANK == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(60)
+    time.sleep(3600)

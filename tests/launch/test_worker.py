@@ -3,19 +3,20 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from vpipe.errors import LaunchError
-from vpipe.launch.worker import load_function
+from vpipe.launch.environment import LAST_WORDS_SECONDS
+from vpipe.launch.worker import _last_words_seconds, load_function
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", LAST_WORDS_SECONDS: "25"}
 
 
 def torchrun(num_ranks, *arguments):
@@ -25,7 +26,6 @@ def torchrun(num_ranks, *arguments):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
 
@@ -38,6 +38,7 @@ def start_rank(rank, num_ranks, port, *arguments):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     return subprocess.Popen(
         [sys.executable, "-m", "vpipe.launch.worker", *arguments],
@@ -47,10 +48,12 @@ def start_rank(rank, num_ranks, port, *arguments):
     )
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def port():
+    """Return where the ranks meet: as under torchrun, somebody else's store, which outlives them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield store.port
+    del store
 
 
 def test_under_torchrun_all_ranks_share_one_new_directory_with_their_logs(tmp_path):
@@ -74,10 +77,9 @@ def test_under_torchrun_a_directory_that_cannot_be_made_fails_clearly_on_every_r
     assert "launch_toys.py" not in result.stderr  # no traceback of a rank
 
 
-def test_a_rank_that_lost_its_peer_gives_the_peers_reason():
-    port = free_port()
+def test_a_rank_that_lost_its_peer_gives_the_peers_reason(port):
     ranks = [start_rank(rank, 2, port, "launch_toys:diverge") for rank in range(2)]
-    errors = [rank.communicate(timeout=30)[1] for rank in ranks]
+    errors = [rank.communicate()[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert "rank 1 ERROR: the loss became NaN at iteration 12" in errors[1]
     assert (
@@ -85,6 +87,16 @@ def test_a_rank_that_lost_its_peer_gives_the_peers_reason():
         "rank 1 stopped: the loss became NaN at iteration 12"
     ) in errors[0]
     assert not any("Traceback" in text for text in errors)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 5.0), ("25", 25.0), ("0", 0.0), ("soon", 5.0), ("-1", 5.0)])
+def test_how_long_a_rank_may_look_for_the_reason_can_be_set(monkeypatch, caplog, given, seconds):
+    monkeypatch.delenv(LAST_WORDS_SECONDS, raising=False)
+    if given is not None:
+        monkeypatch.setenv(LAST_WORDS_SECONDS, given)
+    assert _last_words_seconds() == seconds
+    told = f"VPIPE_LAST_WORDS_SECONDS is '{given}', which is no number of seconds; taking 5"
+    assert (told in caplog.text) == (given in ("soon", "-1"))
 
 
 def test_the_error_file_holds_the_clean_message(tmp_path):

@@ -1,7 +1,9 @@
 import signal
+import struct
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,12 +18,13 @@ def test_the_last_line_survives_sigkill(tmp_path):
         "status.write('waiting for 1F3 from rank 0')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
+    start = time.time()
     process = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
     assert process.returncode == -signal.SIGKILL
     status = read_status(tmp_path, 2)
     assert status is not None
     assert status.text == "waiting for 1F3 from rank 0"
-    assert 0 <= time.time() - status.written_at < 10
+    assert start <= status.written_at <= time.time()
     assert status.pid > 0
     assert path.stat().st_size == STATUS_BYTES
 
@@ -51,21 +54,19 @@ def test_long_and_non_ascii_text_is_cut_not_refused(tmp_path):
 
 
 def test_a_file_that_is_no_status_reads_as_none(tmp_path):
-    status_path(tmp_path, 0).write_bytes(b"something else")
-    assert read_status(tmp_path, 0) is None
+    for content in (b"something else", bytes(STATUS_BYTES)):  # the latter has just been made
+        status_path(tmp_path, 0).write_bytes(content)
+        assert read_status(tmp_path, 0) is None
 
 
-def test_a_write_is_cheap_enough_for_every_wait(tmp_path):
-    status = StatusFile(status_path(tmp_path, 0))
-    best = min(_seconds_per_write(status) for _ in range(5))
-    assert best < 20e-6  # measured: 1 microsecond; the limit leaves room for a busy machine
-
-
-def _seconds_per_write(status):
-    start = time.perf_counter()
-    for _ in range(2000):
-        status.write("waiting for 1F3 from rank 0")
-    return (time.perf_counter() - start) / 2000
+def test_the_last_line_is_there_until_the_next_one_is(tmp_path, monkeypatch):
+    # Another process may read at any moment, and ends all ranks if one seems to be gone.
+    with StatusFile(status_path(tmp_path, 0)) as status:
+        status.write("running")
+        monkeypatch.setattr("vpipe.runtime.status.time", SimpleNamespace(time=lambda: "no number"))
+        with pytest.raises(struct.error):
+            status.write("waiting")
+        assert read_status(tmp_path, 0).text == "running"
 
 
 def test_a_full_disk_is_an_error_and_no_crash_later_on(tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pickle
 import time
+from types import SimpleNamespace
+
+import pytest
 
 from vpipe.runtime.trace import TraceEvent, TraceRecorder
 from vpipe.schedule.action import Action
@@ -33,9 +36,23 @@ def test_an_action_may_say_that_it_waited() -> None:
 
 def test_times_are_on_the_wall_clock() -> None:
     recorder = TraceRecorder(0, 1, lambda: 0)
+    before = time.time_ns()
     now = time.perf_counter_ns()
+    after = time.time_ns()
     recorder(Action.parse("0F0"), now, now)
-    assert abs(recorder.events()[0].start_ns - time.time_ns()) < 1_000_000_000
+    slack_ns = 1_000_000_000  # the wall clock may be set meanwhile
+    assert before - slack_ns <= recorder.events()[0].start_ns <= after + slack_ns
+
+
+def test_a_pause_between_two_clocks_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Wall clock = other clock + 1,000; the process is paused for 500 between them, but in the third reading for 20.
+    seen = iter([(0, 1500, 501), (600, 1601, 1101), (1200, 2210, 1220), (1300, 2300, 1800), (1900, 3400, 2401)])
+    ticks = (tick for reading in seen for tick in reading)
+    clock = SimpleNamespace(perf_counter_ns=lambda: next(ticks), time_ns=lambda: next(ticks))
+    monkeypatch.setattr("vpipe.runtime.trace.time", clock)
+    recorder = TraceRecorder(0, 1, lambda: 0)
+    recorder(Action.parse("0F0"), 5, 7)
+    assert (recorder.events()[0].start_ns, recorder.events()[0].end_ns) == (1005, 1007)
 
 
 def test_a_recorder_forgets_the_oldest_and_can_be_switched_off() -> None:

@@ -121,7 +121,6 @@ def test_other_processes_find_the_same() -> None:
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
-            timeout=60,
             check=True,
             env={"PYTHONHASHSEED": seed},
         )

@@ -46,8 +46,10 @@ def test_it_counts_what_a_layer_holds(profile: Profile) -> None:
 
 def test_it_times_everything(profile: Profile) -> None:
     for block in profile.sizes[0].blocks:
-        assert min(block.forward_ms, block.input_grad_ms, block.weight_grad_ms, block.step_ms) > 0
-        assert min(block.recompute_ms, block.swap_ms, block.version_ms) >= 0
+        times = (block.forward_ms, block.input_grad_ms, block.weight_grad_ms, block.step_ms)
+        # What is measured without the block is taken off, so a busy machine may leave nothing of a small one.
+        assert min(*times, block.recompute_ms, block.swap_ms, block.version_ms) >= 0
+    assert sum(block.forward_ms + block.weight_grad_ms for block in profile.sizes[0].blocks) > 0
     assert profile.host is not None
     assert profile.host_share >= 0
 

@@ -30,7 +30,6 @@ def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")},
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 

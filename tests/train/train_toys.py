@@ -107,7 +107,7 @@ def begin_slowly(arguments: Sequence[str]) -> None:
             describe = trainer.describe_plan
             trainer.describe_plan = lambda *given: (time.sleep(1), describe(*given))[1]  # type: ignore[attr-defined]
         directory = path.parent / "runs" / "slow"
-        config = load_config(path, [f"pipeline.num_ranks={group.num_ranks}"])
+        config = load_config(path, [f"pipeline.num_ranks={group.num_ranks}", "data.masking=static"])
         Trainer(config, directory, group).run(point_latest_to)
 
 

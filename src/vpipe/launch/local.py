@@ -20,9 +20,9 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from vpipe.errors import LaunchError
+from vpipe.errors import LaunchError, PeerLostError
 from vpipe.launch.environment import LAUNCHER_PID, RUN_DIRECTORY
-from vpipe.launch.failures import describe_failure, find_culprit, read_end
+from vpipe.launch.failures import RankEnd, describe_failure, find_culprit, read_end
 from vpipe.launch.logs import log_path
 from vpipe.launch.watchdog import Watchdog
 from vpipe.runtime.status import read_status, status_path
@@ -224,15 +224,22 @@ def _repeating(tasks: Sequence[Callable[[], None]], seconds: float) -> Iterator[
 
 
 def _explain(failures: Mapping[int, ProcessFailure], killed: set[int], num_ranks: int, run_directory: Path) -> str:
-    """Return the message of the LaunchError, and tell the ranks that ended without a word in their own logs."""
+    """Return the message of the LaunchError, and tell it in the logs of those ranks that did not know the cause."""
     ends = [read_end(rank, failure) for rank, failure in failures.items()]
     culprit = find_culprit(ends, killed)
     statuses = {rank: read_status(run_directory, rank) for rank in range(num_ranks)}
     lines = describe_failure(culprit, statuses, run_directory, time.time())
     cause = lines.pop(culprit.rank)
     for end in ends:
-        if end.message is None:
+        if _knows_no_cause(end, culprit, cause):
             waiting = f"; {lines[end.rank]}" if end.rank in lines else ""
             with suppress(OSError), log_path(run_directory, end.rank).open("a") as log:  # the disk may be full
                 log.write(f"launcher: {cause}{waiting}\n")
     return "\n".join([cause, *(f"  {line}" for line in lines.values()), f"  logs: {log_path(run_directory, '*')}"])
+
+
+def _knows_no_cause(end: RankEnd, culprit: RankEnd, cause: str) -> bool:
+    """Tell whether a rank ended without a word, or saw no more than that another one was gone."""
+    if end.message is None:
+        return True
+    return end is not culprit and end.kind == PeerLostError.__name__ and cause not in end.message

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from vpipe.runtime.status import read_status
@@ -36,13 +37,15 @@ class Watchdog:
         pids = {rank: status.pid for rank, status in statuses.items() if status is not None}
         alive = {rank: pid for rank, pid in pids.items() if _is_running_child(pid)}
         if len(alive) == len(pids):
+            self._failed_at = None
             return
         if self._failed_at is None:
             self._failed_at = time.monotonic()
         if time.monotonic() - self._failed_at > self._grace_seconds:
             for rank, pid in alive.items():
                 self.killed.add(rank)
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it ended, and torchrun has noticed
+                    os.kill(pid, signal.SIGKILL)
 
 
 def _is_running_child(pid: int) -> bool:

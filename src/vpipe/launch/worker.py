@@ -13,6 +13,7 @@ import faulthandler
 import importlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vpipe.errors import ExecutionError, LaunchError, VPipeError
-from vpipe.launch.environment import LAUNCHER_PID, RUN_DIRECTORY
+from vpipe.launch.environment import LAST_WORDS_SECONDS, LAUNCHER_PID, RUN_DIRECTORY
 from vpipe.launch.last_words import delay_sigterm
 from vpipe.launch.logs import configure_logging
 from vpipe.runtime.status import StatusFile, status_path
@@ -34,8 +35,7 @@ _PR_SET_PDEATHSIG = 1
 _SAME_MISTAKE_SECONDS = 1
 """How long a rank that torchrun started waits for the others to find what it refuses, before its end ends them all."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_LAST_WORDS_SECONDS = 5
-"""How long a rank that torchrun tells to end may look for the reason."""
+_LAST_WORDS_SECONDS = 5.0
 
 logger = logging.getLogger("vpipe.launch.worker")  # the module's own name is __main__ when it is run
 
@@ -97,11 +97,24 @@ def _prepare_process() -> None:
         if os.getppid() != int(launcher):  # it died before the line above
             os._exit(1)
     elif _is_under_torchrun():
-        delay_sigterm(_LAST_WORDS_SECONDS, _say_told_to_end)
+        delay_sigterm(_last_words_seconds(), _say_told_to_end)
 
 
 def _is_under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and LAUNCHER_PID not in os.environ
+
+
+def _last_words_seconds() -> float:
+    given = os.environ.get(LAST_WORDS_SECONDS)
+    if given is None:
+        return _LAST_WORDS_SECONDS
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(given)) < math.inf:
+            return seconds
+    logger.warning(
+        "%s is '%s', which is no number of seconds; taking %g", LAST_WORDS_SECONDS, given, _LAST_WORDS_SECONDS
+    )
+    return _LAST_WORDS_SECONDS
 
 
 def _say_told_to_end() -> None:

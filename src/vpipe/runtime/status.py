@@ -50,7 +50,8 @@ class StatusFile:
     def write(self, text: str) -> None:
         """Replace the line; text beyond the file's fixed size is cut off."""
         self.text = text
-        _RECORD.pack_into(self._map, 0, time.time(), self._pid, text.encode())
+        # Not packed into the map: that empties it first, and a reader in between would see no process.
+        self._map[:] = _RECORD.pack(time.time(), self._pid, text.encode())
 
     def remove(self) -> None:
         """Delete the file: the rank ended as it should, there is nothing to explain."""
@@ -80,4 +81,6 @@ def read_status(run_directory: Path, rank: int) -> Status | None:
     if len(data) != STATUS_BYTES:
         return None
     written_at, pid, text = _RECORD.unpack(data)
+    if not pid:
+        return None  # just made
     return Status(text.rstrip(b"\0").decode(errors="ignore"), pid, written_at)
