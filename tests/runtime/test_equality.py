@@ -106,7 +106,7 @@ def held_out_losses(oracle: Reference, case: Case):
     for module in modules:
         module.train()
     parts = {name: math.fsum(sums[name]) / counts[name] for name in sums}
-    return {"loss": sum(parts.values()), **parts}
+    return {"loss": math.fsum(parts.values()), **parts}
 
 
 def assert_same(found, expected):
@@ -124,7 +124,7 @@ def assert_bits_of_one_process(ranks, case):
     expected, oracle = reference(case)
     for rank in ranks:
         assert rank["losses"] == expected["losses"]
-        assert rank["loss"] == [sum(parts.values()) for parts in expected["losses"]]
+        assert rank["loss"] == [math.fsum(parts.values()) for parts in expected["losses"]]
         assert rank["iterations"] == list(range(sum(case.calls)))
         assert rank["held_out"] == expected["held_out"]
         assert not any(rank["num_saved"])
@@ -183,7 +183,7 @@ def test_bits_are_those_of_a_plain_training_loop(results, name):
     for batch in case.batches(MODELS["seeded"]()):
         losses.append([])
         for fields in cut(batch, case):
-            loss = nn.functional.mse_loss(model(fields["input"]), fields["target"]) / case.num_microbatches
+            loss = nn.functional.mse_loss(model(fields["input"]), fields["target"]) * (1 / case.num_microbatches)
             loss.backward()
             losses[-1].append(loss.item())
         optimizer.step()
