@@ -305,7 +305,8 @@ class Reference:
             for ref in group[1:]:
                 counted.pop((ref.block, ref.name), None)
         gradients = [item.grad for item in counted.values() if item.grad is not None]
-        norm = math.sqrt(math.fsum(_norm(item) ** 2 for item in gradients))
+        norms = [_norm(item) for item in gradients]
+        norm = math.sqrt(math.fsum(each * each for each in norms))  # `** 2` may round in another way
         if self._clip is not None and self._clip / (norm + 1e-6) < 1.0:
             for item in held.values():
                 if item.grad is not None:
