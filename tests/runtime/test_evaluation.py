@@ -143,6 +143,10 @@ def test_pieces_of_one_shape_go_together() -> None:
         [0, 1, 4, 5],
         [2, 3],
     ]
+    many = (Batch({"x": torch.zeros(1, length)}, 1) for length in range(200))
+    first = next(pieces_alike(many, 1, programs, None))
+    assert [piece.number for piece in first] == [0]
+    assert next(many).fields["x"].shape == (1, 128)  # no more than those are held
     # With a limit, no more than the two that GPipe has in flight.
     assert [len(alike) for alike in pieces_alike(batches, 2, programs, 1 << 30)] == [2, 2, 2]
 

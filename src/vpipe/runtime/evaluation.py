@@ -19,6 +19,8 @@ from vpipe.runtime.wait import telling_losses
 __all__ = ["LossSums", "Piece", "pieces_alike"]
 
 _MOST_TOGETHER = 32
+_MOST_WAITING = 4 * _MOST_TOGETHER
+"""Pieces of several shapes that may wait for others like them, so that not all held-out data are in memory at once."""
 
 
 class Piece(NamedTuple):
@@ -57,6 +59,8 @@ def pieces_alike(
             alike.append(Piece(next(numbers), part))
             if len(alike) >= most:
                 yield waiting.pop(form)
+            elif sum(map(len, waiting.values())) >= _MOST_WAITING:
+                yield waiting.pop(next(iter(waiting)))  # what has waited longest
     if not next(numbers):
         raise DataError("there are no batches to evaluate; an iterator that was read to its end has none left")
     yield from waiting.values()

@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vpipe.errors import ConfigError, LaunchError
 from vpipe.runtime.failure import attach_store, raise_if_peer_lost, report_failure
+from vpipe.runtime.wait import telling_losses
 
 __all__ = [
     "ProcessGroup",
@@ -137,11 +138,8 @@ def meet(group: ProcessGroup, what: str) -> None:
     Raises:
         PeerLostError: a rank ended before it got here.
     """
-    try:
+    with telling_losses(what):
         dist.barrier(group=group.control)
-    except RuntimeError as error:
-        raise_if_peer_lost(error, what)
-        raise
 
 
 def destroy_process_group(group: ProcessGroup) -> None:
