@@ -12,7 +12,6 @@ from vpipe.data.batches import (
     iterate_batches,
     microbatch_rows,
     num_iterations,
-    split_indices,
 )
 from vpipe.errors import ConfigError, DataError
 
@@ -93,7 +92,3 @@ def test_microbatches_are_equal_and_in_order() -> None:
 def test_batch_that_does_not_divide(num_microbatches: int) -> None:
     with pytest.raises(ConfigError, match=f"6 samples cannot be cut into {num_microbatches} .* that fit: 1, 2, 3, 6"):
         microbatch_rows(6, num_microbatches)
-
-
-def test_the_last_evaluation_microbatch_may_be_short() -> None:
-    assert [part.tolist() for part in split_indices(np.arange(5), 2)] == [[0, 1], [2, 3], [4]]

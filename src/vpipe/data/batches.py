@@ -19,7 +19,6 @@ __all__ = [
     "iterate_batches",
     "microbatch_rows",
     "num_iterations",
-    "split_indices",
 ]
 
 
@@ -103,15 +102,9 @@ def microbatch_rows(batch_size: int, num_microbatches: int) -> tuple[slice, ...]
     return tuple(slice(start, start + size) for start in range(0, batch_size, size))
 
 
-def split_indices(indices: NDArray[np.int64], microbatch_size: int) -> tuple[NDArray[np.int64], ...]:
-    """Cut `indices` into microbatches of `microbatch_size`; the last one may be short, as evaluation needs it."""
-    _check_batch_size(microbatch_size, "microbatch size")
-    return tuple(indices[start : start + microbatch_size] for start in range(0, len(indices), microbatch_size))
-
-
-def _check_batch_size(batch_size: int, what: str = "train.batch_size") -> None:
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise ConfigError(f"{what} must be at least 1, got {batch_size}")
+        raise ConfigError(f"train.batch_size must be at least 1, got {batch_size}")
 
 
 @lru_cache(maxsize=2)
