@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--probe-only", action="store_true", help="print what differs and run no tests")
     arguments = parser.parse_args()
+    machine = environment() | {"machine": platform.machine()}  # before the tests are a load of their own
     found: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     for variables in choices():
@@ -121,7 +122,7 @@ def main() -> None:
     )
     print(table)
     if not arguments.probe_only:
-        write_results(arguments.out, {"environment": environment() | {"machine": platform.machine()}, "runs": found})
+        write_results(arguments.out, {"environment": machine, "runs": found})
     if any(row.get("failed") for row in found):
         sys.exit(1)
 
