@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vpipe.errors import ScheduleError
+from vpipe.schedule.catalogue import SYNCHRONOUS
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.schedule import Schedule
 
@@ -31,13 +32,8 @@ def fitting_families(
 
     At least `naive` is there: it holds one microbatch.
     """
-    # Here and not above: the registry has the search among its entries.
-    from vpipe.schedule.registry import SCHEDULES
-
     found = []
-    for name, entry in SCHEDULES.items():
-        if not entry.synchronous or "memory_limit" in entry.options:
-            continue
+    for name, entry in SYNCHRONOUS.items():
         for count in (1, 2) if stages_per_rank is None else (stages_per_rank,):
             several = {"stages_per_rank": count} if "stages_per_rank" in entry.parameters else {}
             if count > 1 and not several:
