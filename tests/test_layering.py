@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,29 @@ ROWS = (
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+# The parts of a room, lowest first: files and folders directly inside it. Parts of one row do not know each other, but
+# for the single files of a row. A folder whose room is not listed here would be a fault.
+INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {}
 ENTRANCES = {"vpipe", "vpipe.__main__"}  # the public names and `python -m vpipe` look at every room
 WITHOUT_TORCH = {"errors", "_version", "config", "schedule", "plan"}
-MAY_USE_TORCH = {"vpipe.plan.profile"}
+# What takes long to import, and the modules that import it (or what imports it) inside a function, so that a command
+# or a model that does without it answers at once. Nobody else imports inside a function.
+HEAVY = {"huggingface_hub", "matplotlib", "numpy", "pydantic", "pytorch_optimizer", "rich", "tokenizers", "torch"}
+HEAVY |= {"transformers"}
+# Private names of torch and of NamedTuple that classes here use for themselves, too.
+FOREIGN = {"_buffers", "_fields", "_modules", "_replace", "_version"}
+LAZY = {
+    "vpipe.cli.data",
+    "vpipe.cli.estimate",
+    "vpipe.cli.profiling",
+    "vpipe.cli.progress",
+    "vpipe.cli.simulate",
+    "vpipe.cli.sweep",
+    "vpipe.cli.train",
+    "vpipe.cli.verify",
+    "vpipe.model.zoo",
+    "vpipe.train.optim",
+}
 
 
 def _module_name(path: Path) -> str:
@@ -36,6 +57,11 @@ def _module_name(path: Path) -> str:
 
 
 SOURCES = {_module_name(path): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+FOLDERS = {
+    room.name: {path.name for path in room.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    for room in PACKAGE.iterdir()
+    if room.is_dir()
+}
 
 
 def _room(module: str) -> str:
@@ -43,20 +69,45 @@ def _room(module: str) -> str:
 
 
 def _imports(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of every import, also those inside functions; `from vpipe import x` gives vpipe.x."""
+    """Yield (line, dotted name of the module) of every import, also those inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno}: relative import; write the full name"
             source = node.module or ""
-            names = [f"vpipe.{alias.name}" for alias in node.names] if source == "vpipe" else [source]
-            yield from ((node.lineno, name) for name in names)
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield node.lineno, inner if source == "vpipe" or inner in SOURCES else source
+
+
+def _part(module: str) -> str:
+    """Return the file or folder of a room that a module stands in; the room's own `__init__` is its highest part."""
+    return module.split(".")[2] if module.count(".") > 1 else ""
+
+
+def _row_inside(module: str) -> int | None:
+    rows = INSIDE.get(_room(module), ())
+    if not _part(module):
+        return len(rows)
+    return next((row for row, parts in enumerate(rows) if _part(module) in parts), None)
+
+
+def _inside_fault(module: str, imported: str) -> str | None:
+    """Say why a module may not import another of its own room."""
+    rows, row, target = INSIDE[_room(module)], _row_inside(module), _row_inside(imported)
+    if row is None or target is None or _part(module) == _part(imported):
+        return None
+    if target > row:
+        return f"{_part(module) or _room(module)} may not know {_part(imported)}: imports point down inside a room, too"
+    if target == row and any(part in FOLDERS[_room(module)] for part in (_part(module), _part(imported))):
+        return f"{_part(module)} and {_part(imported)} stand side by side in {rows[row]}: they do not know each other"
+    return None
 
 
 def _import_fault(module: str, imported: str) -> str | None:
     room, top = _room(module), imported.split(".")[0]
-    if top == "torch" and room in WITHOUT_TORCH and module not in MAY_USE_TORCH:
+    if top == "torch" and room in WITHOUT_TORCH:
         return f"{room} works without torch"
     if room == "schedule" and top != "vpipe" and top not in sys.stdlib_module_names:
         return f"schedule uses the standard library only, not {top}"
@@ -69,7 +120,83 @@ def _import_fault(module: str, imported: str) -> str | None:
         return f"schedule knows only errors, not {target}"
     if target != room and ROW_OF[target] >= ROW_OF[room]:
         return f"{room} may not know {target}: imports point down only"
-    return None
+    return _inside_fault(module, imported) if target == room and room in INSIDE else None
+
+
+def _private_faults(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
+    """Yield where a module uses a private name of another: imports it, or reaches into another's object."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vpipe"):
+            for alias in node.names:
+                if alias.name.startswith("_") and not alias.name.startswith("__"):
+                    yield node.lineno, f"'{alias.name}' is private to {node.module}"
+        elif isinstance(node, ast.Attribute) and module not in (owners := PRIVATE.get(node.attr, {module})):
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls"):
+                yield node.lineno, f"'{owner}.{node.attr}' is private to {', '.join(sorted(owners))}"
+
+
+def _private_names(tree: ast.AST) -> Iterator[str]:
+    """Yield the private attributes and methods that the classes of a module define."""
+    for owner in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in ast.walk(owner):
+            if isinstance(node, ast.FunctionDef):
+                name = node.name
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                name = node.attr if isinstance(node.value, ast.Name) and node.value.id == "self" else ""
+            else:
+                continue
+            if name.startswith("_") and not name.startswith("__"):
+                yield name
+
+
+def _lazy_imports(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        yield from _imports(function, module)
+
+
+def _top_level_imports(module: str) -> set[str]:
+    body = ast.parse(SOURCES[module]).body
+    found = {
+        name for node in body if isinstance(node, ast.Import | ast.ImportFrom) for _, name in _imports(node, module)
+    }
+    # Importing a module runs the `__init__` of every folder above it.
+    return {".".join(name.split(".")[:end]) for name in found for end in range(1, name.count(".") + 2)}
+
+
+@cache
+def _is_heavy(name: str) -> bool:
+    """Return whether importing `name` takes long: it is heavy itself, or imports what is."""
+    seen, waiting = set(), [name]
+    while waiting:
+        if (name := waiting.pop()) in seen:
+            continue
+        seen.add(name)
+        if name.split(".")[0] in HEAVY:
+            return True
+        waiting += _top_level_imports(name) if name in SOURCES else ()
+    return False
+
+
+def _lazy_fault(module: str, imported: str) -> str | None:
+    if module not in LAZY:
+        return "imports stand at the top; what only some callers need and takes long is listed in LAZY"
+    return None if _is_heavy(imported) else f"{imported} is quick to import: it stands at the top"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import each other, each sorted; none where imports go one way."""
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        seen: set[str] = set()
+        waiting = [module]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting += new
+        reached[module] = seen & graph.keys()
+    found = {tuple(sorted(other for other in seen if module in reached[other])) for module, seen in reached.items()}
+    return [list(circle) for circle in sorted(found) if circle]
 
 
 def faults(module: str, source: str) -> list[str]:
@@ -83,12 +210,20 @@ def faults(module: str, source: str) -> list[str]:
     if module not in ENTRANCES:
         if _room(module) not in ROW_OF:
             return [*found, f"{module}:1: '{_room(module)}' is no room; give it a row in {Path(__file__).name}"]
-        reasons = ((line, _import_fault(module, name)) for line, name in _imports(tree, module))
+        reasons = [(line, _import_fault(module, name)) for line, name in _imports(tree, module)]
+        reasons += [(line, _lazy_fault(module, name)) for line, name in _lazy_imports(tree, module)]
+        reasons += _private_faults(tree, module)
         found += [f"{module}:{line}: {reason}" for line, reason in reasons if reason]
     if _room(module) != "cli":
         calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
         found += [f"{module}:{call.lineno}: only cli prints" for call in calls if call.func.id == "print"]
     return found
+
+
+PRIVATE: dict[str, set[str]] = {}
+for _module, _source in SOURCES.items():
+    for _name in set(_private_names(ast.parse(_source))) - FOREIGN:
+        PRIVATE.setdefault(_name, set()).add(_module)
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -101,7 +236,7 @@ def test_module_keeps_the_rules(module: str) -> None:
     [
         ("vpipe.schedule.gpipe", "import numpy", "standard library only"),
         ("vpipe.schedule.gpipe", "from vpipe.config import RunConfig", "knows only errors"),
-        ("vpipe.schedule", "def f():\n    import torch", "without torch"),
+        ("vpipe.schedule", "import torch", "without torch"),
         ("vpipe.plan.cost", "import torch.nn", "without torch"),
         ("vpipe.model.chain", "from vpipe.runtime.stage import Stage", "imports point down only"),
         ("vpipe.model.bert", "from vpipe.data.bert import read", "imports point down only"),
@@ -109,6 +244,10 @@ def test_module_keeps_the_rules(module: str) -> None:
         ("vpipe.runtime.stage", "from vpipe import Chain", "is no room"),
         ("vpipe.errors", "import vpipe.config", "imports point down only"),
         ("vpipe.runtime.stage", "print('hello')", "only cli prints"),
+        ("vpipe.runtime.stage", "from vpipe.runtime.weights import _hidden", "'_hidden' is private"),
+        ("vpipe.runtime.stage", "def f(x):\n    return x._groups", "'x._groups' is private to vpipe.runtime.transport"),
+        ("vpipe.runtime.stage", "def f():\n    import torch", "imports stand at the top"),
+        ("vpipe.model.zoo", "def f():\n    from vpipe.errors import ConfigError", "quick to import"),
         ("vpipe.attic", "x = 1", "is no room"),
         ("vpipe.runtime.stage", "\n" * MAX_LINES, "more than 400"),
     ],
@@ -119,6 +258,20 @@ def test_broken_rules_are_found(module: str, line: str, reason: str) -> None:
     assert reason in found[0]
 
 
+def test_no_modules_import_each_other() -> None:
+    trees = {module: ast.parse(source) for module, source in SOURCES.items() if module not in ENTRANCES}
+    assert circles({module: {name for _, name in _imports(tree, module)} for module, tree in trees.items()}) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c", "os"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+@pytest.mark.parametrize("module", sorted(LAZY))
+def test_no_lazy_import_is_listed_in_vain(module: str) -> None:
+    assert list(_lazy_imports(ast.parse(SOURCES[module]), module))
+
+
 def test_missing_docstring_is_found() -> None:
     assert faults("vpipe.errors", "x = 1\n") == ["vpipe.errors:1: no module docstring"]
 
@@ -126,7 +279,6 @@ def test_missing_docstring_is_found() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("vpipe.plan.profile", "import torch"),
         (
             "vpipe.schedule.gpipe",
             "import heapq\nfrom vpipe.errors import ScheduleError\nfrom vpipe.schedule.action import Action",

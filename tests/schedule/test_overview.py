@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from vpipe.schedule.overview import overview, overview_lines
 from vpipe.schedule.entry import Entry
+from vpipe.schedule.overview import overview, overview_lines
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.schedule import Schedule
 

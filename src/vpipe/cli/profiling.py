@@ -16,6 +16,7 @@ from vpipe.config import RunConfig
 from vpipe.config.planned import own_counts
 from vpipe.config.profiled import check_profile_fits, profile_warnings
 from vpipe.plan.profile import Profile, read_profile
+from vpipe.train.profiling.cache import cache_words
 
 __all__ = ["obtain_profile", "read_counts", "read_profile_aloud"]
 
@@ -29,7 +30,6 @@ def obtain_profile(config: RunConfig, microbatch_sizes: Sequence[int], *, use_ca
     from vpipe.launch.local import launch_local
     from vpipe.launch.progress import MetricsTail
     from vpipe.train.profile import find_profile
-    from vpipe.train.profiling.cache import cache_words
 
     if use_cache and (found := find_profile(config, microbatch_sizes, threads_of(config))) is not None:
         click.echo(f"profile: {cache_words(found.fingerprint)}", err=True)

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -15,12 +14,10 @@ from vpipe.cli import INTERRUPTED
 from vpipe.cli.shared import plural, set_option, short, threads_of
 from vpipe.config import RunConfig
 from vpipe.errors import ConfigError, LaunchError
+from vpipe.plan.profile import Profile, read_profile
 from vpipe.report.sweep import Combination, Result, Row, combine, parse_axis, resolve, run_sweep
 from vpipe.report.sweep_store import PLOT, TABLE, SweepStore
 from vpipe.report.sweep_table import METRICS, failure_lines, find_best, render_table
-
-if TYPE_CHECKING:
-    from vpipe.plan.profile import Profile
 
 __all__ = ["command"]
 
@@ -192,11 +189,7 @@ def _simulation(profile: Profile | None, file: Path | None) -> Callable[[Combina
 
 
 def _profile(file: Path | None) -> Profile | None:
-    if file is None:
-        return None
-    from vpipe.plan.profile import read_profile
-
-    return read_profile(file)
+    return None if file is None else read_profile(file)
 
 
 def _show(store: SweepStore) -> None:

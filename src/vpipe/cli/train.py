@@ -13,6 +13,8 @@ import click
 
 from vpipe.cli import INTERRUPTED
 from vpipe.cli.shared import plural, read_config_aloud, set_option, short, threads_of, write_config
+from vpipe.launch.worker import run_worker
+from vpipe.report.trace import read_timeline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +37,6 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
     Under torchrun (torchrun --nproc-per-node 4 -m vpipe train CONFIG) it is one rank of the run.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
-        from vpipe.launch.worker import run_worker
-
         run_worker(lambda: _be_rank(config, overrides))
     else:
         _launch(config, overrides)
@@ -112,7 +112,6 @@ def _print_summary(run_directory: Path) -> None:
     from rich.console import Console
 
     from vpipe.report.summary import render_summary
-    from vpipe.report.trace import read_timeline
 
     summary = json.loads((run_directory / "summary.json").read_text())
     Console().print(render_summary(summary, read_timeline(run_directory / "timeline.json")))

@@ -53,10 +53,7 @@ def emulate_slow_links(transport: Transport, link: SlowLink) -> None:
     Raises:
         ConfigError: messages are matched by their order, as with nccl, where they cannot be held back.
     """
-    if transport._ordered:
-        raise ConfigError("slow links can be emulated with gloo only; set launch.distributed_backend: gloo")
-    transport.use_sockets()
-    transport._groups = throttle(transport._groups, link)
+    transport.stand_in(lambda groups: throttle(groups, link))
 
 
 def throttle(groups: Mapping[_Key, dist.ProcessGroup], link: SlowLink) -> dict[_Key, dist.ProcessGroup]:

@@ -162,10 +162,18 @@ class Transport:
                     dist.recv(probe, source, group)
         return groups
 
-    def use_sockets(self) -> None:
-        """Do without shared memory, on all ranks, before the first program; collective."""
+    def stand_in(self, replace: Callable[[dict[_Link, dist.ProcessGroup]], dict[_Link, dist.ProcessGroup]]) -> None:
+        """Send through what `replace` returns for the links' groups, not through shared memory; collective.
+
+        Call it before the first program.
+
+        Raises:
+            ConfigError: messages are matched by their order, as with nccl, where none can be held back.
+        """
+        if self._ordered:
+            raise ConfigError("slow links can be emulated with gloo only; set launch.distributed_backend: gloo")
         self._outboxes, self._inboxes = {}, {}
-        self._groups = self._groups or self._open_tagged()
+        self._groups = replace(self._groups or self._open_tagged())
 
     def start(
         self,
