@@ -17,7 +17,7 @@ MAX_LINES = 400
 ROWS = (
     ("errors", "_version"),
     ("schedule",),
-    ("plan",),
+    ("planner",),
     ("config",),
     ("model", "data"),
     ("runtime",),
@@ -30,7 +30,7 @@ ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 # for the single files of a row. A folder whose room is not listed here would be a fault.
 INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {}
 ENTRANCES = {"vpipe", "vpipe.__main__"}  # the public names and `python -m vpipe` look at every room
-WITHOUT_TORCH = {"errors", "_version", "config", "schedule", "plan"}
+WITHOUT_TORCH = {"errors", "_version", "config", "schedule", "planner"}
 # What takes long to import, and the modules that import it (or what imports it) inside a function, so that a command
 # or a model that does without it answers at once. Nobody else imports inside a function.
 HEAVY = {"huggingface_hub", "matplotlib", "numpy", "pydantic", "pytorch_optimizer", "rich", "tokenizers", "torch"}
@@ -237,7 +237,7 @@ def test_module_keeps_the_rules(module: str) -> None:
         ("vpipe.schedule.gpipe", "import numpy", "standard library only"),
         ("vpipe.schedule.gpipe", "from vpipe.config import RunConfig", "knows only errors"),
         ("vpipe.schedule", "import torch", "without torch"),
-        ("vpipe.plan.cost", "import torch.nn", "without torch"),
+        ("vpipe.planner.cost", "import torch.nn", "without torch"),
         ("vpipe.model.chain", "from vpipe.runtime.stage import Stage", "imports point down only"),
         ("vpipe.model.bert", "from vpipe.data.bert import read", "imports point down only"),
         ("vpipe.runtime.stage", "from vpipe import train", "imports point down only"),

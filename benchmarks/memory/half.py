@@ -19,9 +19,9 @@ from benchmarks.memory.ranks import measure_profile, run_config
 
 from vpipe.config import build_config
 from vpipe.config.planned import build_request, with_plan
-from vpipe.plan.memory import Policy
-from vpipe.plan.search import find_plan, judge_partition
-from vpipe.plan.units import format_bytes
+from vpipe.planner.memory import Policy
+from vpipe.planner.search import find_plan, judge_partition
+from vpipe.planner.units import format_bytes
 
 NUM_RANKS, NUM_BATCHES = 2, 10
 

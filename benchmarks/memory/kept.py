@@ -16,8 +16,8 @@ from benchmarks.memory.configurations import CONFIGURATIONS, Configuration
 from benchmarks.memory.ranks import run_config
 from benchmarks.memory.run import PROFILES, predict
 
-from vpipe.plan.limits import needed_limit
-from vpipe.plan.profile import read_profile
+from vpipe.planner.limits import needed_limit
+from vpipe.planner.profile import read_profile
 
 NUM_BATCHES = 6
 

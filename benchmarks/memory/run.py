@@ -17,12 +17,12 @@ from benchmarks.common import environment, format_table, write_results
 from benchmarks.memory.configurations import CONFIGURATIONS, OTHERS, Configuration
 from benchmarks.memory.ranks import RankRun, measure_profile, run_config
 
-from vpipe.plan.loads import stage_loads
-from vpipe.plan.memory import Policy, RankMemory, rank_memory, stage_bytes
-from vpipe.plan.partition import partition_uniform
-from vpipe.plan.profile import Profile
-from vpipe.plan.setting import Setting
-from vpipe.plan.units import format_bytes
+from vpipe.planner.loads import stage_loads
+from vpipe.planner.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.partition import partition_uniform
+from vpipe.planner.profile import Profile
+from vpipe.planner.setting import Setting
+from vpipe.planner.units import format_bytes
 from vpipe.schedule.schedule import uses_split_backward
 
 Row = dict[str, Any]

@@ -28,15 +28,15 @@ from typing import Any
 from benchmarks.common import ROOT, environment, format_table, write_results
 
 from vpipe.errors import PlanError
-from vpipe.plan.costs import ChainCosts
-from vpipe.plan.limits import needed_limit
-from vpipe.plan.loads import stage_loads
-from vpipe.plan.memory import Policy
-from vpipe.plan.partition_exact import cut_minimax
-from vpipe.plan.policies import Frontiers
-from vpipe.plan.profile import BlockProfile, LinkProfile, Profile, SizeProfile
-from vpipe.plan.search import Outcome, Request, find_plan
-from vpipe.plan.stage_times import StageTimes
+from vpipe.planner.costs import ChainCosts
+from vpipe.planner.limits import needed_limit
+from vpipe.planner.loads import stage_loads
+from vpipe.planner.memory import Policy
+from vpipe.planner.partition_exact import cut_minimax
+from vpipe.planner.policies import Frontiers
+from vpipe.planner.profile import BlockProfile, LinkProfile, Profile, SizeProfile
+from vpipe.planner.search import Outcome, Request, find_plan
+from vpipe.planner.stage_times import StageTimes
 from vpipe.schedule.registry import build_schedule
 
 NUM_BLOCKS, NUM_STAGES, NUM_MICROBATCHES = 400, 64, 128

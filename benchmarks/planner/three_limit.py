@@ -30,10 +30,10 @@ from benchmarks.planner.ranks import measure_profile, train_configs
 from vpipe.config import RunConfig, build_config
 from vpipe.config.planned import build_request, decide
 from vpipe.errors import PlanError
-from vpipe.plan.memory import Policy
-from vpipe.plan.profile import Profile
-from vpipe.plan.search import judge_partition
-from vpipe.plan.units import format_bytes
+from vpipe.planner.memory import Policy
+from vpipe.planner.profile import Profile
+from vpipe.planner.search import judge_partition
+from vpipe.planner.units import format_bytes
 from vpipe.train.setup import build_setup
 
 NUM_MICROBATCHES, MICROBATCH_SIZE = 8, 4

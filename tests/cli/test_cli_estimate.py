@@ -13,7 +13,7 @@ import pytest
 from vpipe.cli import main
 from vpipe.config import load_config
 from vpipe.config.files import read_partition_file
-from vpipe.plan.devices import DEVICES
+from vpipe.planner.devices import DEVICES
 
 Call = Callable[..., tuple[int, str, str]]
 RUN = """

@@ -11,7 +11,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from vpipe.plan.units import format_bytes
+from vpipe.planner.units import format_bytes
 from vpipe.report.sweep import Axis, Row, short_key
 
 __all__ = ["METRICS", "Metric", "failure_lines", "find_best", "one_line", "render_table", "table_csv"]

@@ -14,7 +14,7 @@ from vpipe.config.sections import ModelConfig
 from vpipe.errors import PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.zoo import build_chain
-from vpipe.plan.analytic import ModelWork
+from vpipe.planner.analytic import ModelWork
 from vpipe.train.estimating.count import Assumptions, count_blocks, count_kinds, num_tied
 from vpipe.train.setup import build_setup
 

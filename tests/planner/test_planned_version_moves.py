@@ -1,0 +1,95 @@
+"""Weight versions in host memory, as the planner sees them: what they free, what they cost, and when it takes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan_toys import block, profile_of
+
+from vpipe.errors import PlanError
+from vpipe.planner.explain import explain_lines
+from vpipe.planner.memory import Policy
+from vpipe.planner.plan_file import plan_to_dict
+from vpipe.planner.profile import LinkProfile, Profile
+from vpipe.planner.search import Outcome, Request, find_plan, judge_partition
+from vpipe.planner.setting import Setting, settings
+
+FAST, SLOW = LinkProfile(0.0, 1000.0), LinkProfile(0.0, 20.0)
+
+
+def heavy(host: LinkProfile | None = FAST, num_blocks: int = 8) -> Profile:
+    """Return a chain whose weights are most of what is held."""
+    return profile_of([block(parameter_bytes=1000)] * num_blocks, host=host)
+
+
+def request(asked: bool | Sequence[int] | None, limit: int | None = None, **changes: Any) -> Request:
+    plain = Request(
+        heavy(),
+        num_ranks=4,
+        batch_size=8,
+        schedules=("pipedream",),
+        limits=None if limit is None else [limit],
+        options={"swap_versions": asked},
+        policies=(Policy.KEEP,),
+    )
+    return replace(plain, **changes)
+
+
+def versions(outcome: Outcome) -> list[int]:
+    return [memory.versions for memory in outcome.best.memory]
+
+
+def test_a_prediction_counts_what_is_on_the_device() -> None:
+    cut = [2, 2, 2, 2]
+    kept, moved = judge_partition(request(False), cut), judge_partition(request(True), cut)
+    assert [memory.versions for memory in kept.memory] == [6000, 4000, 2000, 0]
+    assert [memory.versions for memory in moved.memory] == [2000, 2000, 2000, 0]
+    assert moved.step_ms == pytest.approx(kept.step_ms)
+    assert moved.setting.swap_versions == (0, 1)
+    one = judge_partition(request([1]), cut)
+    assert [memory.versions for memory in one.memory] == [6000, 2000, 2000, 0]
+
+
+def test_a_slow_way_to_host_memory_costs_time() -> None:
+    slow = judge_partition(request(True, profile=heavy(SLOW)), [2, 2, 2, 2])
+    # 2,000 bytes out and 2,000 back for each microbatch of 6 ms, at 20 bytes per ms.
+    assert slow.step_ms == pytest.approx(8 * 2 * 2000 / 20)
+
+
+def test_the_planner_moves_versions_when_a_limit_needs_that() -> None:
+    free, roomy = find_plan(request(None)), find_plan(request(None, 20_000))
+    assert free.best.setting.swap_versions == roomy.best.setting.swap_versions == ()
+    needed = max(memory.total for memory in free.best.memory)
+    tight = find_plan(request(None, needed - 1000))
+    assert tight.best.setting.swap_versions == (0, 1)
+    assert tight.best.fits([needed - 1000] * 4)
+    assert tight.best.step_ms == pytest.approx(free.best.step_ms)
+    assert max(versions(tight)) < max(versions(free))
+    with pytest.raises(PlanError, match="cannot be kept"):
+        find_plan(request(False, tight.smallest_limits[0]))
+
+
+def test_the_plan_says_what_it_moves() -> None:
+    outcome = find_plan(request(True))
+    assert "older weights of stages 0 1 in host memory" in "\n".join(explain_lines(outcome))
+    content = plan_to_dict(outcome.best, heavy())
+    assert content["swap_versions"] == [0, 1]
+    assert json.dumps(content)
+    assert "swap_versions" not in plan_to_dict(find_plan(request(False)).best, heavy())
+
+
+def found(name: str, asked: bool | Sequence[int] | None, **options: Any) -> list[Setting]:
+    options["swap_versions"] = asked
+    return settings(4, 8, [name], [8], stages_per_rank=None, options=options, is_eager=False)
+
+
+def test_only_stages_with_versions_that_wait_are_named() -> None:
+    assert [each.swap_versions for each in found("pipedream", None)] == [(), (0, 1)]
+    assert [each.swap_versions for each in found("pipedream", [1, 3])] == [(1,)]
+    for asked in (None, True, [0, 1]):
+        assert [each.swap_versions for each in found("1f1b", asked)] == [()]
+        assert [each.swap_versions for each in found("pipedream", asked, macrobatch=True)] == [()]
