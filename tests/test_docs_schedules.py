@@ -17,11 +17,11 @@ import pytest
 from click.testing import CliRunner
 
 from vpipe.cli.schedule import command
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 from vpipe.schedule.weights import weight_usage
 
 ROOT = Path(__file__).parents[1]

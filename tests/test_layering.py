@@ -17,6 +17,7 @@ MAX_LINES = 400
 ROWS = (
     ("errors", "_version"),
     ("schedule",),
+    ("draw",),
     ("planner",),
     ("config",),
     ("model", "data"),
@@ -28,9 +29,19 @@ ROWS = (
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 # The parts of a room, lowest first: files and folders directly inside it. Parts of one row do not know each other, but
 # for the single files of a row. A folder whose room is not listed here would be a fault.
-INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {}
+INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "schedule": (
+        ("action", "placement", "schedule", "weights", "memory", "traffic", "problem", "entry"),
+        ("families", "simulate"),
+        ("passes",),
+        ("proof",),
+        ("csv_form", "csv_file"),
+        ("search",),
+        ("registry",),
+    ),
+}
 ENTRANCES = {"vpipe", "vpipe.__main__"}  # the public names and `python -m vpipe` look at every room
-WITHOUT_TORCH = {"errors", "_version", "config", "schedule", "planner"}
+WITHOUT_TORCH = {"errors", "_version", "config", "draw", "schedule", "planner"}
 # What takes long to import, and the modules that import it (or what imports it) inside a function, so that a command
 # or a model that does without it answers at once. Nobody else imports inside a function.
 HEAVY = {"huggingface_hub", "matplotlib", "numpy", "pydantic", "pytorch_optimizer", "rich", "tokenizers", "torch"}
@@ -234,8 +245,8 @@ def test_module_keeps_the_rules(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "reason"),
     [
-        ("vpipe.schedule.gpipe", "import numpy", "standard library only"),
-        ("vpipe.schedule.gpipe", "from vpipe.config import RunConfig", "knows only errors"),
+        ("vpipe.schedule.families.gpipe", "import numpy", "standard library only"),
+        ("vpipe.schedule.families.gpipe", "from vpipe.config import RunConfig", "knows only errors"),
         ("vpipe.schedule", "import torch", "without torch"),
         ("vpipe.planner.cost", "import torch.nn", "without torch"),
         ("vpipe.model.chain", "from vpipe.runtime.stage import Stage", "imports point down only"),
@@ -248,6 +259,7 @@ def test_module_keeps_the_rules(module: str) -> None:
         ("vpipe.runtime.stage", "def f(x):\n    return x._groups", "'x._groups' is private to vpipe.runtime.transport"),
         ("vpipe.runtime.stage", "def f():\n    import torch", "imports stand at the top"),
         ("vpipe.model.zoo", "def f():\n    from vpipe.errors import ConfigError", "quick to import"),
+        ("vpipe.schedule.simulate.costs", "import vpipe.schedule.registry", "imports point down inside a room, too"),
         ("vpipe.attic", "x = 1", "is no room"),
         ("vpipe.runtime.stage", "\n" * MAX_LINES, "more than 400"),
     ],
@@ -267,6 +279,13 @@ def test_circles_are_found() -> None:
     assert circles({"a": {"b"}, "b": {"c", "os"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 
 
+@pytest.mark.parametrize("room", [room for room in FOLDERS if FOLDERS[room] and room in INSIDE])
+def test_every_part_of_a_room_with_folders_has_a_row(room: str) -> None:
+    parts = {_part(module) for module in SOURCES if _room(module) == room} - {""}
+    listed = [part for row in INSIDE.get(room, ()) for part in row]
+    assert sorted(listed) == sorted(parts)
+
+
 @pytest.mark.parametrize("module", sorted(LAZY))
 def test_no_lazy_import_is_listed_in_vain(module: str) -> None:
     assert list(_lazy_imports(ast.parse(SOURCES[module]), module))
@@ -280,7 +299,7 @@ def test_missing_docstring_is_found() -> None:
     ("module", "line"),
     [
         (
-            "vpipe.schedule.gpipe",
+            "vpipe.schedule.families.gpipe",
             "import heapq\nfrom vpipe.errors import ScheduleError\nfrom vpipe.schedule.action import Action",
         ),
         ("vpipe.config", "import pydantic\nfrom vpipe.errors import ConfigError"),

@@ -13,7 +13,7 @@ import pytest
 
 from vpipe.cli import _cli
 from vpipe.config import load_config
-from vpipe.schedule.overview import overview
+from vpipe.draw.overview import overview
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -29,9 +29,9 @@ from benchmarks.simulator.ranks import Configuration, run_pipeline
 from vpipe.report.measured_costs import MeasuredCosts, Overheads
 from vpipe.report.prediction import predict_step
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.registry import find_entry
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 NUM_RANKS, NUM_MICROBATCHES = 4, 8
 TIME_MS = 10.0  # of F, I and W of a rank's share

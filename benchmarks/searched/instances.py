@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from vpipe.schedule.search import Request
-from vpipe.schedule.searched import make_request
+from vpipe.schedule.search.search import Request
+from vpipe.schedule.search.searched import make_request
 
 __all__ = ["MILLI", "Instance", "draw"]
 

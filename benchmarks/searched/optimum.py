@@ -20,8 +20,8 @@ from benchmarks.searched.instances import MILLI, Instance, draw
 from benchmarks.searched.prove import Proof, prove
 
 from vpipe.schedule.placement import Placement
-from vpipe.schedule.search import search
-from vpipe.schedule.search_problem import capacities
+from vpipe.schedule.search.problem import capacities
+from vpipe.schedule.search.search import search
 
 MOST_RANKS, MOST_MICROBATCHES = 4, 6
 STEPS = 2 * MILLI  # in a unit of time: a stage's share may be half of a rank's thousandths

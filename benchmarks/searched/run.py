@@ -20,12 +20,12 @@ from benchmarks.common import environment, format_table
 from benchmarks.searched.instances import Instance, draw
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.proof.validate import check_schedule
 from vpipe.schedule.registry import SCHEDULES, build_schedule
-from vpipe.schedule.search import search
-from vpipe.schedule.simulate import simulate
-from vpipe.schedule.validate import check_schedule
+from vpipe.schedule.search.search import search
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 MOST_RANKS, MOST_MICROBATCHES = 8, 16
 KINDS: dict[str, tuple[int, ...]] = {"one stage per rank": (1,), "one or two": (1, 2)}

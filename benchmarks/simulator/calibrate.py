@@ -20,7 +20,7 @@ from benchmarks.simulator.ranks import Configuration, Run, run_pipeline, run_sta
 from vpipe.report.measured_costs import MeasuredCosts, Overheads, measure_costs
 from vpipe.runtime.throttle import SlowLink
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Link
+from vpipe.schedule.simulate.costs import Link
 
 _TIMES = (StageTimes(8.5, 7.5, 6.5), StageTimes(8.5, 7.5, 12.5))
 """Of the first and the last stage. With backwards split, the last one ends a batch last, and the first waits for the

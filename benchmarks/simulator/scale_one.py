@@ -11,9 +11,9 @@ import resource
 import sys
 import time
 
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def measure_here(num_ranks: int, num_microbatches: int) -> dict[str, float]:

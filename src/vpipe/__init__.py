@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from vpipe.runtime.hooks import Hooks
     from vpipe.runtime.pipeline import Pipeline, StepResult
     from vpipe.schedule.action import Action, Kind
-    from vpipe.schedule.costs import Costs
     from vpipe.schedule.placement import Placement
+    from vpipe.schedule.proof.validate import validate_schedule
     from vpipe.schedule.registry import build_schedule
     from vpipe.schedule.schedule import Schedule, WeightRule
-    from vpipe.schedule.simulate import Simulation, simulate
-    from vpipe.schedule.validate import validate_schedule
+    from vpipe.schedule.simulate.costs import Costs
+    from vpipe.schedule.simulate.simulate import Simulation, simulate
     from vpipe.train.profile import profile_config
 
 __all__ = [
@@ -119,12 +119,12 @@ _HOMES = {
     "vpipe.runtime.hooks": ("Hooks",),
     "vpipe.runtime.pipeline": ("Pipeline", "StepResult"),
     "vpipe.schedule.action": ("Action", "Kind"),
-    "vpipe.schedule.costs": ("Costs",),
+    "vpipe.schedule.simulate.costs": ("Costs",),
     "vpipe.schedule.placement": ("Placement",),
     "vpipe.schedule.registry": ("build_schedule",),
     "vpipe.schedule.schedule": ("Schedule", "WeightRule"),
-    "vpipe.schedule.simulate": ("Simulation", "simulate"),
-    "vpipe.schedule.validate": ("validate_schedule",),
+    "vpipe.schedule.simulate.simulate": ("Simulation", "simulate"),
+    "vpipe.schedule.proof.validate": ("validate_schedule",),
     "vpipe.train.profile": ("profile_config",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

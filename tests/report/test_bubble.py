@@ -7,9 +7,9 @@ import pytest
 from vpipe.report.bubble import between_iterations, clip_events, measure_pipeline
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import Action
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 MS = 1_000_000
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.lower import counterpart, lower
+from vpipe.schedule.passes.lower import counterpart, lower
 from vpipe.schedule.schedule import Schedule
 
 

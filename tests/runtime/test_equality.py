@@ -17,7 +17,7 @@ from toy_models import MODELS, seeded_modules
 
 from vpipe.launch.local import launch_local
 from vpipe.model.chain import call_block
-from vpipe.schedule.lower import lower
+from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.weights import weight_usage
 from vpipe.train.reference import Reference

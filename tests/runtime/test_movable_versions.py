@@ -15,9 +15,9 @@ from vpipe.runtime.host_memory import MappedMemory
 from vpipe.runtime.movable_versions import MovableVersions
 from vpipe.runtime.weights import WeightVersions
 from vpipe.schedule.action import Kind
+from vpipe.schedule.passes.version_moves import insert_version_moves
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.version_moves import insert_version_moves
 from vpipe.schedule.weights import weight_usage
 
 NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]

@@ -6,7 +6,7 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.runtime.programs import ProgramBuilder
-from vpipe.schedule.lower import lower
+from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.registry import build_schedule
 
 

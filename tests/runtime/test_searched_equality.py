@@ -12,7 +12,7 @@ from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
 from vpipe.runtime.process_group import process_group
-from vpipe.schedule.lower import lower
+from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import uses_split_backward
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from vpipe.draw.grid import text_grid
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.proof.validate import check_schedule
 from vpipe.schedule.registry import SCHEDULES, build_schedule
-from vpipe.schedule.render import text_grid
-from vpipe.schedule.simulate import Simulation, simulate
-from vpipe.schedule.validate import check_schedule
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import Simulation, simulate
 from vpipe.schedule.weights import weight_usage
 
 GOLDEN = Path(__file__).parent / "golden"

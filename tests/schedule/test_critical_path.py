@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Costs
-from vpipe.schedule.critical_path import critical_path
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.critical_path import critical_path
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def _texts(name: str, p: int, m: int, **costs: float) -> str:

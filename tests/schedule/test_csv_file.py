@@ -10,7 +10,7 @@ from vpipe.errors import ScheduleError
 from vpipe.schedule.csv_file import check_csv_run
 from vpipe.schedule.csv_form import to_csv
 from vpipe.schedule.registry import build_schedule, find_entry, known_entry
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.simulate import simulate
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from vpipe.errors import ScheduleError
 from vpipe.schedule.csv_form import from_csv, to_csv
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.schedule import WeightRule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.simulate import simulate
 
 # What torch 2.13 writes (compute only) for ScheduleInterleaved1F1B: 2 ranks, 2 stages each, 2 microbatches.
 TORCH = """\

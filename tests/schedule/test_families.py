@@ -8,12 +8,12 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.proof.validate import check_schedule
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.schedule import WeightRule, uses_split_backward
-from vpipe.schedule.simulate import Simulation, simulate
-from vpipe.schedule.validate import check_schedule
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import Simulation, simulate
 from vpipe.schedule.weights import weight_usage
 
 SIZES = [(p, m) for p in range(1, 9) for m in range(1, 17)]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from vpipe.schedule.costs import Costs, Link
-from vpipe.schedule.idle import CAUSES, idle_times
 from vpipe.schedule.registry import SCHEDULES, build_schedule
-from vpipe.schedule.simulate import Simulation, simulate
+from vpipe.schedule.simulate.costs import Costs, Link
+from vpipe.schedule.simulate.idle import CAUSES, idle_times
+from vpipe.schedule.simulate.simulate import Simulation, simulate
 
 
 def _simulate(name: str, p: int, m: int, **costs: Any) -> Simulation:

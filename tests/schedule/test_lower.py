@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from vpipe.schedule.action import COMMUNICATION, Action
-from vpipe.schedule.lower import counterpart, lower
+from vpipe.schedule.passes.lower import counterpart, lower
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.schedule import Schedule

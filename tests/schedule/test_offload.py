@@ -8,21 +8,21 @@ from itertools import pairwise
 
 import pytest
 
+from vpipe.draw.chrome_trace import to_chrome_trace
+from vpipe.draw.grid import legend, text_grid
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import MOVES, Action, Kind
-from vpipe.schedule.chrome_trace import to_chrome_trace
-from vpipe.schedule.costs import Costs
-from vpipe.schedule.critical_path import critical_path
-from vpipe.schedule.idle import idle_times
-from vpipe.schedule.lower import lower
-from vpipe.schedule.offload import DEVICE_COPIES, insert_offloads
-from vpipe.schedule.recompute_ahead import insert_recomputes
+from vpipe.schedule.passes.lower import lower
+from vpipe.schedule.passes.offload import DEVICE_COPIES, insert_offloads
+from vpipe.schedule.passes.recompute_ahead import insert_recomputes
+from vpipe.schedule.passes.version_moves import insert_version_moves
+from vpipe.schedule.proof.validate import check_schedule, validate_schedule
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.render import legend, text_grid
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.simulate import Simulation, simulate
-from vpipe.schedule.validate import check_schedule, validate_schedule
-from vpipe.schedule.version_moves import insert_version_moves
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.critical_path import critical_path
+from vpipe.schedule.simulate.idle import idle_times
+from vpipe.schedule.simulate.simulate import Simulation, simulate
 
 FAMILIES = ["gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-h2", "zb-v", "v-half", "pipedream"]
 

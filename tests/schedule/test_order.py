@@ -4,7 +4,7 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Kind
-from vpipe.schedule.order import RankOrder, require_two_stages
+from vpipe.schedule.families.order import RankOrder, require_two_stages
 
 
 def _texts(order: RankOrder, num_microbatches: int) -> str:

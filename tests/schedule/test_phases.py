@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from vpipe.schedule.phases import phase_spans, turning_points
 from vpipe.schedule.registry import SCHEDULES, build_schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.phases import phase_spans, turning_points
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def test_1f1b_warms_up_by_its_depth() -> None:

@@ -4,12 +4,12 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
-from vpipe.schedule.recompute_ahead import insert_recomputes, recompute_ahead
+from vpipe.schedule.passes.recompute_ahead import insert_recomputes, recompute_ahead
+from vpipe.schedule.proof.validate import validate_schedule
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.simulate import simulate
-from vpipe.schedule.validate import validate_schedule
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def costs_of(num_stages: int, recompute: tuple[float, ...], **changes: object) -> Costs:

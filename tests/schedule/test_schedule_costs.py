@@ -7,11 +7,11 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Costs, Link
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs, Link
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def test_rank_shares_are_split_evenly_over_the_rank_s_stages() -> None:

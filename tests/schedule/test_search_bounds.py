@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.registry import SCHEDULES, build_schedule
-from vpipe.schedule.search_bounds import lower_bound
-from vpipe.schedule.search_problem import SearchProblem, capacities
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.search.bounds import lower_bound
+from vpipe.schedule.search.problem import SearchProblem, capacities
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def _bound(placement: Placement, num_microbatches: int, limit: float, **times: Any) -> float:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.proof.validate import check_schedule
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.search_improve import improve
-from vpipe.schedule.search_problem import SearchProblem
-from vpipe.schedule.simulate import simulate
-from vpipe.schedule.validate import check_schedule
+from vpipe.schedule.search.improve import improve
+from vpipe.schedule.search.problem import SearchProblem
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 # None of the families below is at its best with these.
 UNEQUAL: dict[str, Any] = {

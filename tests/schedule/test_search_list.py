@@ -5,14 +5,14 @@ from random import Random
 
 import pytest
 
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.placement import Placement
-from vpipe.schedule.search_list import Policy, build_list_order
-from vpipe.schedule.search_problem import SearchProblem, capacities
-from vpipe.schedule.search_seeds import table_of_policies, vary
-from vpipe.schedule.simulate import simulate
-from vpipe.schedule.validate import check_schedule
+from vpipe.schedule.proof.validate import check_schedule
+from vpipe.schedule.search.list import Policy, build_list_order
+from vpipe.schedule.search.problem import SearchProblem, capacities
+from vpipe.schedule.search.seeds import table_of_policies, vary
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def _problem(placement: Placement, m: int, limit: float) -> SearchProblem:

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.search_problem import SearchProblem, capacities
+from vpipe.schedule.search.problem import SearchProblem, capacities
+from vpipe.schedule.simulate.costs import Costs
 
 
 def _problem(schedule: Schedule, **times: float) -> SearchProblem:

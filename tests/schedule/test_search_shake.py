@@ -6,13 +6,13 @@ from random import Random
 
 import pytest
 
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.placement import Placement
+from vpipe.schedule.proof.validate import check_schedule
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.search_problem import Orders, SearchProblem
-from vpipe.schedule.search_shake import shake
-from vpipe.schedule.validate import check_schedule
+from vpipe.schedule.search.problem import Orders, SearchProblem
+from vpipe.schedule.search.shake import shake
+from vpipe.schedule.simulate.costs import Costs
 
 
 def _start(name: str, p: int, m: int, stages_per_rank: int | None = None) -> tuple[SearchProblem, Orders]:

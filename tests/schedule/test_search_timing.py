@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.schedule import uses_split_backward
-from vpipe.schedule.search_problem import SearchProblem
-from vpipe.schedule.search_timing import Timing, find_whole_backwards
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.search.problem import SearchProblem
+from vpipe.schedule.search.timing import Timing, find_whole_backwards
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 SPLIT = [name for name in SCHEDULES if name != "searched" and uses_split_backward(build_schedule(name, 4, 8))]
 TIMES: dict[str, Any] = {"forward": (1, 2, 0.5), "weight_grad": (0.25, 1, 1.5), "step": (0, 3, 1), "latency": 0.5}

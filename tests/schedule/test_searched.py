@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.placement import Placement
+from vpipe.schedule.proof.validate import check_schedule
 from vpipe.schedule.registry import SCHEDULES, build_schedule
-from vpipe.schedule.search import search
-from vpipe.schedule.search_families import fitting_families
-from vpipe.schedule.search_report import report_search
-from vpipe.schedule.searched import make_request
-from vpipe.schedule.simulate import simulate
-from vpipe.schedule.validate import check_schedule
+from vpipe.schedule.search.families import fitting_families
+from vpipe.schedule.search.report import report_search
+from vpipe.schedule.search.search import search
+from vpipe.schedule.search.searched import make_request
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 NAMES = ("forward", "input_grad", "weight_grad")
 

@@ -10,11 +10,11 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 
 def _random_costs(schedule: Schedule, seed: int, **link: float) -> Costs:

@@ -4,8 +4,8 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Action
+from vpipe.schedule.families.slots import SlotGrid
 from vpipe.schedule.placement import Placement
-from vpipe.schedule.slots import SlotGrid
 
 
 def _grid(num_ranks: int, **slots: int) -> SlotGrid:

@@ -7,8 +7,8 @@ import pytest
 from vpipe.errors import ScheduleError
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.registry import SCHEDULES, build_schedule
-from vpipe.schedule.simulate import simulate
-from vpipe.schedule.usage import activations_over_time, weight_versions_over_time
+from vpipe.schedule.simulate.simulate import simulate
+from vpipe.schedule.simulate.usage import activations_over_time, weight_versions_over_time
 from vpipe.schedule.weights import weight_usage
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.families.warmup import one_f_one_b_order
 from vpipe.schedule.placement import Placement
+from vpipe.schedule.proof.validate import check_schedule, validate_schedule
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule, WeightRule, freeze
-from vpipe.schedule.validate import check_schedule, validate_schedule
-from vpipe.schedule.warmup import one_f_one_b_order
 
 Draw = Callable[..., Schedule]
 RIGHT = "1F0 1B0 1F1 1B1 1STEP1"

@@ -9,23 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vpipe.draw.chrome_trace import to_chrome_trace
+from vpipe.draw.grid import legend, summary_lines, text_grid, to_dict
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import VERSION_MOVES, Action, Kind
-from vpipe.schedule.chrome_trace import to_chrome_trace
-from vpipe.schedule.costs import Costs
-from vpipe.schedule.critical_path import critical_path
 from vpipe.schedule.csv_form import from_csv, to_csv
-from vpipe.schedule.idle import idle_times
-from vpipe.schedule.lower import lower
-from vpipe.schedule.offload import insert_offloads
-from vpipe.schedule.recompute_ahead import insert_recomputes
+from vpipe.schedule.passes.lower import lower
+from vpipe.schedule.passes.offload import insert_offloads
+from vpipe.schedule.passes.recompute_ahead import insert_recomputes
+from vpipe.schedule.passes.version_moves import DEVICE_VERSIONS, insert_version_moves
+from vpipe.schedule.proof.validate import check_schedule, validate_schedule
 from vpipe.schedule.registry import build_schedule
-from vpipe.schedule.render import legend, summary_lines, text_grid, to_dict
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.simulate import Simulation, simulate
-from vpipe.schedule.usage import weight_versions_over_time
-from vpipe.schedule.validate import check_schedule, validate_schedule
-from vpipe.schedule.version_moves import DEVICE_VERSIONS, insert_version_moves
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.critical_path import critical_path
+from vpipe.schedule.simulate.idle import idle_times
+from vpipe.schedule.simulate.simulate import Simulation, simulate
+from vpipe.schedule.simulate.usage import weight_versions_over_time
 from vpipe.schedule.weights import weight_usage
 
 

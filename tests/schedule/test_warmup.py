@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.warmup import default_depths, one_f_one_b_order, resolve_depths
+from vpipe.schedule.families.warmup import default_depths, one_f_one_b_order, resolve_depths
 
 
 def test_depth_is_deepest_at_stage_0_and_zero_at_the_last() -> None:

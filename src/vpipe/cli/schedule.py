@@ -14,21 +14,21 @@ from typing import Any
 
 import click
 
+from vpipe.draw.chrome_trace import to_chrome_trace
+from vpipe.draw.compare import comparison_lines, text_grids
+from vpipe.draw.grid import Segment, legend, summary_lines, text_grid, to_dict
+from vpipe.draw.overview import overview, overview_lines
+from vpipe.draw.svg import to_svg
 from vpipe.schedule.action import Kind
-from vpipe.schedule.chrome_trace import to_chrome_trace
-from vpipe.schedule.compare import comparison_lines, text_grids
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.csv_form import from_csv, to_csv
-from vpipe.schedule.offload import insert_offloads
-from vpipe.schedule.overview import overview, overview_lines
+from vpipe.schedule.passes.offload import insert_offloads
+from vpipe.schedule.passes.version_moves import insert_version_moves
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry
-from vpipe.schedule.render import Segment, legend, summary_lines, text_grid, to_dict
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.search_report import SearchReport, report_search
-from vpipe.schedule.searched import build_searched, make_request
-from vpipe.schedule.simulate import Simulation, simulate
-from vpipe.schedule.svg import to_svg
-from vpipe.schedule.version_moves import insert_version_moves
+from vpipe.schedule.search.report import SearchReport, report_search
+from vpipe.schedule.search.searched import build_searched, make_request
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import Simulation, simulate
 
 __all__ = ["command"]
 

@@ -15,9 +15,9 @@ from vpipe.planner.memory import Policy
 from vpipe.planner.search import Outcome, Request, find_plan
 from vpipe.planner.situation import Plan, arrange
 from vpipe.schedule.action import Kind
-from vpipe.schedule.idle import CAUSES, idle_times
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.idle import CAUSES, idle_times
+from vpipe.schedule.simulate.simulate import simulate
 
 __all__ = ["SHARES", "Estimate", "estimate", "step_shares"]
 

@@ -15,8 +15,8 @@ from vpipe.errors import PlanError
 from vpipe.planner.loads import Moment, StageLoad
 from vpipe.planner.memory import Policy, Transient, each_bytes, transient_of, weight_workspace
 from vpipe.planner.profile import BlockProfile, LinkProfile, Profile
-from vpipe.schedule.costs import Costs, Link
 from vpipe.schedule.placement import Placement
+from vpipe.schedule.simulate.costs import Costs, Link
 
 __all__ = ["Array", "ChainCosts", "simulator_costs", "speeds_of"]
 

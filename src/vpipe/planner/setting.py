@@ -10,10 +10,10 @@ from typing import Any
 from vpipe.errors import PlanError, ScheduleError
 from vpipe.planner.profile import Profile
 from vpipe.schedule.action import Kind
+from vpipe.schedule.families.warmup import default_depths
+from vpipe.schedule.passes.version_moves import insert_version_moves
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.version_moves import insert_version_moves
-from vpipe.schedule.warmup import default_depths
 
 __all__ = ["Setting", "microbatch_choices", "settings", "sizes_to_profile"]
 

@@ -18,11 +18,11 @@ from vpipe.planner.setting import Setting
 from vpipe.planner.shared_ranks import SharedRanks
 from vpipe.planner.stage_times import StageTimes
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Costs
-from vpipe.schedule.offload import insert_offloads
-from vpipe.schedule.recompute_ahead import insert_recomputes, recompute_ahead
+from vpipe.schedule.passes.offload import insert_offloads
+from vpipe.schedule.passes.recompute_ahead import insert_recomputes, recompute_ahead
 from vpipe.schedule.schedule import Schedule, uses_split_backward
-from vpipe.schedule.simulate import simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
 
 __all__ = ["Plan", "Situation", "arrange"]
 

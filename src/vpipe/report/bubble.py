@@ -1,6 +1,6 @@
 """Where the ranks' time went: work, waiting, idling, from measured actions.
 
-Bubble fractions are those of the simulator (`vpipe.schedule.simulate`), with measured times: idle time over
+Bubble fractions are those of the simulator (`vpipe.schedule.simulate.simulate`), with measured times: idle time over
 ``num_ranks x makespan``, where the *barrier* form counts a rank as idle from the first start to the last end over all
 ranks, and the *span* form from its own first start to its own last end. Work is forwards, backwards and updates.
 """

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vpipe.schedule.costs import Link
+from vpipe.schedule.simulate.costs import Link
 
 __all__ = ["Delivery", "expected_arrivals", "fit_link"]
 

@@ -15,8 +15,8 @@ from operator import attrgetter
 from vpipe.report.link_fit import Delivery, expected_arrivals, fit_link
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import COMPUTE, Action, Kind
-from vpipe.schedule.costs import Link
-from vpipe.schedule.lower import counterpart
+from vpipe.schedule.passes.lower import counterpart
+from vpipe.schedule.simulate.costs import Link
 
 __all__ = ["MeasuredCosts", "Overheads", "measure_costs"]
 

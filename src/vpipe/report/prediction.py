@@ -16,10 +16,10 @@ from itertools import pairwise
 from vpipe.errors import ScheduleError
 from vpipe.report.measured_costs import MeasuredCosts, Overheads
 from vpipe.schedule.action import Kind
-from vpipe.schedule.costs import Costs
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.simulate import Simulation, simulate
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import Simulation, simulate
 
 __all__ = ["Prediction", "build_costs", "predict_step"]
 

@@ -19,10 +19,10 @@ from vpipe.report.prediction import Prediction, predict_step
 from vpipe.report.trace import read_timeline
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import COMPUTE, Action, Kind
-from vpipe.schedule.critical_path import critical_path
-from vpipe.schedule.idle import CAUSES, idle_times
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule
+from vpipe.schedule.simulate.critical_path import critical_path
+from vpipe.schedule.simulate.idle import CAUSES, idle_times
 
 __all__ = ["RunPrediction", "predict_run"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from vpipe.draw.shapes import GREY, INK, line, path, rect, text, text_width
 from vpipe.report.sweep import Axis, Row, short_key
-from vpipe.schedule.svg_shapes import GREY, INK, line, path, rect, text, text_width
 
 __all__ = ["draw_chart"]
 

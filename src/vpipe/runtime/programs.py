@@ -9,14 +9,14 @@ from vpipe.errors import ScheduleError
 from vpipe.runtime.executor import Program
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.csv_file import check_csv_run
-from vpipe.schedule.lower import lower
 from vpipe.schedule.memory import peak_activations
-from vpipe.schedule.offload import insert_offloads
-from vpipe.schedule.recompute_ahead import insert_recomputes
+from vpipe.schedule.passes.lower import lower
+from vpipe.schedule.passes.offload import insert_offloads
+from vpipe.schedule.passes.recompute_ahead import insert_recomputes
+from vpipe.schedule.passes.version_moves import insert_version_moves
+from vpipe.schedule.proof.validate import validate_schedule
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule, uses_split_backward
-from vpipe.schedule.validate import validate_schedule
-from vpipe.schedule.version_moves import insert_version_moves
 from vpipe.schedule.weights import weight_usage
 
 __all__ = ["ProgramBuilder"]

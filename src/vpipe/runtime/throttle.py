@@ -1,7 +1,7 @@
 """A slow network on a fast one: messages leave as if they had travelled on a link of some latency and bandwidth.
 
 A message of b bytes keeps its link busy for ``b / bandwidth`` and arrives `latency` later; a directed pair of ranks is
-one link and carries one message at a time. This is the link of `vpipe.schedule.costs`, made of time: each link is a
+one link and carries one message at a time. This is the link that `Costs` describes, made of time: each link is a
 thread on the sending rank that holds messages back and then really sends them, so a rank that sends never waits. What
 the real network takes comes on top.
 """

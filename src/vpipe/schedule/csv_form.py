@@ -18,8 +18,8 @@ from typing import Literal, get_args
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
+from vpipe.schedule.proof.validate import validate_schedule
 from vpipe.schedule.schedule import Schedule, WeightRule, freeze
-from vpipe.schedule.validate import validate_schedule
 
 __all__ = ["from_csv", "to_csv"]
 

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.catalogue import ASYNCHRONOUS, SYNCHRONOUS
 from vpipe.schedule.csv_file import build_from_csv, is_csv_file, read_csv_file
 from vpipe.schedule.entry import Entry
+from vpipe.schedule.families.catalogue import ASYNCHRONOUS, SYNCHRONOUS
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.searched import build_searched
+from vpipe.schedule.search.searched import build_searched
 
 __all__ = ["SCHEDULES", "build_schedule", "find_entry", "known_entry"]
 
