@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.estimate.fit
 
-Prints the fractions for `vpipe.planner.devices`; nothing else is fitted.
+Prints the fractions for `vpipe.planner.estimate.devices`; nothing else is fitted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from benchmarks.estimate.cases import CASES, Case
 from benchmarks.estimate.run import count, predict
 
-from vpipe.planner.analytic import ModelWork
-from vpipe.planner.devices import find_device
+from vpipe.planner.estimate.analytic import ModelWork
+from vpipe.planner.estimate.devices import find_device
 
 
 def fit(cases: Sequence[tuple[Case, ModelWork]]) -> float:

@@ -19,9 +19,9 @@ from benchmarks.memory.ranks import measure_profile, run_config
 
 from vpipe.config import build_config
 from vpipe.config.planned import build_request, with_plan
-from vpipe.planner.memory import Policy
-from vpipe.planner.search import find_plan, judge_partition
-from vpipe.planner.units import format_bytes
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.search.search import find_plan, judge_partition
+from vpipe.words.units import format_bytes
 
 NUM_RANKS, NUM_BATCHES = 2, 10
 

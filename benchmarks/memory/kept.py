@@ -16,8 +16,8 @@ from benchmarks.memory.configurations import CONFIGURATIONS, Configuration
 from benchmarks.memory.ranks import run_config
 from benchmarks.memory.run import PROFILES, predict
 
-from vpipe.planner.limits import needed_limit
-from vpipe.planner.profile import read_profile
+from vpipe.planner.profile.profile import read_profile
+from vpipe.planner.search.limits import needed_limit
 
 NUM_BATCHES = 6
 

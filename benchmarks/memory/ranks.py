@@ -15,7 +15,7 @@ from benchmarks.common import periods_ms
 from benchmarks.simulator.ranks import fork, free_port
 
 from vpipe.config import RunConfig
-from vpipe.planner.profile import Profile
+from vpipe.planner.profile.profile import Profile
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.process_group import process_group
 from vpipe.train.profile import profile_config

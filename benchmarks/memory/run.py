@@ -17,13 +17,13 @@ from benchmarks.common import environment, format_table, write_results
 from benchmarks.memory.configurations import CONFIGURATIONS, OTHERS, Configuration
 from benchmarks.memory.ranks import RankRun, measure_profile, run_config
 
-from vpipe.planner.loads import stage_loads
-from vpipe.planner.memory import Policy, RankMemory, rank_memory, stage_bytes
-from vpipe.planner.partition import partition_uniform
-from vpipe.planner.profile import Profile
-from vpipe.planner.setting import Setting
-from vpipe.planner.units import format_bytes
+from vpipe.plan.partition import partition_uniform
+from vpipe.planner.cost.loads import stage_loads
+from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.profile.profile import Profile
+from vpipe.planner.search.setting import Setting
 from vpipe.schedule.schedule import uses_split_backward
+from vpipe.words.units import format_bytes
 
 Row = dict[str, Any]
 

@@ -28,15 +28,15 @@ from typing import Any
 from benchmarks.common import ROOT, environment, format_table, write_results
 
 from vpipe.errors import PlanError
-from vpipe.planner.costs import ChainCosts
-from vpipe.planner.limits import needed_limit
-from vpipe.planner.loads import stage_loads
-from vpipe.planner.memory import Policy
-from vpipe.planner.partition_exact import cut_minimax
-from vpipe.planner.policies import Frontiers
-from vpipe.planner.profile import BlockProfile, LinkProfile, Profile, SizeProfile
-from vpipe.planner.search import Outcome, Request, find_plan
-from vpipe.planner.stage_times import StageTimes
+from vpipe.planner.cost.costs import ChainCosts
+from vpipe.planner.cost.loads import stage_loads
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.cost.policies import Frontiers
+from vpipe.planner.cut.exact import cut_minimax
+from vpipe.planner.cut.stage_times import StageTimes
+from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile, SizeProfile
+from vpipe.planner.search.limits import needed_limit
+from vpipe.planner.search.search import Outcome, Request, find_plan
 from vpipe.schedule.registry import build_schedule
 
 NUM_BLOCKS, NUM_STAGES, NUM_MICROBATCHES = 400, 64, 128

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from benchmarks.simulator.ranks import fork, free_port
 
 from vpipe.config import RunConfig
-from vpipe.planner.profile import Profile
+from vpipe.planner.profile.profile import Profile
 from vpipe.runtime.process_group import ProcessGroup, process_group
 from vpipe.train.planning import plan_run
 from vpipe.train.profile import profile_config

@@ -27,7 +27,7 @@ from benchmarks.planner.ranks import measure_profile
 
 from vpipe.config import RunConfig, build_config
 from vpipe.config.planned import build_request, decide
-from vpipe.planner.search import judge_partition
+from vpipe.planner.search.search import judge_partition
 from vpipe.runtime.assembly import resolve_partition
 from vpipe.train.setup import build_setup
 

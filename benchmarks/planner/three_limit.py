@@ -30,11 +30,11 @@ from benchmarks.planner.ranks import measure_profile, train_configs
 from vpipe.config import RunConfig, build_config
 from vpipe.config.planned import build_request, decide
 from vpipe.errors import PlanError
-from vpipe.planner.memory import Policy
-from vpipe.planner.profile import Profile
-from vpipe.planner.search import judge_partition
-from vpipe.planner.units import format_bytes
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.profile.profile import Profile
+from vpipe.planner.search.search import judge_partition
 from vpipe.train.setup import build_setup
+from vpipe.words.units import format_bytes
 
 NUM_MICROBATCHES, MICROBATCH_SIZE = 8, 4
 SHARES = {"emulated": 0.72, "bert": 0.6}

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from vpipe.model.block import Block, ParameterRef
     from vpipe.model.chain import Chain
     from vpipe.model.loss import CallableLoss, Loss
-    from vpipe.planner.explain import explain_lines
-    from vpipe.planner.profile import Profile, read_profile
-    from vpipe.planner.search import find_plan
-    from vpipe.planner.situation import Plan
+    from vpipe.planner.explain.explain import explain_lines
+    from vpipe.planner.profile.profile import Profile, read_profile
+    from vpipe.planner.search.search import find_plan
+    from vpipe.planner.search.situation import Plan
     from vpipe.report.sweep_simulation import simulate_run
     from vpipe.runtime.batch import Batch
     from vpipe.runtime.hooks import Hooks
@@ -110,10 +110,10 @@ _HOMES = {
     "vpipe.model.block": ("Block", "ParameterRef"),
     "vpipe.model.chain": ("Chain",),
     "vpipe.model.loss": ("CallableLoss", "Loss"),
-    "vpipe.planner.explain": ("explain_lines",),
-    "vpipe.planner.profile": ("Profile", "read_profile"),
-    "vpipe.planner.search": ("find_plan",),
-    "vpipe.planner.situation": ("Plan",),
+    "vpipe.planner.explain.explain": ("explain_lines",),
+    "vpipe.planner.profile.profile": ("Profile", "read_profile"),
+    "vpipe.planner.search.search": ("find_plan",),
+    "vpipe.planner.search.situation": ("Plan",),
     "vpipe.report.sweep_simulation": ("simulate_run",),
     "vpipe.runtime.batch": ("Batch",),
     "vpipe.runtime.hooks": ("Hooks",),

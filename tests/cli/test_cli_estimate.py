@@ -13,7 +13,7 @@ import pytest
 from vpipe.cli import main
 from vpipe.config import load_config
 from vpipe.config.files import read_partition_file
-from vpipe.planner.devices import DEVICES
+from vpipe.planner.estimate.devices import DEVICES
 
 Call = Callable[..., tuple[int, str, str]]
 RUN = """
@@ -138,11 +138,11 @@ def test_help_explains(call: Call) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "gpt3"], "unknown model 'gpt3', did you mean 'gpt2'?; known are bert-base, bert-large, gpt2, "),
-        (["--model", "gpt2", "--device", "a100"], "unknown device 'a100', did you mean"),
-        (["--model", "gpt2", "--link", "infiniban"], "unknown link 'infiniban', did you mean 'infiniband-"),
+        (["--model", "gpt3"], "unknown model 'gpt3'; did you mean 'gpt2'?; known are bert-base, bert-large, gpt2, "),
+        (["--model", "gpt2", "--device", "a100"], "unknown device 'a100'; did you mean"),
+        (["--model", "gpt2", "--link", "infiniban"], "unknown link 'infiniban'; did you mean 'infiniband-"),
         (["--model", "gpt2", "--device", "v100-16gb", "--dtype", "bf16"], "v100-16gb has no peak for bf16; use one of"),
-        (["--model", "gpt2", "--schedule", "1f1bb"], "unknown schedule '1f1bb', did you mean '1f1b'?"),
+        (["--model", "gpt2", "--schedule", "1f1bb"], "unknown schedule '1f1bb'; did you mean '1f1b'?"),
         (["--model", "gpt2", "--weight-bytes", 4, "--gradient-bytes", 2], "gradients of 2 bytes with weights of 4"),
         (["--model", "gpt2", "--memory-limit", "many"], "'many' is no size"),
         (["--model", "gpt2", "--microbatch-size", "3"], "--microbatch-size 3 does not divide the batch of 64"),

@@ -15,7 +15,7 @@ import pytest
 from vpipe.cli import main
 from vpipe.config import read_config
 from vpipe.config.files import read_partition_file
-from vpipe.planner.profile import BlockProfile, LinkProfile, Profile, SizeProfile, write_profile
+from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile, SizeProfile, write_profile
 
 TEXT = """
 data: {synthetic_data: true, sequence_length: 16}

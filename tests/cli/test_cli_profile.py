@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vpipe.planner.profile import read_profile
+from vpipe.planner.profile.profile import read_profile
 
 CHAIN_TOYS = Path(__file__).parents[1] / "train" / "chain_toys.py"
 TEXT = """

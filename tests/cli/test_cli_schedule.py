@@ -253,7 +253,7 @@ def test_a_wrong_call_ends_with_one_message_and_exit_code_1() -> None:
     result = _vpipe("schedule gpip")
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("error: unknown schedule 'gpip', did you mean 'gpipe'?")
+    assert result.stderr.startswith("error: unknown schedule 'gpip'; did you mean 'gpipe'?")
     assert "Traceback" not in result.stderr
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from vpipe.cli import main
 from vpipe.cli.sweep import command
-from vpipe.planner.profile import BlockProfile, Profile, SizeProfile, write_profile
+from vpipe.planner.profile.profile import BlockProfile, Profile, SizeProfile, write_profile
 
 CHAIN_TOYS = Path(__file__).parents[1] / "train" / "chain_toys.py"
 RUN = """

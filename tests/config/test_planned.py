@@ -10,7 +10,7 @@ import pytest
 from vpipe.config import RunConfig, build_config
 from vpipe.config.planned import build_request, decide, name_schedules, own_counts, sizes_needed, with_plan
 from vpipe.errors import ConfigError, PlanError
-from vpipe.planner.profile import BlockProfile, Profile, SizeProfile
+from vpipe.planner.profile.profile import BlockProfile, Profile, SizeProfile
 
 RUN: dict[str, Any] = {
     "model": {"num_layers": 4, "hidden_size": 16},

@@ -12,7 +12,7 @@ from vpipe.config import RunConfig, build_config
 from vpipe.config.load import read_config
 from vpipe.config.profiled import check_profile_fits, describe_host, model_keys, profile_warnings
 from vpipe.errors import PlanError
-from vpipe.planner.profile import BlockProfile, Profile, SizeProfile
+from vpipe.planner.profile.profile import BlockProfile, Profile, SizeProfile
 
 RUN: dict[str, Any] = {
     "model": {"num_layers": 1, "hidden_size": 16},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vpipe.planner.analytic import BlockWork, Machine, ModelWork, Operation, Precision
-from vpipe.planner.devices import Device, Link
+from vpipe.planner.estimate.analytic import BlockWork, Machine, ModelWork, Operation, Precision
+from vpipe.planner.estimate.devices import Device, Link
 
 MIB = 1 << 20
 

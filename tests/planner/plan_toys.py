@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vpipe.planner.profile import BlockProfile, LinkProfile, Profile, SizeProfile
+from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile, SizeProfile
 
 MIB = 1 << 20
 

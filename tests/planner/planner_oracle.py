@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from plan_toys import random_profile
 
-from vpipe.planner.costs import ChainCosts
-from vpipe.planner.loads import StageLoad, stage_loads
-from vpipe.planner.memory import Policy, RankMemory, rank_memory, stage_bytes
-from vpipe.planner.partition import partition_uniform
-from vpipe.planner.policies import Frontiers
-from vpipe.planner.profile import Profile
-from vpipe.planner.stage_times import StageTimes
+from vpipe.plan.partition import partition_uniform
+from vpipe.planner.cost.costs import ChainCosts
+from vpipe.planner.cost.loads import StageLoad, stage_loads
+from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.cost.policies import Frontiers
+from vpipe.planner.cut.stage_times import StageTimes
+from vpipe.planner.profile.profile import Profile
 from vpipe.schedule.action import Kind
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule, uses_split_backward

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from plan_toys import random_profile
 
-from vpipe.planner.limits import needed_limit
-from vpipe.planner.memory import Policy
-from vpipe.planner.search import Request, judge_partition
-from vpipe.planner.setting import Setting
-from vpipe.planner.situation import Plan, Situation
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.search.limits import needed_limit
+from vpipe.planner.search.search import Request, judge_partition
+from vpipe.planner.search.setting import Setting
+from vpipe.planner.search.situation import Plan, Situation
 
 FAMILIES = ("interleaved", "looped-bfs", "zb-v", "v-half", "v-min", "dualpipe-v")
 NUM_STAGES = 4

@@ -6,8 +6,8 @@ import pytest
 from analytic_toys import DEVICE, MIB, machine, model, work
 
 from vpipe.errors import PlanError
-from vpipe.planner.analytic import Operation, Precision, analytic_profile, operation_ms
-from vpipe.planner.devices import LINKS
+from vpipe.planner.estimate.analytic import Operation, Precision, analytic_profile, operation_ms
+from vpipe.planner.estimate.devices import LINKS
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 from analytic_toys import DEVICE, MIB, machine, model
 
 from vpipe.errors import PlanError
-from vpipe.planner.analytic import Precision
-from vpipe.planner.analytic_estimate import SHARES, Estimate, estimate
-from vpipe.planner.analytic_explain import estimate_lines, estimate_to_dict
-from vpipe.planner.memory import Policy
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.estimate.analytic import Precision
+from vpipe.planner.estimate.estimate import SHARES, Estimate, estimate
+from vpipe.planner.explain.analytic import estimate_lines, estimate_to_dict
 
 
 def found(num_ranks: int = 2, batch_size: int = 8, memory_limit: int = 1 << 30, **changes: Any) -> Estimate:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from analytic_toys import DEVICE, MIB, machine, model
 
-from vpipe.planner.analytic_accuracy import COMPARED
-from vpipe.planner.analytic_estimate import Estimate, estimate
-from vpipe.planner.analytic_explain import accuracy_line, estimate_lines, estimate_to_dict, policy_lines
-from vpipe.planner.memory import Policy
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.estimate.accuracy import COMPARED
+from vpipe.planner.estimate.estimate import Estimate, estimate
+from vpipe.planner.explain.analytic import accuracy_line, estimate_lines, estimate_to_dict, policy_lines
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/estimate/results/published.json"
 KEEP_OR_SWAP = (Policy.KEEP, Policy.SWAP)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vpipe.errors import PlanError
-from vpipe.planner.devices import DEVICES, LINKS, Link, find_device, find_link
+from vpipe.planner.estimate.devices import DEVICES, LINKS, Link, find_device, find_link
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -34,7 +34,7 @@ def test_data_sheets() -> None:
 
 def test_an_unknown_device_is_told_with_those_there_are() -> None:
     with pytest.raises(
-        PlanError, match=r"unknown device 'a100-80g', did you mean 'a100-80gb'\?; known are v100-16gb, "
+        PlanError, match=r"unknown device 'a100-80g'; did you mean 'a100-80gb'\?; known are v100-16gb, "
     ):
         find_device("a100-80g")
 
@@ -60,7 +60,7 @@ def test_a_file_describes_a_device(tmp_path: Path) -> None:
         ({"peak_tflops": {}}, "peak_tflops = {} is not an object"),
         ({"peak_tflops": {"bf16": True}, "matmul_fraction": 0.5}, "peak_tflops.bf16 = True is not a number above 0"),
         ({"link": "wire"}, "link = 'wire' is not one of nvlink2"),
-        ({"link_gb": 3}, "'link_gb' is not a key of a device, did you mean 'link'?"),
+        ({"link_gb": 3}, "'link_gb' is not a key of a device; did you mean 'link'?"),
     ],
 )
 def test_a_wrong_file_is_told(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -98,7 +98,7 @@ def test_a_link_can_be_written(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["infiniband-hd", "5us", "5us,0GB/s", "5us,1.2.3GB/s"])
 def test_an_unknown_link_is_told(text: str) -> None:
-    near = ", did you mean 'infiniband-hdr'?" if text == "infiniband-hd" else ""
+    near = "; did you mean 'infiniband-hdr'?" if text == "infiniband-hd" else ""
     with pytest.raises(PlanError) as error:
         find_link(text)
     assert str(error.value).startswith(f"unknown link '{text}'{near}; known are nvlink2, ")

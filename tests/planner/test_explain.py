@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from plan_toys import block, profile_of, uniform_profile
 
-from vpipe.planner.explain import brief_lines, compare_lines, explain_lines, plan_lines
-from vpipe.planner.memory import Policy
-from vpipe.planner.profile import LinkProfile
-from vpipe.planner.search import Request, find_plan, judge_partition
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.explain.explain import brief_lines, compare_lines, explain_lines, plan_lines
+from vpipe.planner.profile.profile import LinkProfile
+from vpipe.planner.search.search import Request, find_plan, judge_partition
 
 
 def _find(lines: list[str], start: str) -> str:

@@ -10,14 +10,14 @@ import pytest
 from plan_toys import block, profile_of, random_profile, uniform_profile
 
 from vpipe.errors import PlanError
-from vpipe.planner.candidates import exchanges, searched_cuts
-from vpipe.planner.costs import ChainCosts
-from vpipe.planner.explain import explain_lines
-from vpipe.planner.limits import needed_limit, usable_bytes
-from vpipe.planner.memory import Policy
-from vpipe.planner.policies import Frontiers
-from vpipe.planner.profile import LinkProfile, Profile
-from vpipe.planner.search import Request, find_plan, judge_partition, plan_partition
+from vpipe.planner.cost.costs import ChainCosts
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.cost.policies import Frontiers
+from vpipe.planner.cut.candidates import exchanges, searched_cuts
+from vpipe.planner.explain.explain import explain_lines
+from vpipe.planner.profile.profile import LinkProfile, Profile
+from vpipe.planner.search.limits import needed_limit, usable_bytes
+from vpipe.planner.search.search import Request, find_plan, judge_partition, plan_partition
 
 
 def unequal() -> Profile:

@@ -9,9 +9,9 @@ import pytest
 from plan_toys import uniform_profile
 
 from vpipe.config.files import read_partition_file
-from vpipe.planner.memory import Policy
-from vpipe.planner.plan_file import plan_to_dict, trailing_policies
-from vpipe.planner.search import Request, find_plan, judge_partition
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.search.plan_file import plan_to_dict, trailing_policies
+from vpipe.planner.search.search import Request, find_plan, judge_partition
 
 KEEP, AGAIN, SWAP = Policy.KEEP, Policy.RECOMPUTE, Policy.SWAP
 

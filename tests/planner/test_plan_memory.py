@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from plan_toys import block, random_block
 
-from vpipe.planner.loads import SPARE_GRADIENTS, Moment, Replay, stage_loads
-from vpipe.planner.memory import Policy, RankMemory, rank_memory, stage_bytes
-from vpipe.planner.partition import partition_uniform
-from vpipe.planner.profile import BlockProfile
+from vpipe.plan.partition import partition_uniform
+from vpipe.planner.cost.loads import SPARE_GRADIENTS, Moment, Replay, stage_loads
+from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.profile.profile import BlockProfile
 from vpipe.schedule.action import Kind
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import Schedule, uses_split_backward

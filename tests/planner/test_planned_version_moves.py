@@ -11,12 +11,12 @@ import pytest
 from plan_toys import block, profile_of
 
 from vpipe.errors import PlanError
-from vpipe.planner.explain import explain_lines
-from vpipe.planner.memory import Policy
-from vpipe.planner.plan_file import plan_to_dict
-from vpipe.planner.profile import LinkProfile, Profile
-from vpipe.planner.search import Outcome, Request, find_plan, judge_partition
-from vpipe.planner.setting import Setting, settings
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.explain.explain import explain_lines
+from vpipe.planner.profile.profile import LinkProfile, Profile
+from vpipe.planner.search.plan_file import plan_to_dict
+from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition
+from vpipe.planner.search.setting import Setting, settings
 
 FAST, SLOW = LinkProfile(0.0, 1000.0), LinkProfile(0.0, 20.0)
 

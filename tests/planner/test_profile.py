@@ -11,7 +11,7 @@ import pytest
 from plan_toys import block, profile_of, uniform_profile
 
 from vpipe.errors import PlanError
-from vpipe.planner.profile import LinkProfile, PairLink, Profile, SizeProfile, read_profile, write_profile
+from vpipe.planner.profile.profile import LinkProfile, PairLink, Profile, SizeProfile, read_profile, write_profile
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from plan_toys import random_profile, uniform_profile
 from shared_oracle import FAMILIES, Problem, all_cuts, brute_force, problem
 
 from vpipe.errors import PlanError
-from vpipe.planner.explain import explain_lines
-from vpipe.planner.limits import needed_limit, usable_bytes
-from vpipe.planner.memory import Policy
-from vpipe.planner.profile import LinkProfile
-from vpipe.planner.search import Request, find_plan, judge_partition, plan_partition
-from vpipe.planner.setting import Setting
-from vpipe.planner.situation import Situation
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.explain.explain import explain_lines
+from vpipe.planner.profile.profile import LinkProfile
+from vpipe.planner.search.limits import needed_limit, usable_bytes
+from vpipe.planner.search.search import Request, find_plan, judge_partition, plan_partition
+from vpipe.planner.search.setting import Setting
+from vpipe.planner.search.situation import Situation
 
 SEEDS = range(24)
 

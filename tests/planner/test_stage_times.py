@@ -10,9 +10,9 @@ import pytest
 from plan_toys import block, profile_of, random_profile
 from planner_oracle import brute_force, planned
 
-from vpipe.planner.costs import ChainCosts
-from vpipe.planner.memory import Policy
-from vpipe.planner.policies import Frontiers
+from vpipe.planner.cost.costs import ChainCosts
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.cost.policies import Frontiers
 
 
 @pytest.mark.parametrize("seed", range(60))

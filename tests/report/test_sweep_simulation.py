@@ -9,7 +9,7 @@ from sweep_toys import write_config
 
 from vpipe.config import load_config
 from vpipe.errors import PlanError, VPipeError
-from vpipe.planner.profile import BlockProfile, Profile, SizeProfile
+from vpipe.planner.profile.profile import BlockProfile, Profile, SizeProfile
 from vpipe.report.sweep_simulation import simulate_run
 
 

@@ -11,7 +11,7 @@ from toy_models import frozen, plain, skipping, tied, tied_frozen
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Block, Chain, ParameterRef
-from vpipe.planner.plan_file import trailing_policies
+from vpipe.planner.search.plan_file import trailing_policies
 from vpipe.runtime.assembly import build_stages, crossing_specs, parameter_sizes, resolve_partition, tied_groups
 from vpipe.schedule.placement import Placement
 

@@ -30,7 +30,7 @@ def test_stages_per_rank_is_the_family_s_own_unless_given() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (("1f1", 4, 8, {}), r"unknown schedule '1f1', did you mean '1f1b'\?; known schedules: naive, gpipe, 1f1b"),
+        (("1f1", 4, 8, {}), r"unknown schedule '1f1'; did you mean '1f1b'\?; known schedules: naive, gpipe, 1f1b"),
         (("GPipe", 4, 8, {}), r"did you mean 'gpipe'\?"),
         (("quux", 4, 8, {}), "unknown schedule 'quux'; known schedules: naive"),
         (("gpipe", 0, 8, {}), "num_ranks must be a whole number from 1 on, got 0"),
@@ -42,7 +42,7 @@ def test_stages_per_rank_is_the_family_s_own_unless_given() -> None:
             "runs one stage per rank, got stages_per_rank=2; set it to 1, or .*naive",
         ),
         (("gpipe", 4, 8, {"depths": (3, 2, 1, 0)}), "schedule 'gpipe' has no option 'depths'; its options: none"),
-        (("1f1b", 4, 8, {"depth": (3, 2, 1, 0)}), r"no option 'depth', did you mean 'depths'\?; its options: depths"),
+        (("1f1b", 4, 8, {"depth": (3, 2, 1, 0)}), r"no option 'depth'; did you mean 'depths'\?; its options: depths"),
         (("1f1b", 4, 8, {"vertical_sync": True}), "schedule '1f1b' has no option 'vertical_sync'"),
         (("pipedream", 4, 8, {"microbatches_per_update": 0}), "microbatches_per_update must be a whole number from 1"),
         (

@@ -16,7 +16,7 @@ from vpipe.model.block import Block, call_block
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss, sum_parts
 from vpipe.model.zoo import build_chain
-from vpipe.planner.analytic import BlockWork, ModelWork, Operation
+from vpipe.planner.estimate.analytic import BlockWork, ModelWork, Operation
 from vpipe.train.estimating.count import Assumptions, count_blocks, count_kinds
 from vpipe.train.estimating.models import PUBLISHED, count_published
 

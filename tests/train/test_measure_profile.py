@@ -11,7 +11,7 @@ from train_toys import write_chain_config
 
 from vpipe.config import load_config
 from vpipe.errors import PlanError
-from vpipe.planner.profile import Profile
+from vpipe.planner.profile.profile import Profile
 from vpipe.runtime.message import ALIGNMENT
 from vpipe.train.profile import profile_config
 from vpipe.train.profiling import links

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from train_toys import write_chain_config
 
-from vpipe.planner.units import format_bytes
+from vpipe.words.units import format_bytes
 
 
 @pytest.fixture(scope="module")

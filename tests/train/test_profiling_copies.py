@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vpipe.planner.profile import LinkProfile
+from vpipe.planner.profile.profile import LinkProfile
 from vpipe.train.profiling.copies import Copier
 
 MIB = 1 << 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
@@ -10,6 +9,7 @@ import click
 
 from vpipe._version import __version__
 from vpipe.errors import VPipeError
+from vpipe.words.near import nearest
 
 __all__ = ["main"]
 
@@ -37,9 +37,8 @@ class _LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            near = difflib.get_close_matches(cmd_name, COMMANDS, n=1)
-            if near:
-                ctx.fail(f"No such command '{cmd_name}'. Did you mean '{near[0]}'?")
+            if (near := nearest(cmd_name, COMMANDS)) is not None:
+                ctx.fail(f"No such command '{cmd_name}'. Did you mean '{near}'?")
             return None
         command = importlib.import_module(f"vpipe.cli.{cmd_name}").command
         assert isinstance(command, click.Command)

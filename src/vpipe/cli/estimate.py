@@ -17,12 +17,12 @@ from vpipe.config import RunConfig
 from vpipe.config.estimated import RunWishes, run_wishes
 from vpipe.config.planned import name_schedules
 from vpipe.errors import PlanError
-from vpipe.planner.analytic import Machine, ModelWork, Precision
-from vpipe.planner.analytic_estimate import Estimate, estimate
-from vpipe.planner.analytic_explain import estimate_lines, estimate_to_dict
-from vpipe.planner.devices import DEVICES, LINKS, find_device, find_link
-from vpipe.planner.memory import Policy
-from vpipe.planner.units import format_bytes, parse_bytes
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.estimate.analytic import Machine, ModelWork, Precision
+from vpipe.planner.estimate.devices import DEVICES, LINKS, find_device, find_link
+from vpipe.planner.estimate.estimate import Estimate, estimate
+from vpipe.planner.explain.analytic import estimate_lines, estimate_to_dict
+from vpipe.words.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from vpipe.train.estimating.count import Assumptions

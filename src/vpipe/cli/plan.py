@@ -15,13 +15,13 @@ from vpipe.cli.shared import read_config_aloud, set_option, short
 from vpipe.config import RunConfig
 from vpipe.config.planned import build_request, judge_by_hand, name_schedules, sizes_needed
 from vpipe.errors import PlanError
-from vpipe.planner.explain import compare_lines, explain_lines, plan_lines
-from vpipe.planner.plan_file import outcome_to_dict, plan_to_dict
-from vpipe.planner.profile import Profile
-from vpipe.planner.search import Outcome, Request, find_plan
-from vpipe.planner.situation import Plan
-from vpipe.planner.units import parse_bytes
+from vpipe.planner.explain.explain import compare_lines, explain_lines, plan_lines
+from vpipe.planner.profile.profile import Profile
+from vpipe.planner.search.plan_file import outcome_to_dict, plan_to_dict
+from vpipe.planner.search.search import Outcome, Request, find_plan
+from vpipe.planner.search.situation import Plan
 from vpipe.schedule.registry import known_entry
+from vpipe.words.units import parse_bytes
 
 __all__ = ["command"]
 

@@ -15,7 +15,7 @@ from vpipe.cli.shared import threads_of, write_config
 from vpipe.config import RunConfig
 from vpipe.config.planned import own_counts
 from vpipe.config.profiled import check_profile_fits, profile_warnings
-from vpipe.planner.profile import Profile, read_profile
+from vpipe.planner.profile.profile import Profile, read_profile
 from vpipe.train.profiling.cache import cache_words
 
 __all__ = ["obtain_profile", "read_counts", "read_profile_aloud"]

@@ -10,7 +10,7 @@ import click
 
 from vpipe.config import RunConfig, dump_config, read_config
 
-__all__ = ["plural", "read_config_aloud", "set_option", "short", "threads_of", "write_config"]
+__all__ = ["read_config_aloud", "set_option", "short", "threads_of", "write_config"]
 
 
 def read_config_aloud(path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -46,11 +46,6 @@ def write_config(config: RunConfig, folder: Path) -> Path:
 def threads_of(config: RunConfig) -> int:
     """Return the compute threads of each rank: as configured, else an equal share of the cores."""
     return config.launch.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // config.num_ranks)
-
-
-def plural(number: int, one: str, many: str) -> str:
-    """Return the number with its noun."""
-    return f"{number} {one if number == 1 else many}"
 
 
 def short(path: Path) -> Path:

@@ -11,13 +11,14 @@ from pathlib import Path
 import click
 
 from vpipe.cli import INTERRUPTED
-from vpipe.cli.shared import plural, set_option, short, threads_of
+from vpipe.cli.shared import set_option, short, threads_of
 from vpipe.config import RunConfig
 from vpipe.errors import ConfigError, LaunchError
-from vpipe.planner.profile import Profile, read_profile
+from vpipe.planner.profile.profile import Profile, read_profile
 from vpipe.report.sweep import Combination, Result, Row, combine, parse_axis, resolve, run_sweep
 from vpipe.report.sweep_store import PLOT, TABLE, SweepStore
 from vpipe.report.sweep_table import METRICS, failure_lines, find_best, render_table
+from vpipe.words.near import plural
 
 __all__ = ["command"]
 

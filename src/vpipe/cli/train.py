@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import click
 
 from vpipe.cli import INTERRUPTED
-from vpipe.cli.shared import plural, read_config_aloud, set_option, short, threads_of, write_config
+from vpipe.cli.shared import read_config_aloud, set_option, short, threads_of, write_config
 from vpipe.launch.worker import run_worker
 from vpipe.report.trace import read_timeline
+from vpipe.words.near import plural
 
 if TYPE_CHECKING:
     from rich.console import Console

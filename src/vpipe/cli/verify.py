@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from vpipe.cli.shared import plural, read_config_aloud, set_option, threads_of, write_config
+from vpipe.cli.shared import read_config_aloud, set_option, threads_of, write_config
 from vpipe.errors import LaunchError
+from vpipe.words.near import plural
 
 __all__ = ["command"]
 

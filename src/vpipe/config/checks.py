@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from vpipe.config.fields import show
 from vpipe.config.model_checks import check_family
 from vpipe.config.plan_checks import check_planning
-from vpipe.config.problems import Problem, did_you_mean
+from vpipe.config.problems import Problem
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig
 from vpipe.errors import ScheduleError
-from vpipe.planner.partition import check_partition, check_ratios
+from vpipe.plan.partition import check_partition, check_ratios
 from vpipe.schedule.csv_file import check_csv_run, is_csv_file
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry, known_entry
+from vpipe.words.near import did_you_mean
 
 __all__ = ["check_config", "is_synchronous"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from vpipe.config.planned import name_schedules, own_counts
 from vpipe.config.run import RunConfig
-from vpipe.planner.memory import Policy
-from vpipe.planner.units import format_bytes
+from vpipe.planner.cost.memory import Policy
+from vpipe.words.units import format_bytes
 
 __all__ = ["RunWishes", "run_wishes"]
 

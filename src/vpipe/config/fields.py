@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 from vpipe.errors import PlanError
-from vpipe.planner.units import parse_bytes
+from vpipe.words.units import parse_bytes
 
 __all__ = [
     "Allowed",

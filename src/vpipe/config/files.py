@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from vpipe.config.fields import show
-from vpipe.config.problems import did_you_mean
 from vpipe.config.text import parse_json, read_text
 from vpipe.errors import ConfigError
+from vpipe.words.near import did_you_mean
 
 __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps"]
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from vpipe.config.fields import show
 from vpipe.config.files import read_stage_maps
-from vpipe.config.problems import Problem, did_you_mean
+from vpipe.config.problems import Problem
 from vpipe.config.resolve import absolute, is_file_name
 from vpipe.errors import ConfigError
+from vpipe.words.near import did_you_mean
 
 __all__ = ["DIRECT", "FLAT_KEYS", "Translation", "translate"]
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from vpipe.config.fields import show
 from vpipe.config.model_sizes import MODEL_SIZES
-from vpipe.config.problems import Problem, did_you_mean
+from vpipe.config.problems import Problem
 from vpipe.config.sections import ModelConfig
+from vpipe.words.near import did_you_mean
 
 __all__ = ["check_family"]
 

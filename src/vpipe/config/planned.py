@@ -10,13 +10,13 @@ from vpipe.config.profiled import check_profile_fits
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import LaunchConfig
 from vpipe.errors import PlanError
-from vpipe.planner.by_hand import Given
-from vpipe.planner.memory import Policy
-from vpipe.planner.plan_file import trailing_policies
-from vpipe.planner.profile import Profile
-from vpipe.planner.search import Outcome, Request, find_plan, judge_partition, plan_partition
-from vpipe.planner.setting import sizes_to_profile
-from vpipe.planner.situation import Plan
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.profile.profile import Profile
+from vpipe.planner.search.by_hand import Given
+from vpipe.planner.search.plan_file import trailing_policies
+from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition, plan_partition
+from vpipe.planner.search.setting import sizes_to_profile
+from vpipe.planner.search.situation import Plan
 from vpipe.schedule.registry import SCHEDULES, find_entry
 
 __all__ = [

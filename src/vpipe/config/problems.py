@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from vpipe.config.run import RunConfig
 from vpipe.config.sections import Section
 from vpipe.config.tree import Tree
 from vpipe.errors import ConfigError
+from vpipe.words.near import did_you_mean, nearest
 
-__all__ = ["Problem", "did_you_mean", "native_keys", "raise_problems", "sections", "validate_tree", "without"]
+__all__ = ["Problem", "native_keys", "raise_problems", "sections", "validate_tree", "without"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,6 @@ def native_keys() -> list[str]:
         for name in RunConfig.model_fields
         for key in ([f"{name}.{field}" for field in kinds[name].model_fields] if name in kinds else [name])
     ]
-
-
-def did_you_mean(word: object, vocabulary: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest word, or nothing when none is near."""
-    close = difflib.get_close_matches(str(word), list(vocabulary), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def raise_problems(problems: Iterable[Problem], where: str, origins: Mapping[str, str]) -> None:
@@ -121,9 +115,8 @@ def _suggest(place: tuple[str, ...], vocabulary: list[str], *, is_flat: bool) ->
     if near := near or did_you_mean(leaf, here):
         return near
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(native_keys())}
-    close = difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.75)
-    if close:
-        return f"; did you mean '{elsewhere[close[0]]}'?"
+    if (close := nearest(leaf, elsewhere, cutoff=0.75)) is not None:
+        return f"; did you mean '{elsewhere[close]}'?"
     return f"; known here: {', '.join(here if len(place) > 1 or is_flat else RunConfig.model_fields)}"
 
 

@@ -15,7 +15,7 @@ from vpipe.config.fields import show
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig
 from vpipe.errors import PlanError
-from vpipe.planner.profile import Profile
+from vpipe.planner.profile.profile import Profile
 
 __all__ = ["check_profile_fits", "describe_host", "model_keys", "other_keys", "profile_warnings"]
 

@@ -10,7 +10,7 @@ from vpipe.config.checks import is_synchronous
 from vpipe.config.fields import show
 from vpipe.config.files import read_partition_file
 from vpipe.config.model_sizes import BERT_SIZES
-from vpipe.config.problems import Problem, did_you_mean
+from vpipe.config.problems import Problem
 from vpipe.config.profiled import other_keys
 from vpipe.config.run import RunConfig
 from vpipe.config.taken_plan import take_plan
@@ -18,6 +18,7 @@ from vpipe.config.text import parse_json, read_text
 from vpipe.config.tree import Tree, get_key, set_key
 from vpipe.errors import ConfigError
 from vpipe.schedule.csv_file import is_csv_file
+from vpipe.words.near import did_you_mean
 
 __all__ = ["absolute", "is_file_name", "make_paths_absolute", "read_initial_model", "read_partition", "resolve_run"]
 

@@ -1,1 +1,1 @@
-"""What is cut where, what is kept, recomputed or swapped, and what it costs. No torch except in profile."""
+"""How a plan is found: what blocks take, what a cut costs, the search, estimates without a profile, explanations."""

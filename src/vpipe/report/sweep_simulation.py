@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vpipe.config import RunConfig
 from vpipe.config.planned import decide
-from vpipe.planner.profile import Profile
+from vpipe.planner.profile.profile import Profile
 from vpipe.report.sweep import Result
 
 __all__ = ["simulate_run"]

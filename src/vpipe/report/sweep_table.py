@@ -11,8 +11,8 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from vpipe.planner.units import format_bytes
 from vpipe.report.sweep import Axis, Row, short_key
+from vpipe.words.units import format_bytes
 
 __all__ = ["METRICS", "Metric", "failure_lines", "find_best", "one_line", "render_table", "table_csv"]
 

@@ -13,9 +13,9 @@ from vpipe.errors import ConfigError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.model.modules import Modules
-from vpipe.planner.memory import Policy
-from vpipe.planner.partition import check_ratios
-from vpipe.planner.plan_file import trailing_policies
+from vpipe.plan.partition import check_ratios
+from vpipe.planner.cost.memory import Policy
+from vpipe.planner.search.plan_file import trailing_policies
 from vpipe.runtime.assembly import RecomputeMode
 from vpipe.runtime.process_group import use_device
 

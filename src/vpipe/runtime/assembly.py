@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Chain, ValueSpec
-from vpipe.planner.memory import Policy
-from vpipe.planner.partition import partition_by_weight, partition_uniform, validate_partition
+from vpipe.plan.partition import partition_by_weight, partition_uniform, validate_partition
+from vpipe.planner.cost.memory import Policy
 from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.host_link import HostLink, Moved, open_host_link
 from vpipe.runtime.movable_versions import MovableVersions

@@ -25,7 +25,7 @@ from vpipe.errors import DataError, ExecutionError
 from vpipe.model.chain import Chain
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
-from vpipe.planner.memory import Policy
+from vpipe.planner.cost.memory import Policy
 from vpipe.runtime.agreement import agree
 from vpipe.runtime.allocator import keep_freed_memory
 from vpipe.runtime.arguments import (

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
-from vpipe.planner.loads import SPARE_GRADIENTS
+from vpipe.planner.cost.loads import SPARE_GRADIENTS
 from vpipe.runtime.failure import raise_if_peer_lost
 from vpipe.runtime.message import Message, MessageLayout
 from vpipe.runtime.shared_links import share_memory

@@ -5,8 +5,6 @@ A new family gets its line in the catalogue. The name of a CSV file is a schedul
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from vpipe.schedule.entry import Entry
 from vpipe.schedule.families.catalogue import ASYNCHRONOUS, SYNCHRONOUS
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.search.searched import build_searched
+from vpipe.words.near import did_you_mean
 
 __all__ = ["SCHEDULES", "build_schedule", "find_entry", "known_entry"]
 
@@ -52,7 +51,7 @@ def build_schedule(
     for option in options:
         if option not in entry.options:
             known = ", ".join(entry.options) or "none"
-            hint = _did_you_mean(option, entry.options)
+            hint = did_you_mean(option, entry.options)
             raise ScheduleError(f"schedule '{name}' has no option '{option}'{hint}; its options: {known}")
     if stages_per_rank is None:
         return entry.builder(num_ranks, num_microbatches, **options)
@@ -77,7 +76,7 @@ def find_entry(name: str) -> Entry:
         return _entry_of_file(Path(name))
     if name not in SCHEDULES:
         known = ", ".join(SCHEDULES)
-        raise ScheduleError(f"unknown schedule '{name}'{_did_you_mean(name, SCHEDULES)}; known schedules: {known}")
+        raise ScheduleError(f"unknown schedule '{name}'{did_you_mean(name, SCHEDULES)}; known schedules: {known}")
     return SCHEDULES[name]
 
 
@@ -93,8 +92,3 @@ def _entry_of_file(path: Path) -> Entry:
     schedule = read_csv_file(path)
     builder = partial(build_from_csv, path, stages_per_rank=schedule.placement.stages_per_rank)
     return Entry(builder, schedule.synchronous, f"The order in {path.name}.")
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""

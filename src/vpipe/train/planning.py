@@ -13,9 +13,9 @@ from vpipe.config import RunConfig
 from vpipe.config.planned import decide, own_counts, sizes_needed, with_plan
 from vpipe.data.progress import no_progress
 from vpipe.errors import PlanError, VPipeError
-from vpipe.planner.explain import brief_lines, plan_lines
-from vpipe.planner.plan_file import plan_to_dict
-from vpipe.planner.profile import Profile
+from vpipe.planner.explain.explain import brief_lines, plan_lines
+from vpipe.planner.profile.profile import Profile
+from vpipe.planner.search.plan_file import plan_to_dict
 from vpipe.runtime.process_group import ProcessGroup
 from vpipe.train.metrics import MetricsWriter
 from vpipe.train.profile import obtain_profile

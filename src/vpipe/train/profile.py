@@ -18,7 +18,7 @@ import torch
 from vpipe.config import RunConfig, load_config
 from vpipe.data.progress import Progress, no_progress
 from vpipe.errors import PlanError
-from vpipe.planner.profile import Profile, write_profile
+from vpipe.planner.profile.profile import Profile, write_profile
 from vpipe.runtime.allocator import keep_freed_memory
 from vpipe.runtime.process_group import ProcessGroup, process_group, use_device
 from vpipe.train.device import device_of

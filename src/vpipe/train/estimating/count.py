@@ -16,7 +16,7 @@ from vpipe.model.chain import Chain
 from vpipe.model.infer import build_on_meta, leaf_of, spec_of
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import seeded
-from vpipe.planner.analytic import BlockWork, Operation
+from vpipe.planner.estimate.analytic import BlockWork, Operation
 from vpipe.train.estimating.kernels import Attention, DeviceKernels
 from vpipe.train.estimating.watch import Seen, Storages, Watch
 from vpipe.train.profiling.alike import block_signature

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +13,10 @@ from vpipe.config.sections import ModelConfig
 from vpipe.errors import PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.zoo import build_chain
-from vpipe.planner.analytic import ModelWork
+from vpipe.planner.estimate.analytic import ModelWork
 from vpipe.train.estimating.count import Assumptions, count_blocks, count_kinds, num_tied
 from vpipe.train.setup import build_setup
+from vpipe.words.near import did_you_mean
 
 __all__ = ["DTYPES", "PUBLISHED", "Published", "count_model", "count_published", "count_run", "find_published"]
 
@@ -74,8 +74,7 @@ def find_published(name: str) -> Published:
         PlanError: there is none of that name; the text lists those there are.
     """
     if name not in PUBLISHED:
-        close = difflib.get_close_matches(name.lower(), list(PUBLISHED), n=1)
-        hint = f", did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(name, PUBLISHED)
         raise PlanError(
             f"unknown model '{name}'{hint}; known are {', '.join(PUBLISHED)}, or give the YAML file of a run"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from vpipe.data.progress import Progress
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import seeded
-from vpipe.planner.profile import BlockProfile, SizeProfile
+from vpipe.planner.profile.profile import BlockProfile, SizeProfile
 from vpipe.runtime.process_group import ProcessGroup
 from vpipe.train.profiling.alike import block_signature
 from vpipe.train.profiling.copies import Copier

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from vpipe.errors import PlanError
-from vpipe.planner.profile import Profile, read_profile, write_profile
+from vpipe.planner.profile.profile import Profile, read_profile, write_profile
 
 __all__ = ["cache_path", "cache_words", "read_cached", "write_cached"]
 

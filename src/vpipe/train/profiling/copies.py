@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vpipe.planner.profile import LinkProfile
+from vpipe.planner.profile.profile import LinkProfile
 from vpipe.runtime.host_link import open_host_link
 from vpipe.runtime.swap import Parcel
 

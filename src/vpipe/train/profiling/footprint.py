@@ -25,7 +25,7 @@ __all__ = ["Footprint", "measure_footprint"]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one block for one microbatch, as `vpipe.planner.profile.BlockProfile` defines them."""
+    """Bytes of one block for one microbatch, as `vpipe.planner.profile.profile.BlockProfile` defines them."""
 
     activation_bytes: int
     input_bytes: int

@@ -22,7 +22,7 @@ from torch import Tensor
 from vpipe.config import LaunchConfig
 from vpipe.errors import PlanError
 from vpipe.model.emulated import build_emulated_chain
-from vpipe.planner.profile import LinkProfile
+from vpipe.planner.profile.profile import LinkProfile
 from vpipe.report.measured_costs import MeasuredCosts, measure_costs
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline

@@ -1,0 +1,1 @@
+"""What runs where, as a value: read by everyone above, and by nobody changed."""

@@ -1,0 +1,1 @@
+"""What a stage and a rank take of time and memory, whatever the cuts."""

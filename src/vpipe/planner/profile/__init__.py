@@ -1,0 +1,1 @@
+"""What the blocks of a model take, measured or counted, as a file."""

@@ -1,0 +1,247 @@
+"""One setting on one profile, under limits: judges any plan for it, by the simulator and by its bytes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+from vpipe.planner.cost.costs import ChainCosts, simulator_costs, speeds_of
+from vpipe.planner.cost.loads import StageLoad, stage_loads
+from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.cost.policies import Frontiers
+from vpipe.planner.cost.shared_ranks import SharedRanks
+from vpipe.planner.cut.stage_times import StageTimes
+from vpipe.planner.profile.profile import Profile
+from vpipe.planner.search.setting import Setting
+from vpipe.schedule.action import Kind
+from vpipe.schedule.passes.offload import insert_offloads
+from vpipe.schedule.passes.recompute_ahead import insert_recomputes, recompute_ahead
+from vpipe.schedule.schedule import Schedule, uses_split_backward
+from vpipe.schedule.simulate.costs import Costs
+from vpipe.schedule.simulate.simulate import simulate
+
+__all__ = ["Plan", "Situation", "arrange"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is cut where, what every block does with its activations, and what that is predicted to cost."""
+
+    setting: Setting
+    partition: tuple[int, ...]
+    policies: tuple[Policy, ...]
+    """Of every block."""
+    memory: tuple[RankMemory, ...]
+    """Of every rank."""
+    costs: Costs
+    """What the prediction is made of: ms and bytes per stage."""
+    step_ms: float
+    """One batch."""
+    ahead: tuple[int, ...] = ()
+    """The stages that recompute before the gradient arrives."""
+    updates: float = 0.0
+    """Updates of the weights that come between the computations, for each microbatch."""
+
+    @property
+    def sample_ms(self) -> float:
+        """Time per sample."""
+        return self.step_ms / self.setting.batch_size
+
+    @property
+    def stage_ms(self) -> tuple[float, ...]:
+        """Time that each stage computes for one microbatch, what it loses by moves included."""
+        costs = self.costs
+        times = zip(costs.forward, costs.input_grad, costs.weight_grad, costs.recompute, self.lost_ms, strict=True)
+        return tuple(map(sum, times))
+
+    @property
+    def busy_ms(self) -> tuple[float, ...]:
+        """Time that each stage takes of its rank for one microbatch: that, and its share of an update."""
+        return tuple(time + self.updates * step for time, step in zip(self.stage_ms, self.costs.step, strict=True))
+
+    @property
+    def lost_ms(self) -> tuple[float, ...]:
+        """Time that each stage loses for one microbatch because it moves memory to the host and back."""
+        costs, moving = self.costs, set(self.setting.swap_versions)
+        pairs = enumerate(zip(costs.move, costs.move_versions, strict=True))
+        return tuple(2 * costs.move_share * (own + weights * (stage in moving)) for stage, (own, weights) in pairs)
+
+    @property
+    def recompute_ratio(self) -> tuple[float, ...]:
+        """Share of each stage's blocks that recompute: exact where these are its last ones."""
+        shares = []
+        for start, stop in pairwise([0, *accumulate(self.partition)]):
+            count = self.policies[start:stop].count(Policy.RECOMPUTE)
+            shares.append(round(count / (stop - start), 4))
+        return tuple(shares)
+
+    def fits(self, limits: Sequence[float]) -> bool:
+        """Tell whether every rank stays within its limit."""
+        return all(memory.most <= limit for memory, limit in zip(self.memory, limits, strict=True))
+
+
+def arrange(schedule: Schedule, plan: Plan) -> Schedule:
+    """Return the schedule with what the plan's policies need: recomputations ahead, and moves to host memory."""
+    cuts = pairwise([0, *accumulate(plan.partition)])
+    swapping = [stage for stage, (start, stop) in enumerate(cuts) if Policy.SWAP in plan.policies[start:stop]]
+    ahead = insert_recomputes(schedule, plan.ahead) if plan.ahead else schedule
+    return insert_offloads(ahead, swapping) if swapping else ahead
+
+
+class Situation:
+    """A setting, what its microbatches cost, and bytes per rank that must not be exceeded."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        setting: Setting,
+        limits: Sequence[float],
+        frontiers: Frontiers,
+        schedule: Schedule,
+        *,
+        sockets: bool = False,
+    ) -> None:
+        """Use `schedule`, which shows the setting's steady state, and `frontiers` of its microbatch size."""
+        self.sockets = sockets
+        self.profile = profile
+        self.setting = setting
+        self.limits = tuple(limits)
+        self.schedule = schedule
+        self.chain = frontiers.chain
+        self._frontiers = frontiers
+
+    @classmethod
+    def of(
+        cls,
+        profile: Profile,
+        setting: Setting,
+        limits: Sequence[float],
+        policies: Sequence[Policy],
+        cache: dict[tuple[int, bool], Frontiers],
+        *,
+        sockets: bool = False,
+    ) -> Situation:
+        """Make a situation; those with the same microbatches share what `cache` holds.
+
+        `sockets` says how messages travel, which decides how many of them are in memory.
+        """
+        schedule = setting.build() if setting.synchronous else setting.build(setting.num_batches_until_steady)
+        key = (setting.microbatch_size, uses_split_backward(schedule))
+        if key not in cache:
+            blocks = profile.at(setting.microbatch_size).blocks
+            cache[key] = Frontiers(ChainCosts(profile, blocks, split_backward=key[1]), policies)
+        return cls(profile, setting, limits, cache[key], schedule, sockets=sockets)
+
+    def under(self, limits: Sequence[float]) -> Situation:
+        """Return the same with other limits."""
+        other = Situation(self.profile, self.setting, limits, self._frontiers, self.schedule, sockets=self.sockets)
+        other.shared = self.shared  # what it has found out holds for any limits
+        return other
+
+    @cached_property
+    def num_actions(self) -> int:
+        """Computations of the schedule: what simulating it once takes."""
+        return sum(map(len, self.schedule.orders))
+
+    @cached_property
+    def loads(self) -> tuple[StageLoad, ...]:
+        """What the schedule makes every stage hold."""
+        return stage_loads(self.schedule, sockets=self.sockets)
+
+    @cached_property
+    def speeds(self) -> tuple[float, ...]:
+        """Speed of every stage's rank."""
+        speeds = speeds_of(self.profile, self.setting.num_ranks)
+        return tuple(speeds[self.schedule.rank_of(stage)] for stage in range(self.schedule.num_stages))
+
+    @cached_property
+    def times(self) -> StageTimes:
+        """How fast every stage can run every interval: within its rank's limit, where it has the rank to itself."""
+        limits = [self.limits[self.schedule.rank_of(stage)] for stage in range(self.schedule.num_stages)]
+        if self.shares_ranks:
+            limits = [math.inf] * len(limits)
+        return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits), self.updates)
+
+    @property
+    def shares_ranks(self) -> bool:
+        """Tell whether ranks have several stages, which share memory and time of the rank."""
+        return self.schedule.placement.stages_per_rank > 1
+
+    @cached_property
+    def shared(self) -> SharedRanks:
+        """What cuts make of ranks with several stages."""
+        return SharedRanks(self._frontiers, self.schedule, self.loads, self.speeds, self.updates)
+
+    @cached_property
+    def updates(self) -> float:
+        """Updates for each microbatch that delay it: none in a synchronous schedule, where the pipeline has drained."""
+        if self.setting.synchronous:
+            return 0.0
+        kinds = Counter(action.kind for action in self.schedule.stage_order(0))
+        return kinds[Kind.STEP] / kinds[Kind.F]
+
+    def draft(self, partition: Sequence[int], policies: Sequence[Policy], ahead: Collection[int] = ()) -> Plan:
+        """Return the plan without its time; stages of `ahead` recompute before the gradient arrives."""
+        blocks, placement = self.chain.blocks, self.schedule.placement
+        cut = pairwise([0, *accumulate(partition)])
+        stages = [
+            stage_bytes(blocks, start, stop, policies, is_split=self.chain.is_split, is_ahead=stage in ahead)
+            for stage, (start, stop) in enumerate(cut)
+        ]
+        memory = rank_memory(self.schedule, self.loads, stages)
+        versions = [load.num_versions for load in self.loads]
+        moves = [any(moment.copies < moment.full for moment in load.moments) for load in self.loads]
+        costs = simulator_costs(self.profile, blocks, partition, policies, placement, versions, moves)
+        return Plan(
+            self.setting, tuple(partition), tuple(policies), memory, costs, math.nan, tuple(ahead), self.updates
+        )
+
+    def judge(self, draft: Plan) -> Plan:
+        """Return the plan with its time, by the simulator: of a batch, or of one in an asynchronous steady state."""
+        end = simulate(arrange(self.schedule, draft), draft.costs).makespan
+        if not self.setting.synchronous:
+            longer, more = self._longer
+            end = (simulate(arrange(longer, draft), draft.costs).makespan - end) / more
+            # Until a rank far behind has held up all others, batches may seem to take less than it needs for one.
+            end = max(end, self.setting.num_microbatches * self._busiest(draft, with_moves=False))
+        return replace(draft, step_ms=end)
+
+    def recompute_ahead(self, plan: Plan) -> Plan:
+        """Let stages recompute before the gradient arrives, where that saves time and there is the memory for it."""
+        able = [
+            stage
+            for stage, time in enumerate(plan.costs.recompute)
+            if time and self.draft(plan.partition, plan.policies, [stage]).fits(self.limits)
+        ]
+        _, stages = recompute_ahead(self.schedule, plan.costs, able)
+        draft = self.draft(plan.partition, plan.policies, stages)
+        if not stages or not draft.fits(self.limits):
+            return plan
+        judged = self.judge(draft)
+        return judged if judged.step_ms < plan.step_ms else plan
+
+    @cached_property
+    def _longer(self) -> tuple[Schedule, int]:
+        more = max(1, -(-2 * self.setting.num_ranks // self.setting.num_microbatches))
+        return self.setting.build(self.setting.num_batches_until_steady + more), more
+
+    def estimate(self, draft: Plan) -> float:
+        """Estimate the time of a batch without simulating: once through all stages, and the busiest rank's rest."""
+        link = max(draft.costs.message_bytes[:-1], default=0.0) / draft.costs.bandwidth
+        busiest, count = max(self._busiest(draft), link), self.setting.num_microbatches
+        if not self.setting.synchronous:
+            return busiest * count
+        once = sum(draft.busy_ms) + len(draft.busy_ms) * self.chain.dispatch_ms
+        return once / self.schedule.placement.stages_per_rank + (count - 1) * busiest
+
+    def _busiest(self, draft: Plan, *, with_moves: bool = True) -> float:
+        """Return what a microbatch takes of the busiest rank; a rank may also move memory while it waits."""
+        dispatch = self.chain.dispatch_ms + self.updates * self.chain.dispatch_each_ms
+        ranks = [0.0] * self.schedule.num_ranks
+        for stage, (busy, lost) in enumerate(zip(draft.busy_ms, draft.lost_ms, strict=True)):
+            ranks[self.schedule.rank_of(stage)] += busy + dispatch - (0.0 if with_moves else lost)
+        return max(ranks)
