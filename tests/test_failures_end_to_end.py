@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 
 from vpipe.cli import main
-from vpipe.data.bert_meta import BertOptions
-from vpipe.data.prepare_bert import prepare_bert
+from vpipe.data.bert.meta import BertOptions
+from vpipe.data.bert.prepare import prepare_bert
 from vpipe.launch.environment import LAST_WORDS_SECONDS
 from vpipe.runtime.status import read_status
 

@@ -15,7 +15,7 @@ from vpipe.cli.data import command
 from vpipe.cli.progress import show_progress
 from vpipe.config import build_config
 from vpipe.config.text import parse_yaml
-from vpipe.data.bert import open_bert
+from vpipe.data.bert.dataset import open_bert
 
 
 def _run(*words: object) -> Result:

@@ -12,7 +12,7 @@ import pytest
 
 from vpipe.cli import main
 from vpipe.config import load_config
-from vpipe.config.files import read_partition_file
+from vpipe.config.original.files import read_partition_file
 from vpipe.planner.estimate.devices import DEVICES
 
 Call = Callable[..., tuple[int, str, str]]

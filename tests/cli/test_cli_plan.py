@@ -14,7 +14,7 @@ import pytest
 
 from vpipe.cli import main
 from vpipe.config import read_config
-from vpipe.config.files import read_partition_file
+from vpipe.config.original.files import read_partition_file
 from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile, SizeProfile, write_profile
 
 TEXT = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vpipe.config.files import PartitionFile, StageMaps, read_partition_file, read_stage_maps
+from vpipe.config.original.files import PartitionFile, StageMaps, read_partition_file, read_stage_maps
 from vpipe.errors import ConfigError
 
 

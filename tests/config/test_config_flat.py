@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vpipe.config import LoadedConfig, build_config, read_config
-from vpipe.config.flat import FLAT_KEYS
+from vpipe.config.original.flat import FLAT_KEYS
 from vpipe.config.problems import native_keys
 from vpipe.config.text import format_yaml
 from vpipe.errors import ConfigError

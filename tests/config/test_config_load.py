@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpipe.config import RunConfig, build_config, dump_config, load_config, read_config
-from vpipe.config.flat import FLAT_KEYS
+from vpipe.config.original.flat import FLAT_KEYS
 from vpipe.config.problems import native_keys, sections
 from vpipe.config.sections import ModelConfig
 from vpipe.config.text import parse_yaml

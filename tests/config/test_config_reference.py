@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vpipe.config import RunConfig
-from vpipe.config.flat import DIRECT, FLAT_KEYS
+from vpipe.config.original.flat import DIRECT, FLAT_KEYS
 from vpipe.config.problems import native_keys, sections
 from vpipe.config.reference import reference_lines
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vpipe.data.bert_meta import BertMeta, BertOptions
-from vpipe.data.prepare_bert import prepare_bert
+from vpipe.data.bert.meta import BertMeta, BertOptions
+from vpipe.data.bert.prepare import prepare_bert
 
 NUM_DOCUMENTS = 60
 OPTIONS = BertOptions(vocab_size=400, sequence_length=32, eval_fraction=0.2, seed=3)

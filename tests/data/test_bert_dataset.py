@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from vpipe.data.bert import open_bert
-from vpipe.data.bert_meta import BertMeta, Masking, Split
-from vpipe.data.prepare_bert import prepare_bert
+from vpipe.data.bert.dataset import open_bert
+from vpipe.data.bert.meta import BertMeta, Masking, Split
+from vpipe.data.bert.prepare import prepare_bert
 from vpipe.data.source import BatchSource, FieldSpec
 from vpipe.errors import DataError
 

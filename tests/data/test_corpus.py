@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vpipe.data.corpus import DocumentRule, read_files, split_documents, without_duplicates
+from vpipe.data.text.corpus import DocumentRule, read_files, split_documents, without_duplicates
 from vpipe.errors import DataError
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vpipe.data.bert import open_bert
-from vpipe.data.bert_meta import BertMeta, BertOptions
-from vpipe.data.prepare_bert import prepare_bert
+from vpipe.data.bert.dataset import open_bert
+from vpipe.data.bert.meta import BertMeta, BertOptions
+from vpipe.data.bert.prepare import prepare_bert
 from vpipe.errors import DataError
 
 SMALL = BertOptions(vocab_size=100, sequence_length=16, eval_fraction=0)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vpipe.data.bert.masking import IGNORED, mask_tokens
 from vpipe.data.draws import Stream
-from vpipe.data.masking import IGNORED, mask_tokens
-from vpipe.data.vocabulary import CLS, MASK, NUM_SPECIAL, PAD, SEP, UNK
+from vpipe.data.text.vocabulary import CLS, MASK, NUM_SPECIAL, PAD, SEP, UNK
 
 VOCAB = 1000
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vpipe.data.bert.pairs import NUM_MARKERS, build_pairs, pair_rows
 from vpipe.data.draws import Stream
-from vpipe.data.flat_text import FlatText, tokenize_documents
-from vpipe.data.pairs import NUM_MARKERS, build_pairs, pair_rows
-from vpipe.data.vocabulary import CLS, PAD, SEP
-from vpipe.data.wordpiece import train_wordpiece
+from vpipe.data.text.flat import FlatText, tokenize_documents
+from vpipe.data.text.vocabulary import CLS, PAD, SEP
+from vpipe.data.text.wordpiece import train_wordpiece
 
 
 def _text(documents: Sequence[Sequence[int]]) -> FlatText:
@@ -140,7 +140,7 @@ def test_many_calls_give_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [[f"a{n} b", "c d e"] for n in range(10)]
     tokenizer = train_wordpiece(["a b c d e 0 1 2 3 4 5 6 7 8 9"] * 3, vocab_size=64)
     whole = tokenize_documents(documents, tokenizer, 10)
-    monkeypatch.setattr("vpipe.data.flat_text._SENTENCES_PER_CALL", 3)
+    monkeypatch.setattr("vpipe.data.text.flat._SENTENCES_PER_CALL", 3)
     parts = tokenize_documents(documents, tokenizer, 10)
     assert np.array_equal(whole.tokens, parts.tokens)
     assert np.array_equal(whole.sentences, parts.sentences)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from vpipe.data.bert import BertDataset, open_bert
-from vpipe.data.bert_meta import BertMeta, BertOptions, Split
-from vpipe.data.prepare_bert import prepare_bert
-from vpipe.data.vocabulary import CLS, SEP, UNK
+from vpipe.data.bert.dataset import BertDataset, open_bert
+from vpipe.data.bert.meta import BertMeta, BertOptions, Split
+from vpipe.data.bert.prepare import prepare_bert
+from vpipe.data.text.vocabulary import CLS, SEP, UNK
 from vpipe.errors import ConfigError, DataError
 
 SMALL = BertOptions(vocab_size=100, sequence_length=16)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from vpipe.data.sentences import split_sentences
+from vpipe.data.text.sentences import split_sentences
 
 
 @pytest.mark.parametrize(

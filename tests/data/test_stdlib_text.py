@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vpipe.data.stdlib_text import docstrings_of, stdlib_corpus
+from vpipe.data.text.stdlib import docstrings_of, stdlib_corpus
 from vpipe.errors import DataError
 
 SOURCE = b'''

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vpipe.data.bert import bert_fields
+from vpipe.data.bert.dataset import bert_fields
 from vpipe.data.source import BatchSource, FieldSpec
 from vpipe.data.synthetic import SyntheticBertSource, SyntheticSource
 from vpipe.errors import ConfigError

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from vpipe.data.vocabulary import SPECIAL_TOKENS, UNK
-from vpipe.data.wordpiece import save_tokenizer, train_wordpiece
+from vpipe.data.text.vocabulary import SPECIAL_TOKENS, UNK
+from vpipe.data.text.wordpiece import save_tokenizer, train_wordpiece
 
 TEXTS = ["The lowest river runs lower than the newest, widest river.", "Newer rivers run wide; lower ones run low."] * 5
 

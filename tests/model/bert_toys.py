@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining
 
-from vpipe.model.bert import build_bert_chain
-from vpipe.model.bert_config import build_bert_config
 from vpipe.model.chain import Chain, call_block
+from vpipe.model.families.bert import build_bert_chain
+from vpipe.model.families.bert_config import build_bert_config
 
 VOCAB = 97
 

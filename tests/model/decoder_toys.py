@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from vpipe.model.chain import Chain
-from vpipe.model.gpt import build_gpt_chain
-from vpipe.model.llama import build_llama_chain
+from vpipe.model.families.gpt import build_gpt_chain
+from vpipe.model.families.llama import build_llama_chain
 
 VOCAB = 97
 

@@ -6,9 +6,9 @@ from bert_toys import VOCAB, batch, build, model_state, run, theirs, toy_chain, 
 from transformers import BertConfig, BertForPreTraining
 
 from vpipe.errors import ModelError
-from vpipe.model.bert import BERT_FIELDS, build_bert_chain
-from vpipe.model.bert_config import build_bert_config
 from vpipe.model.chain import Chain
+from vpipe.model.families.bert import BERT_FIELDS, build_bert_chain
+from vpipe.model.families.bert_config import build_bert_config
 from vpipe.model.loss import sum_parts
 from vpipe.model.pretrained import initialise_from
 

@@ -4,7 +4,7 @@ import pytest
 from transformers import BertConfig
 
 from vpipe.errors import ModelError
-from vpipe.model.bert_config import build_bert_config
+from vpipe.model.families.bert_config import build_bert_config
 
 
 @pytest.mark.parametrize(

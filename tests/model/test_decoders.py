@@ -9,7 +9,7 @@ from transformers import GPT2Config
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain
 from vpipe.model.export import save_shard, write_config, write_index
-from vpipe.model.gpt import build_gpt_chain
+from vpipe.model.families.gpt import build_gpt_chain
 from vpipe.model.loss import sum_parts
 from vpipe.model.pretrained import initialise_from
 

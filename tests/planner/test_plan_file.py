@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from plan_toys import uniform_profile
 
-from vpipe.config.files import read_partition_file
+from vpipe.config.original.files import read_partition_file
 from vpipe.planner.cost.memory import Policy
 from vpipe.planner.search.plan_file import plan_to_dict, trailing_policies
 from vpipe.planner.search.search import Request, find_plan, judge_partition

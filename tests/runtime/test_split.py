@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config
 
-from vpipe.model.gpt import build_gpt_chain
+from vpipe.model.families.gpt import build_gpt_chain
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.split import DeferWeightGradients, run_deferred, tell_split
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vpipe.config import load_config
-from vpipe.data.bert_meta import BertOptions
-from vpipe.data.prepare_bert import prepare_bert
+from vpipe.data.bert.meta import BertOptions
+from vpipe.data.bert.prepare import prepare_bert
 from vpipe.launch.local import launch_local
 from vpipe.launch.run_directory import point_latest_to
 from vpipe.runtime.process_group import process_group

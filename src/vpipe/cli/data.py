@@ -17,7 +17,7 @@ from vpipe.cli.progress import show_progress
 from vpipe.config.text import format_yaml
 
 if TYPE_CHECKING:
-    from vpipe.data.bert_meta import BertMeta
+    from vpipe.data.bert.meta import BertMeta
 
 __all__ = ["command"]
 
@@ -75,8 +75,8 @@ def bert(inputs: tuple[Path, ...], out: Path, cased: bool, force: bool, **option
     Trains a WordPiece tokenizer, pairs sentences (half of the second ones random), masks 15 % of the tokens and writes
     DIR with train/, eval/, tokenizer.json, vocab.txt and meta.json. Whole documents go to one of the two splits.
     """
-    from vpipe.data.bert_meta import BertOptions
-    from vpipe.data.prepare_bert import prepare_bert
+    from vpipe.data.bert.meta import BertOptions
+    from vpipe.data.bert.prepare import prepare_bert
 
     start = time.monotonic()
     chosen = BertOptions(lowercase=not cased, **options)  # type: ignore[arg-type]

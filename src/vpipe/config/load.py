@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vpipe.config.checks import check_config
+from vpipe.config.checks.run import check_config
 from vpipe.config.fields import show
-from vpipe.config.flat import FLAT_KEYS, Translation, translate
+from vpipe.config.original.flat import FLAT_KEYS, Translation, translate
+from vpipe.config.paths import make_paths_absolute
 from vpipe.config.problems import Problem, raise_problems, sections, validate_tree, without
-from vpipe.config.resolve import make_paths_absolute, read_initial_model, read_partition, resolve_run
+from vpipe.config.resolve import read_initial_model, read_partition, resolve_run
 from vpipe.config.run import RunConfig
 from vpipe.config.text import format_yaml, parse_yaml, read_text, with_text_keys
 from vpipe.config.tree import Tree, get_key, parse_override, set_key

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from vpipe.config.fields import describe_field, show
-from vpipe.config.flat import DIRECT, IGNORED, MEANT
+from vpipe.config.original.flat import DIRECT, IGNORED, MEANT
 from vpipe.config.problems import sections
 from vpipe.config.run import RunConfig
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from vpipe.config.checks import is_synchronous
+from vpipe.config.checks.run import is_synchronous
 from vpipe.config.fields import show
-from vpipe.config.files import read_partition_file
 from vpipe.config.model_sizes import BERT_SIZES
+from vpipe.config.original.files import read_partition_file
+from vpipe.config.paths import PARTITIONS, is_file_name
 from vpipe.config.problems import Problem
 from vpipe.config.profiled import other_keys
 from vpipe.config.run import RunConfig
@@ -17,14 +17,10 @@ from vpipe.config.taken_plan import take_plan
 from vpipe.config.text import parse_json, read_text
 from vpipe.config.tree import Tree, get_key, set_key
 from vpipe.errors import ConfigError
-from vpipe.schedule.csv_file import is_csv_file
 from vpipe.words.near import did_you_mean
 
-__all__ = ["absolute", "is_file_name", "make_paths_absolute", "read_initial_model", "read_partition", "resolve_run"]
+__all__ = ["read_initial_model", "read_partition", "resolve_run"]
 
-_PATHS = ("log_directory", "data.data_dir", "model.init_from", "plan.swap_directory")
-_PARTITIONS = ("auto", "uniform", "parameters", "compute")
-_ENTRIES = ("model.entry", "data.entry")
 _VOCABULARIES = {"bert": 30522, "gpt": 50257, "llama": 32000}
 _SYNTHETIC_LENGTH = 128
 _ORIGINAL_STEP_EPOCHS = 30
@@ -39,36 +35,6 @@ _TRANSFORMERS_NAMES = {
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-
-
-def absolute(name: str, folder: Path) -> str:
-    """Let a relative path start from `folder`, a leading ~ from the user's home."""
-    return str((folder / os.path.expanduser(name)).resolve())
-
-
-def is_file_name(partition: object) -> bool:
-    """Tell whether a partition is the name of a JSON file."""
-    return isinstance(partition, str) and partition not in _PARTITIONS
-
-
-def make_paths_absolute(tree: Tree, folder: Path) -> None:
-    """Let the relative paths of a run start from `folder`: folders, and files of entries, partition and schedule."""
-    tree.setdefault("log_directory", "runs")
-    for key in _PATHS:
-        value = get_key(tree, key)
-        if isinstance(value, str):
-            set_key(tree, key, absolute(value, folder))
-    for key in _ENTRIES:
-        value = get_key(tree, key)
-        file, _, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-        if file.endswith(".py"):
-            set_key(tree, key, f"{absolute(file, folder)}:{function}")
-    partition = get_key(tree, "plan.partition")
-    if is_file_name(partition):
-        set_key(tree, "plan.partition", absolute(partition, folder))
-    schedule = get_key(tree, "pipeline.schedule")
-    if isinstance(schedule, str) and is_csv_file(schedule):
-        set_key(tree, "pipeline.schedule", absolute(schedule, folder))
 
 
 def read_initial_model(tree: Tree) -> list[Problem]:
@@ -102,7 +68,7 @@ def read_partition(tree: Tree) -> tuple[list[Problem], list[str]]:
         try:
             content = read_partition_file(Path(name))
         except ConfigError as error:
-            near = "" if Path(name).is_file() else did_you_mean(Path(name).name, _PARTITIONS)
+            near = "" if Path(name).is_file() else did_you_mean(Path(name).name, PARTITIONS)
             keys = ("plan.partition", "pipeline.recompute_ratio")
             problems.append(Problem(keys, f"plan.partition = {error}{near}"))
             set_key(tree, "plan.partition", "uniform")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpipe.config.fields import show
-from vpipe.config.files import PartitionFile
+from vpipe.config.original.files import PartitionFile
 from vpipe.config.tree import Tree, get_key, set_key
 
 __all__ = ["take_plan"]

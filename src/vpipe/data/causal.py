@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vpipe.data.masking import IGNORED
+from vpipe.data.bert.masking import IGNORED
 from vpipe.data.source import BatchSource, FieldSpec, Indices, check_fields
 
 __all__ = ["CausalSource"]
@@ -18,7 +18,7 @@ _READ = ("input_ids", "labels", "attention_mask")
 class CausalSource(BatchSource):
     """The samples of `source` without masks: `input_ids` are the text's tokens, and `labels` the same tokens.
 
-    Padding has the label -100. A loss over these labels looks one token ahead, as `vpipe.model.causal_loss` does.
+    Padding has the label -100. A loss over these labels looks one token ahead, as that of the decoders does.
     """
 
     def __init__(self, source: BatchSource) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vpipe.config.entry import load_entry
-from vpipe.data.bert_meta import Split
+from vpipe.data.bert.meta import Split
 from vpipe.data.source import ArraySource, BatchSource
 from vpipe.errors import ConfigError, DataError
 

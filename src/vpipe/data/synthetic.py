@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpipe.data.bert import bert_fields, segment_masks
+from vpipe.data.bert.dataset import bert_fields, segment_masks
+from vpipe.data.bert.masking import mask_tokens
+from vpipe.data.bert.pairs import NUM_MARKERS, pair_rows
 from vpipe.data.draws import Stream, uniform_rows
-from vpipe.data.masking import mask_tokens
-from vpipe.data.pairs import NUM_MARKERS, pair_rows
 from vpipe.data.source import BatchSource, FieldSpec, Indices, check_fields, row_numbers
-from vpipe.data.vocabulary import NUM_SPECIAL
+from vpipe.data.text.vocabulary import NUM_SPECIAL
 from vpipe.errors import ConfigError
 
 __all__ = ["SyntheticBertSource", "SyntheticSource"]

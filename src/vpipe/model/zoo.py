@@ -34,17 +34,17 @@ def build_chain(
             imported, fails or returns something else than a chain.
     """
     if model.type == "bert":
-        from vpipe.model.bert import build_bert_chain
+        from vpipe.model.families.bert import build_bert_chain
 
         chain = build_bert_chain(bert_config_of(model, data_vocab_size), tie_weights=model.tie_weights)
     elif model.type == "gpt":
-        from vpipe.model.decoder_config import gpt_config_of
-        from vpipe.model.gpt import build_gpt_chain
+        from vpipe.model.families.decoder_config import gpt_config_of
+        from vpipe.model.families.gpt import build_gpt_chain
 
         return build_gpt_chain(gpt_config_of(model, data_vocab_size), tie_weights=model.tie_weights)
     elif model.type == "llama":
-        from vpipe.model.decoder_config import llama_config_of
-        from vpipe.model.llama import build_llama_chain
+        from vpipe.model.families.decoder_config import llama_config_of
+        from vpipe.model.families.llama import build_llama_chain
 
         return build_llama_chain(llama_config_of(model, data_vocab_size), tie_weights=model.tie_weights)
     elif model.type == "custom":
@@ -64,7 +64,7 @@ def transformers_config_of(model: ModelConfig, data_vocab_size: int | None = Non
     Raises:
         ModelError: sizes that make no such model.
     """
-    from vpipe.model.decoder_config import gpt_config_of, llama_config_of
+    from vpipe.model.families.decoder_config import gpt_config_of, llama_config_of
 
     makers = {"bert": bert_config_of, "gpt": gpt_config_of, "llama": llama_config_of}
     return makers[model.type](model, data_vocab_size) if model.type in makers else None
@@ -78,8 +78,8 @@ def bert_config_of(model: ModelConfig, data_vocab_size: int | None = None) -> Be
     Raises:
         ModelError: sizes that make no BERT or are not those of `init_from`, or a vocabulary smaller than the data's.
     """
-    from vpipe.model.bert_config import build_bert_config
-    from vpipe.model.decoder_config import check_vocabulary
+    from vpipe.model.families.bert_config import build_bert_config
+    from vpipe.model.families.decoder_config import check_vocabulary
 
     ratios = {"dropout": model.dropout, "attention_dropout": model.attention_dropout}
     if model.init_from is not None:

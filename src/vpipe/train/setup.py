@@ -13,8 +13,8 @@ from torch import nn
 from vpipe.config import RunConfig
 from vpipe.config.entry import load_entry
 from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations
-from vpipe.data.bert import BertDataset, open_bert
-from vpipe.data.bert_meta import Split
+from vpipe.data.bert.dataset import BertDataset, open_bert
+from vpipe.data.bert.meta import Split
 from vpipe.data.causal import CausalSource
 from vpipe.data.custom import open_source
 from vpipe.data.source import BatchSource

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vpipe.data.vocabulary import NUM_SPECIAL, SPECIAL_TOKENS
+from vpipe.data.text.vocabulary import NUM_SPECIAL, SPECIAL_TOKENS
 
 __all__ = ["save_tokenizer", "train_wordpiece"]
 

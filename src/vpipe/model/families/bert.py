@@ -16,8 +16,8 @@ from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
 from vpipe.errors import ModelError
-from vpipe.model.bert_loss import BertLoss, target_positions
 from vpipe.model.chain import Block, Chain, ParameterRef
+from vpipe.model.families.bert_loss import BertLoss, target_positions
 
 __all__ = ["BERT_FIELDS", "build_bert_chain"]
 

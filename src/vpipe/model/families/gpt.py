@@ -17,9 +17,9 @@ from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.pytorch_utils import Conv1D
 
 from vpipe.errors import ModelError
-from vpipe.model.causal_loss import CausalLoss
 from vpipe.model.chain import Chain, ParameterRef
-from vpipe.model.decoder import DECODER_FIELDS, check_num_tokens, decoder_block
+from vpipe.model.families.causal_loss import CausalLoss
+from vpipe.model.families.decoder import DECODER_FIELDS, check_num_tokens, decoder_block
 
 __all__ = ["build_gpt_chain"]
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from vpipe.data.bert_meta import META_FILE, BertMeta, BertOptions, Split, SplitMeta, fingerprint
-from vpipe.data.corpus import Corpus, DocumentRule, read_files, split_documents, without_duplicates
+from vpipe.data.bert.existing import refuse_existing
+from vpipe.data.bert.meta import META_FILE, BertMeta, BertOptions, Split, SplitMeta, fingerprint
+from vpipe.data.bert.split_writer import SplitWriter
 from vpipe.data.draws import Stream
-from vpipe.data.existing import refuse_existing
 from vpipe.data.order import shuffled
 from vpipe.data.progress import Progress, no_progress
-from vpipe.data.sentences import split_sentences
-from vpipe.data.split_writer import SplitWriter
-from vpipe.data.stdlib_text import stdlib_corpus
 from vpipe.data.store import atomic_directory, check_destination, describe_file
-from vpipe.data.wordpiece import save_tokenizer, train_wordpiece
+from vpipe.data.text.corpus import Corpus, DocumentRule, read_files, split_documents, without_duplicates
+from vpipe.data.text.sentences import split_sentences
+from vpipe.data.text.stdlib import stdlib_corpus
+from vpipe.data.text.wordpiece import save_tokenizer, train_wordpiece
 from vpipe.errors import DataError
 
 __all__ = ["prepare_bert"]

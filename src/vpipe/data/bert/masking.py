@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpipe.data.draws import Stream, uniform_rows
-from vpipe.data.vocabulary import MASK, NUM_SPECIAL
+from vpipe.data.text.vocabulary import MASK, NUM_SPECIAL
 
 __all__ = ["IGNORED", "mask_tokens"]
 

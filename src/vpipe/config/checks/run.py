@@ -6,9 +6,9 @@ import itertools
 import socket
 from collections.abc import Iterator
 
+from vpipe.config.checks.model import check_family
+from vpipe.config.checks.plan import check_planning
 from vpipe.config.fields import show
-from vpipe.config.model_checks import check_family
-from vpipe.config.plan_checks import check_planning
 from vpipe.config.problems import Problem
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig

@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vpipe.data.corpus import Corpus, TextOrigin
 from vpipe.data.progress import Progress, no_progress
+from vpipe.data.text.corpus import Corpus, TextOrigin
 from vpipe.errors import DataError
 
 __all__ = ["docstrings_of", "stdlib_corpus"]

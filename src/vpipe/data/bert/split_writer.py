@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from vpipe.data.bert_meta import MASK_STREAMS, BertOptions, Split, SplitMeta
+from vpipe.data.bert.masking import mask_tokens
+from vpipe.data.bert.meta import MASK_STREAMS, BertOptions, Split, SplitMeta
+from vpipe.data.bert.pairs import NUM_MARKERS, build_pairs, pair_rows
 from vpipe.data.draws import Stream
-from vpipe.data.flat_text import FlatText, tokenize_documents
-from vpipe.data.masking import mask_tokens
 from vpipe.data.order import shuffled
-from vpipe.data.pairs import NUM_MARKERS, build_pairs, pair_rows
 from vpipe.data.progress import Progress
 from vpipe.data.store import ArrayWriter, StoredFile
-from vpipe.data.vocabulary import UNK
+from vpipe.data.text.flat import FlatText, tokenize_documents
+from vpipe.data.text.vocabulary import UNK
 from vpipe.errors import DataError
 
 __all__ = ["SplitWriter"]

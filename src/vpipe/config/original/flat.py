@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vpipe.config.fields import show
-from vpipe.config.files import read_stage_maps
+from vpipe.config.original.files import read_stage_maps
+from vpipe.config.paths import absolute, is_file_name
 from vpipe.config.problems import Problem
-from vpipe.config.resolve import absolute, is_file_name
 from vpipe.errors import ConfigError
 from vpipe.words.near import did_you_mean
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as llama
 
-from vpipe.model.causal_loss import CausalLoss
 from vpipe.model.chain import Chain, ParameterRef
-from vpipe.model.decoder import DECODER_FIELDS, check_num_tokens, decoder_block
+from vpipe.model.families.causal_loss import CausalLoss
+from vpipe.model.families.decoder import DECODER_FIELDS, check_num_tokens, decoder_block
 
 __all__ = ["build_llama_chain"]
 

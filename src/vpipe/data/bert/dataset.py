@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpipe.data.bert_meta import MASK_STREAMS, BertMeta, Masking, Split, read_meta
-from vpipe.data.masking import IGNORED, mask_tokens
+from vpipe.data.bert.masking import IGNORED, mask_tokens
+from vpipe.data.bert.meta import MASK_STREAMS, BertMeta, Masking, Split, read_meta
 from vpipe.data.source import BatchSource, FieldSpec, Indices, check_fields, row_numbers
 from vpipe.data.store import check_file, open_array
 from vpipe.errors import ConfigError, DataError

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpipe.data.draws import Stream
-from vpipe.data.flat_text import FlatText
 from vpipe.data.progress import Progress, no_progress
-from vpipe.data.vocabulary import CLS, PAD, SEP
+from vpipe.data.text.flat import FlatText
+from vpipe.data.text.vocabulary import CLS, PAD, SEP
 
 __all__ = ["NUM_MARKERS", "build_pairs", "pair_rows"]
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpipe.data.bert_meta import META_FILE, BertMeta, BertOptions, read_meta
+from vpipe.data.bert.meta import META_FILE, BertMeta, BertOptions, read_meta
 from vpipe.errors import DataError
 
 __all__ = ["refuse_existing"]

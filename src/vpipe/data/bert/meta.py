@@ -11,9 +11,9 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vpipe.data.corpus import DocumentRule, TextOrigin
 from vpipe.data.draws import Stream
 from vpipe.data.store import StoredFile
+from vpipe.data.text.corpus import DocumentRule, TextOrigin
 from vpipe.errors import ConfigError, DataError
 
 __all__ = [

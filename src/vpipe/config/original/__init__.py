@@ -1,0 +1,1 @@
+"""The flat keys and stage maps of the original system."""

@@ -1,0 +1,1 @@
+"""BERT's training sets: sentence pairs, masked, on disk, and what prepares and reads them."""

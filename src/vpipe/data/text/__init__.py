@@ -1,0 +1,1 @@
+"""Text on its way into a training set: documents, sentences, tokens."""

@@ -1,0 +1,1 @@
+"""The built-in models, as chains of blocks."""
