@@ -23,7 +23,7 @@ from benchmarks.simulator.devices import EmulatedDevice, StageTimes, mean_loss
 from benchmarks.simulator.ranks import NUM_WARMUP_BATCHES, Configuration, fork, free_port
 from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
-from vpipe.runtime.split import Deferred, run_deferred
+from vpipe.runtime.stage.split import Deferred, run_deferred
 from vpipe.schedule.placement import Placement
 
 __all__ = ["PEERS", "run_torch"]

@@ -16,8 +16,8 @@ from benchmarks.simulator.ranks import fork, free_port
 
 from vpipe.config import RunConfig
 from vpipe.planner.profile.profile import Profile
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.process_group import process_group
 from vpipe.train.profile import profile_config
 from vpipe.train.setup import build_setup, build_training_pipeline
 

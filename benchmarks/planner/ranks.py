@@ -14,7 +14,7 @@ from benchmarks.simulator.ranks import fork, free_port
 
 from vpipe.config import RunConfig
 from vpipe.planner.profile.profile import Profile
-from vpipe.runtime.process_group import ProcessGroup, process_group
+from vpipe.runtime.comm.process_group import ProcessGroup, process_group
 from vpipe.train.planning import plan_run
 from vpipe.train.profile import profile_config
 from vpipe.train.profiling.cache import write_cached

@@ -18,7 +18,7 @@ from benchmarks.simulator.devices import StageTimes
 from benchmarks.simulator.ranks import Configuration, Run, run_pipeline, run_stages_alone
 
 from vpipe.report.measured_costs import MeasuredCosts, Overheads, measure_costs
-from vpipe.runtime.throttle import SlowLink
+from vpipe.runtime.comm.throttle import SlowLink
 from vpipe.schedule.action import Kind
 from vpipe.schedule.simulate.costs import Link
 

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.simulator.devices import StageTimes
 from benchmarks.simulator.ranks import Configuration, RealModel
 
-from vpipe.runtime.throttle import SlowLink
+from vpipe.runtime.comm.throttle import SlowLink
 
 MESSAGE_BYTES = 64 * 1024
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from vpipe.runtime.split import Deferred, DeferWeightGradients
+from vpipe.runtime.stage.split import Deferred, DeferWeightGradients
 
 
 @dataclass(frozen=True)

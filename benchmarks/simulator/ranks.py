@@ -19,9 +19,9 @@ from benchmarks.common import periods_ms
 from benchmarks.simulator.devices import EmulatedDevice, StageTimes, mean_loss
 from torch import Tensor, nn
 
+from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.trace import TraceEvent, TraceRecorder
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule, uses_split_backward

@@ -80,8 +80,8 @@ def ring(arguments):
     import torch
     import torch.distributed as dist
 
-    from vpipe.runtime.failure import raise_if_peer_lost
-    from vpipe.runtime.process_group import process_group
+    from vpipe.runtime.comm.failure import raise_if_peer_lost
+    from vpipe.runtime.comm.process_group import process_group
 
     with process_group("gloo", 60) as group, StatusFile(status_path(DIRECTORY, group.rank)) as status:
         peer = (group.rank + 1) % group.num_ranks
@@ -98,8 +98,8 @@ def diverge(arguments):
     import torch
     import torch.distributed as dist
 
-    from vpipe.runtime.failure import raise_if_peer_lost
-    from vpipe.runtime.process_group import process_group
+    from vpipe.runtime.comm.failure import raise_if_peer_lost
+    from vpipe.runtime.comm.process_group import process_group
 
     with process_group("gloo", 60) as group:
         dist.barrier()
@@ -116,7 +116,7 @@ def diverge(arguments):
 def agree(arguments):
     """Agree on a run directory below `arguments[0]`, and say which."""
     from vpipe.launch.run_directory import agree_run_directory
-    from vpipe.runtime.process_group import process_group
+    from vpipe.runtime.comm.process_group import process_group
 
     with process_group("gloo", 60) as group:
         line = f"rank {group.rank} directory {agree_run_directory(Path(arguments[0]), group)}\n"

@@ -12,9 +12,9 @@ from torch import Tensor
 from toy_models import MODELS, make_batch
 
 from vpipe.model.chain import Chain
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import process_group
 
 SEED = 3
 HELD_OUT = (4, 4, 3, 1)

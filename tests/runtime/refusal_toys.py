@@ -18,9 +18,9 @@ from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.runtime import pipeline as front_door
 from vpipe.runtime.batch import Batch
+from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import process_group
-from vpipe.runtime.transport import Transport
 
 RANK = int(os.environ.get("RANK", "0"))
 MSE = CallableLoss(nn.functional.mse_loss)

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from vpipe.runtime.allocator import keep_freed_memory
+from vpipe.runtime.memory.allocator import keep_freed_memory
 
 COUNT_FAULTS = """
 import resource
 import sys
 import torch
-from vpipe.runtime.allocator import keep_freed_memory
+from vpipe.runtime.memory.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

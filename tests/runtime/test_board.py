@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vpipe.errors import ConfigError
-from vpipe.runtime.agreement import agree
-from vpipe.runtime.board import LossBoard
+from vpipe.runtime.comm.agreement import agree
+from vpipe.runtime.comm.board import LossBoard
 
 
 def test_losses_come_back_in_order():

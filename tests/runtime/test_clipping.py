@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from vpipe.runtime.clipping import clip_coefficient, global_norm, local_norm, scale_gradients, squared_norms
+from vpipe.runtime.weights.clipping import clip_coefficient, global_norm, local_norm, scale_gradients, squared_norms
 
 SHAPES = [(40, 30), (30,), (7, 5, 3), (), (100_000,), (1, 1), (64, 64)]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vpipe.errors import ConfigError, DataError, MemoryLimitError
 from vpipe.launch.local import launch_local
 from vpipe.runtime.batch import Batch
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.evaluation import LossSums, pieces_alike
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import process_group
 
 WIDTH, ROWS = 16, 4
 

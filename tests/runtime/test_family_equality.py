@@ -18,7 +18,7 @@ from test_equality import assert_bits_of_one_process
 
 from vpipe.errors import ScheduleError
 from vpipe.launch.local import launch_local
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.schedule.csv_form import to_csv
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 

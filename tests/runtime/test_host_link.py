@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vpipe.errors import ConfigError, ExecutionError
-from vpipe.runtime.host_link import Owner, StreamLink, ThreadLink, open_host_link
-from vpipe.runtime.host_memory import MappedMemory
-from vpipe.runtime.swap import Parcel
+from vpipe.runtime.memory.host_link import Owner, StreamLink, ThreadLink, open_host_link
+from vpipe.runtime.memory.host_memory import MappedMemory
+from vpipe.runtime.memory.swap import Parcel
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 

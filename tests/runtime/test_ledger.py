@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vpipe.errors import MemoryLimitError
-from vpipe.runtime.ledger import KINDS, Ledger
+from vpipe.runtime.memory.ledger import KINDS, Ledger
 
 
 def activations(ledger: Ledger) -> int:

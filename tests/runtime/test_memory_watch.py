@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vpipe.errors import ConfigError, MemoryLimitError
-from vpipe.runtime import memory_watch, swap
+from vpipe.runtime import memory_watch
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.hooks import Hooks
+from vpipe.runtime.memory import swap
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import process_group
-from vpipe.runtime.stage import Stage
+from vpipe.runtime.stage.stage import Stage
 
 WIDTH, ROWS, BLOCKS = 16, 8, 4
 FLOAT = 4

@@ -7,7 +7,7 @@ import torch
 
 from vpipe.errors import TransportError
 from vpipe.model.chain import ValueSpec
-from vpipe.runtime.message import ALIGNMENT, GPU_ALIGNMENT, Message, MessageLayout
+from vpipe.runtime.comm.message import ALIGNMENT, GPU_ALIGNMENT, Message, MessageLayout
 
 CPU = torch.device("cpu")
 SPECS = (

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vpipe.errors import ExecutionError, ScheduleError
-from vpipe.runtime.host_link import ThreadLink
-from vpipe.runtime.host_memory import MappedMemory
-from vpipe.runtime.movable_versions import MovableVersions
-from vpipe.runtime.weights import WeightVersions
+from vpipe.runtime.memory.host_link import ThreadLink
+from vpipe.runtime.memory.host_memory import MappedMemory
+from vpipe.runtime.weights.movable_versions import MovableVersions
+from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.schedule.action import Kind
 from vpipe.schedule.passes.version_moves import insert_version_moves
 from vpipe.schedule.registry import build_schedule

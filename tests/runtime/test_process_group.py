@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from vpipe.errors import ConfigError, LaunchError, NonFiniteLossError, PeerLostError
-from vpipe.runtime import failure
-from vpipe.runtime import process_group as process_group_module
-from vpipe.runtime.failure import find_failure, publish_failure, raise_if_peer_lost
-from vpipe.runtime.process_group import _choose_backend, process_group, use_device
+from vpipe.runtime.comm import failure
+from vpipe.runtime.comm import process_group as process_group_module
+from vpipe.runtime.comm.failure import find_failure, publish_failure, raise_if_peer_lost
+from vpipe.runtime.comm.process_group import _choose_backend, process_group, use_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

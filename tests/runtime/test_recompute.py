@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vpipe.errors import ModelError
-from vpipe.runtime.recompute import Recomputation
+from vpipe.runtime.stage.recompute import Recomputation
 
 
 class Counted(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpipe.runtime.entry import enter_as_leaves, enter_through_nodes
+from vpipe.runtime.stage.entry import enter_as_leaves, enter_through_nodes
 
 NAMES = frozenset({"left", "unused"})
 

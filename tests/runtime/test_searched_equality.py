@@ -11,7 +11,7 @@ from equality_cases import CLIP, Case, _run, result_path
 from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import uses_split_backward

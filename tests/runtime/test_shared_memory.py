@@ -14,9 +14,9 @@ import torch
 
 from vpipe.errors import PeerLostError, TransportError
 from vpipe.model.chain import ValueSpec
-from vpipe.runtime import shared_memory as module
-from vpipe.runtime.message import MessageLayout
-from vpipe.runtime.shared_memory import open_inbox, open_outbox
+from vpipe.runtime.comm import shared_memory as module
+from vpipe.runtime.comm.message import MessageLayout
+from vpipe.runtime.comm.shared_memory import open_inbox, open_outbox
 
 LAYOUT = MessageLayout(3, [ValueSpec("hidden", (4,), torch.float32, True), ValueSpec("mask", (2,), torch.bool, False)])
 OTHER = MessageLayout(5, [ValueSpec("hidden", (5000,), torch.float32, True)])

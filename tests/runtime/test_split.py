@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 from vpipe.model.families.gpt import build_gpt_chain
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.split import DeferWeightGradients, run_deferred, tell_split
+from vpipe.runtime.stage.split import DeferWeightGradients, run_deferred, tell_split
 
 
 def layer():

@@ -13,7 +13,7 @@ from torch import nn
 from vpipe.errors import ModelError
 from vpipe.model.chain import Block, Chain, ValueSpec
 from vpipe.model.loss import CallableLoss
-from vpipe.runtime.stage import MicrobatchKey, Stage
+from vpipe.runtime.stage.stage import MicrobatchKey, Stage
 
 KEY = MicrobatchKey(seed=1, iteration=2, microbatch=0)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from vpipe.errors import ModelError, ScheduleError
-from vpipe.runtime import swap
-from vpipe.runtime.swap import Parcel, Swapped
+from vpipe.runtime.memory import swap
+from vpipe.runtime.memory.swap import Parcel, Swapped
 
 
 @pytest.fixture(autouse=True)

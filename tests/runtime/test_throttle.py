@@ -11,8 +11,8 @@ import torch
 
 from vpipe.errors import ConfigError
 from vpipe.launch.local import launch_local
-from vpipe.runtime import throttle as module
-from vpipe.runtime.throttle import SlowLink, emulate_slow_links, throttle
+from vpipe.runtime.comm import throttle as module
+from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links, throttle
 
 MESSAGE = [torch.zeros(250)]  # 1000 bytes
 

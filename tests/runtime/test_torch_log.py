@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vpipe.runtime.memory.workspace import _on_cpu
 from vpipe.runtime.torch_log import _level, errors_only
-from vpipe.runtime.workspace import _on_cpu
 from vpipe.schedule.action import Action
 
 ACTION = Action.parse("0F0")

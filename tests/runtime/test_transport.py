@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from vpipe.runtime.transport import Transport
+from vpipe.runtime.comm.transport import Transport
 
 
 @pytest.mark.parametrize(("wire", "waits"), [("cpu", []), ("cuda", ["arrived"])])

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.update import TiedCopy, TiedGroup, Updater
-from vpipe.runtime.weights import WeightVersions
+from vpipe.runtime.weights.update import TiedCopy, TiedGroup, Updater
+from vpipe.runtime.weights.weights import WeightVersions
 
 
 def sgd(parameters):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from vpipe.errors import MemoryLimitError, ScheduleError
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import process_group
 
 WIDTH, BLOCKS, ROWS = 32, 3, 4
 WEIGHTS = BLOCKS * (WIDTH * WIDTH + WIDTH) * 4
@@ -57,7 +57,7 @@ def test_two_sets_are_on_the_device(depth: int, vertical_sync: bool) -> None:
 
 @pytest.mark.parametrize("policy", ["keep", "recompute", "swap"])
 def test_activations_are_counted_as_ever(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vpipe.runtime.swap.SMALL_BYTES", 0)
+    monkeypatch.setattr("vpipe.runtime.memory.swap.SMALL_BYTES", 0)
     options = {
         "depths": [4],
         "watch_memory": "all",

@@ -12,8 +12,8 @@ from equality_cases import CLIP, Case, _run, result_path
 from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
-from vpipe.runtime import swap
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.memory import swap
 from vpipe.schedule.action import VERSION_MOVES, Action
 
 HERE = Path(__file__).parent

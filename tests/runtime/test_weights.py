@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vpipe.errors import ConfigError, ScheduleError
-from vpipe.runtime.weights import WeightVersions
+from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.schedule.action import Kind
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.weights import weight_usage

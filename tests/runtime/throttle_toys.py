@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from toy_models import MODELS, make_batch
 
+from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import process_group
-from vpipe.runtime.throttle import SlowLink, emulate_slow_links
 
 
 def run_both(arguments: Sequence[str]) -> None:

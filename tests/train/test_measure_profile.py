@@ -12,7 +12,7 @@ from train_toys import write_chain_config
 from vpipe.config import load_config
 from vpipe.errors import PlanError
 from vpipe.planner.profile.profile import Profile
-from vpipe.runtime.message import ALIGNMENT
+from vpipe.runtime.comm.message import ALIGNMENT
 from vpipe.train.profile import profile_config
 from vpipe.train.profiling import links
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vpipe.runtime import workspace
-from vpipe.runtime.workspace import WorkspaceMeter
+from vpipe.runtime.memory import workspace
+from vpipe.runtime.memory.workspace import WorkspaceMeter
 from vpipe.schedule.action import Action, Kind
 from vpipe.train import metrics
 from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_bytes

@@ -15,7 +15,7 @@ from vpipe.errors import DataError, PlanError, ScheduleError
 from vpipe.model.chain import Block, Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.model.rng import derive_seed
-from vpipe.runtime.clipping import global_norm
+from vpipe.runtime.weights.clipping import global_norm
 from vpipe.schedule.weights import StageWeights
 from vpipe.train.reference import Reference, ReferenceResult
 

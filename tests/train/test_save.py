@@ -10,7 +10,7 @@ from torch import nn
 from train_toys import write_chain_config
 
 from vpipe.config import load_config
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.train.trainer import Trainer
 
 

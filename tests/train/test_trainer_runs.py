@@ -18,8 +18,8 @@ from transformers import BertForPreTraining
 from vpipe.config import load_config
 from vpipe.errors import LaunchError
 from vpipe.launch.local import launch_local
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.process_group import process_group
 from vpipe.train.setup import build_setup, build_training_pipeline
 
 SYNCHRONOUS = {

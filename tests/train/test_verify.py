@@ -13,7 +13,7 @@ from train_toys import launch_verifications, write_chain_config, write_config
 
 from vpipe.config import load_config
 from vpipe.errors import LaunchError
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.train.comparison import compare
 from vpipe.train.verify import reference_directory, remove_computed, report_path, run_pipeline, run_reference
 

@@ -15,7 +15,7 @@ from vpipe.data.bert.meta import BertOptions
 from vpipe.data.bert.prepare import prepare_bert
 from vpipe.launch.local import launch_local
 from vpipe.launch.run_directory import point_latest_to
-from vpipe.runtime.process_group import process_group
+from vpipe.runtime.comm.process_group import process_group
 from vpipe.train import trainer
 from vpipe.train.trainer import Trainer
 from vpipe.train.verify import pipeline_directory, run_pipeline

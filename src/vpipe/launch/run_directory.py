@@ -10,7 +10,7 @@ from pathlib import Path
 from vpipe.errors import LaunchError
 from vpipe.launch.environment import RUN_DIRECTORY
 from vpipe.launch.logs import add_log_file, log_path
-from vpipe.runtime.process_group import ProcessGroup
+from vpipe.runtime.comm.process_group import ProcessGroup
 
 __all__ = ["agree_run_directory", "create_run_directory", "point_latest_to"]
 

@@ -17,7 +17,7 @@ from vpipe.plan.partition import check_ratios
 from vpipe.planner.cost.memory import Policy
 from vpipe.planner.search.plan_file import trailing_policies
 from vpipe.runtime.assembly import RecomputeMode
-from vpipe.runtime.process_group import use_device
+from vpipe.runtime.comm.process_group import use_device
 
 __all__ = [
     "as_chain",

@@ -18,11 +18,11 @@ from vpipe.model.chain import Chain, ValueSpec
 from vpipe.plan.partition import partition_by_weight, partition_uniform, validate_partition
 from vpipe.planner.cost.memory import Policy
 from vpipe.runtime.executor import HeldStage
-from vpipe.runtime.host_link import HostLink, Moved, open_host_link
-from vpipe.runtime.movable_versions import MovableVersions
-from vpipe.runtime.stage import Stage
-from vpipe.runtime.update import TiedCopy, TiedGroup
-from vpipe.runtime.weights import OptimizerFactory, WeightVersions
+from vpipe.runtime.memory.host_link import HostLink, Moved, open_host_link
+from vpipe.runtime.stage.stage import Stage
+from vpipe.runtime.weights.movable_versions import MovableVersions
+from vpipe.runtime.weights.update import TiedCopy, TiedGroup
+from vpipe.runtime.weights.weights import OptimizerFactory, WeightVersions
 from vpipe.schedule.placement import Placement
 
 __all__ = [

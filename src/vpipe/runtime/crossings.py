@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from vpipe.data.source import FieldSpec
 from vpipe.model.chain import Chain, ValueSpec
-from vpipe.runtime.agreement import agree, agree_on_batch
 from vpipe.runtime.assembly import crossing_specs
 from vpipe.runtime.batch import Batch, field_tensors
+from vpipe.runtime.comm.agreement import agree, agree_on_batch
 
 __all__ = ["Crossings"]
 

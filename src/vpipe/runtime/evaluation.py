@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vpipe.errors import ConfigError, DataError
 from vpipe.runtime.batch import Batch
+from vpipe.runtime.comm.wait import telling_losses
 from vpipe.runtime.programs import ProgramBuilder
-from vpipe.runtime.wait import telling_losses
 
 __all__ = ["LossSums", "Piece", "pieces_alike"]
 

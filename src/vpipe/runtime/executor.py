@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from vpipe.model.rng import RandomState
+from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Record
-from vpipe.runtime.host_link import HostLink
+from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.memory_watch import MemoryWatch
-from vpipe.runtime.movable_versions import MovableVersions
-from vpipe.runtime.split import tell_split
-from vpipe.runtime.stage import MicrobatchKey, Stage
-from vpipe.runtime.transport import Transport
-from vpipe.runtime.weights import WeightVersions
+from vpipe.runtime.stage.split import tell_split
+from vpipe.runtime.stage.stage import MicrobatchKey, Stage
+from vpipe.runtime.weights.movable_versions import MovableVersions
+from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.weights import StageWeights
 

@@ -16,13 +16,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vpipe.runtime.host_link import Owner
-from vpipe.runtime.ledger import Ledger
-from vpipe.runtime.stage import Stage
-from vpipe.runtime.swap import Parcel
-from vpipe.runtime.transport import Transport
-from vpipe.runtime.weights import WeightVersions
-from vpipe.runtime.workspace import WorkspaceMeter
+from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.memory.host_link import Owner
+from vpipe.runtime.memory.ledger import Ledger
+from vpipe.runtime.memory.swap import Parcel
+from vpipe.runtime.memory.workspace import WorkspaceMeter
+from vpipe.runtime.stage.stage import Stage
+from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.schedule.action import COMMUNICATION, MOVES, Action, Kind
 
 __all__ = ["MemoryWatch", "WatchMode"]

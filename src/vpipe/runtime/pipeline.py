@@ -1,19 +1,14 @@
-"""A model, a loss, an optimizer and a schedule: the training step, pipelined.
-
-This is the library's front door. It ties the other parts together and owns nothing but their order.
-"""
+"""The library's front door: ties model, loss, optimizer and schedule together, and owns nothing but their order."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from itertools import chain as concatenate
-from itertools import islice
 from operator import methodcaller
 from pathlib import Path
-from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -26,8 +21,6 @@ from vpipe.model.chain import Chain
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
 from vpipe.planner.cost.memory import Policy
-from vpipe.runtime.agreement import agree
-from vpipe.runtime.allocator import keep_freed_memory
 from vpipe.runtime.arguments import (
     as_chain,
     as_device,
@@ -49,26 +42,31 @@ from vpipe.runtime.assembly import (
     tied_groups,
 )
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
-from vpipe.runtime.board import LossBoard
+from vpipe.runtime.comm.agreement import agree
+from vpipe.runtime.comm.board import LossBoard
+from vpipe.runtime.comm.failure import report_failure
+from vpipe.runtime.comm.process_group import (
+    ProcessGroup,
+    control_group,
+    destroy_process_group,
+    initialise_process_group,
+)
+from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.crossings import Crossings
 from vpipe.runtime.evaluation import LossSums, Piece, pieces_alike
 from vpipe.runtime.executor import Executor, Program
-from vpipe.runtime.failure import report_failure
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.host_link import HostLink
-from vpipe.runtime.ledger import Ledger
+from vpipe.runtime.memory.allocator import keep_freed_memory
+from vpipe.runtime.memory.host_link import HostLink
+from vpipe.runtime.memory.ledger import Ledger
 from vpipe.runtime.memory_watch import MemoryWatch, WatchMode
-from vpipe.runtime.process_group import ProcessGroup, control_group, destroy_process_group, initialise_process_group
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.result import StepResult
-from vpipe.runtime.transport import Transport
-from vpipe.runtime.update import Updater
-from vpipe.runtime.weights import OptimizerFactory
+from vpipe.runtime.weights.update import LearningRate, Updater
+from vpipe.runtime.weights.weights import OptimizerFactory
 
 __all__ = ["Hooks", "Pipeline", "StepResult"]
-
-LearningRate = Callable[[float], float]
 
 
 class Pipeline:
@@ -210,7 +208,11 @@ class Pipeline:
         self.host_link = connect(self.held, self.programs.swapping, self.device, directory, self._watch.moved)
 
     def _assemble(
-        self, timeout: timedelta, seed: int, clip_grad_norm: float | None, learning_rate: LearningRate | None
+        self,
+        timeout: timedelta,
+        seed: int,
+        clip_grad_norm: float | None,
+        learning_rate: LearningRate | None,
     ) -> None:
         """Make what moves values, steps and tells the loss, around the stages; collective."""
         placement, synchronous = self.programs.sample.placement, self.programs.synchronous
@@ -266,7 +268,7 @@ class Pipeline:
             NonFiniteLossError: the loss is no number any more; on every rank.
         """
         count = count_batches(batches, num_batches, synchronous=self.programs.synchronous)
-        stream = (as_batch(data, self.chain) for data in islice(iter(batches), count))
+        stream = (as_batch(data, self.chain) for data in itertools.islice(iter(batches), count))
         return self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
 
     def _train_each(self, batches: Iterator[Batch], count: int | None) -> Iterator[StepResult]:
@@ -359,8 +361,7 @@ class Pipeline:
                 "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of "
                 "its results, or give it the num_batches that you want"
             )
-        first = next(batches, None)
-        if first is None:
+        if (first := next(batches, None)) is None:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
         crossing = self._crossings.of(first, num_samples, training=program.training, compare=program.compares_batches)
@@ -369,7 +370,7 @@ class Pipeline:
         self.transport.start(program.actions, crossing, program.num_serials, program.window)
         self._watch.expect(crossing)
         readers = [item.stage.fields for item in self.held.values()]
-        every, move = concatenate([first], batches), methodcaller("to", self.device, non_blocking=True)
+        every, move = itertools.chain([first], batches), methodcaller("to", self.device, non_blocking=True)
         return BatchFeed(every, program.num_microbatches, readers, move, self._executor.callers_turn)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -390,9 +391,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or self.num_ranks == 1:
             self.close()
         elif self._membership is not None and isinstance(error, Exception):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from vpipe.runtime.workspace import peak_allocated
+from vpipe.runtime.memory.workspace import peak_allocated
 
 __all__ = ["MetricsWriter", "ThroughputMeter", "finite", "peak_memory_bytes"]
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from vpipe.report.bubble import between_iterations
 from vpipe.report.summary import summarize_trace
 from vpipe.report.trace import write_timeline
+from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import ProcessGroup
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.memory import peak_activations
 from vpipe.train.metrics import finite, peak_memory_bytes

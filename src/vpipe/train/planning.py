@@ -16,7 +16,7 @@ from vpipe.errors import PlanError, VPipeError
 from vpipe.planner.explain.explain import brief_lines, plan_lines
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.plan_file import plan_to_dict
-from vpipe.runtime.process_group import ProcessGroup
+from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.train.metrics import MetricsWriter
 from vpipe.train.profile import obtain_profile
 from vpipe.train.profiling.gather import gather

@@ -19,8 +19,8 @@ from vpipe.config import RunConfig, load_config
 from vpipe.data.progress import Progress, no_progress
 from vpipe.errors import PlanError
 from vpipe.planner.profile.profile import Profile, write_profile
-from vpipe.runtime.allocator import keep_freed_memory
-from vpipe.runtime.process_group import ProcessGroup, process_group, use_device
+from vpipe.runtime.comm.process_group import ProcessGroup, process_group, use_device
+from vpipe.runtime.memory.allocator import keep_freed_memory
 from vpipe.train.device import device_of
 from vpipe.train.metrics import MetricsWriter
 from vpipe.train.profiling.alike import describe_machine, describe_model, profile_fingerprint

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vpipe.data.source import BatchSource
-from vpipe.runtime.agreement import agree, checksum
-from vpipe.runtime.process_group import ProcessGroup
+from vpipe.runtime.comm.agreement import agree, checksum
+from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.train.setup import Setup
 
 __all__ = ["agree_on_data"]

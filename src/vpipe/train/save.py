@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from vpipe.model.export import save_shard, write_config, write_index
 from vpipe.model.zoo import transformers_config_of
+from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import ProcessGroup
 from vpipe.train.setup import Setup
 
 __all__ = ["save_model"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vpipe.config import LaunchConfig
+from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.throttle import SlowLink, emulate_slow_links
 
 __all__ = ["slow_down"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from vpipe.config import RunConfig, dump_config
 from vpipe.errors import ConfigError, PeerLostError
+from vpipe.runtime.comm.process_group import ProcessGroup, meet, process_group
 from vpipe.runtime.pipeline import Hooks, StepResult
-from vpipe.runtime.process_group import ProcessGroup, meet, process_group
 from vpipe.runtime.status import StatusFile, status_path
 from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action

@@ -18,8 +18,8 @@ from torch import Tensor
 from vpipe.config import RunConfig, load_config
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import LaunchError
+from vpipe.runtime.comm.process_group import ProcessGroup, process_group, use_device
 from vpipe.runtime.pipeline import Hooks, Pipeline
-from vpipe.runtime.process_group import ProcessGroup, process_group, use_device
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.schedule.weights import weight_usage
 from vpipe.train.comparison import Comparison, compare

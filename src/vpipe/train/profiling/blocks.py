@@ -14,7 +14,7 @@ from vpipe.data.progress import Progress
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import seeded
 from vpipe.planner.profile.profile import BlockProfile, SizeProfile
-from vpipe.runtime.process_group import ProcessGroup
+from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.train.profiling.alike import block_signature
 from vpipe.train.profiling.copies import Copier
 from vpipe.train.profiling.footprint import measure_footprint

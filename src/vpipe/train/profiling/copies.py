@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from vpipe.planner.profile.profile import LinkProfile
-from vpipe.runtime.host_link import open_host_link
-from vpipe.runtime.swap import Parcel
+from vpipe.runtime.memory.host_link import open_host_link
+from vpipe.runtime.memory.swap import Parcel
 
 __all__ = ["Copier"]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import profile
 
-from vpipe.runtime.activations import place_of
+from vpipe.runtime.comm.message import MessageLayout
 from vpipe.runtime.executor import HeldStage
-from vpipe.runtime.message import MessageLayout
-from vpipe.runtime.split import held_tensors
-from vpipe.runtime.swap import SMALL_BYTES
-from vpipe.runtime.workspace import reset_peak
+from vpipe.runtime.memory.swap import SMALL_BYTES
+from vpipe.runtime.memory.workspace import reset_peak
+from vpipe.runtime.stage.activations import place_of
+from vpipe.runtime.stage.split import held_tensors
 from vpipe.train.profiling.trial import BlockTrial
 
 __all__ = ["Footprint", "measure_footprint"]

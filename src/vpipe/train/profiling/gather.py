@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from vpipe.runtime.process_group import ProcessGroup
-from vpipe.runtime.wait import telling_losses
+from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.wait import telling_losses
 
 __all__ = ["gather", "slowest"]
 

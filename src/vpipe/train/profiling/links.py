@@ -24,9 +24,9 @@ from vpipe.errors import PlanError
 from vpipe.model.emulated import build_emulated_chain
 from vpipe.planner.profile.profile import LinkProfile
 from vpipe.report.measured_costs import MeasuredCosts, measure_costs
+from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.runtime.process_group import ProcessGroup
 from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action, Kind
 from vpipe.train.profiling.gather import gather

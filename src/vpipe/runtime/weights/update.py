@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vpipe.runtime.clipping import clip_coefficient, global_norm, local_norm, scale_gradients
+from vpipe.runtime.comm.wait import telling_losses
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.wait import telling_losses
-from vpipe.runtime.weights import WeightVersions
+from vpipe.runtime.weights.clipping import clip_coefficient, global_norm, local_norm, scale_gradients
+from vpipe.runtime.weights.weights import WeightVersions
 
-__all__ = ["TiedCopy", "TiedGroup", "Updater"]
+__all__ = ["LearningRate", "TiedCopy", "TiedGroup", "Updater"]
+
+LearningRate = Callable[[float], float]
+"""The rate of an update, from the iterations done before it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Updater:
         *,
         synchronous: bool,
         clip_grad_norm: float | None,
-        learning_rate: Callable[[float], float] | None,
+        learning_rate: LearningRate | None,
         group: dist.ProcessGroup | None,
         hooks: Hooks,
     ) -> None:

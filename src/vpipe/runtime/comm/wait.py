@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch import Tensor
 
-from vpipe.runtime.failure import raise_if_peer_lost
+from vpipe.runtime.comm.failure import raise_if_peer_lost
 
 __all__ = ["post", "telling_losses", "wait_for"]
 

@@ -19,10 +19,10 @@ from vpipe.errors import ModelError
 from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import derive_seed, seed_everything
-from vpipe.runtime.activations import Activations, sizes_of
-from vpipe.runtime.entry import Entrance, enter_as_leaves, enter_through_nodes
-from vpipe.runtime.split import Deferred, DeferWeightGradients, held_tensors, run_deferred
-from vpipe.runtime.swap import Parcel
+from vpipe.runtime.memory.swap import Parcel
+from vpipe.runtime.stage.activations import Activations, sizes_of
+from vpipe.runtime.stage.entry import Entrance, enter_as_leaves, enter_through_nodes
+from vpipe.runtime.stage.split import Deferred, DeferWeightGradients, held_tensors, run_deferred
 
 __all__ = ["MicrobatchKey", "Stage"]
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from vpipe.errors import TransportError
-from vpipe.runtime.failure import peer_ended, peer_silent
-from vpipe.runtime.message import Message, MessageLayout
+from vpipe.runtime.comm.failure import peer_ended, peer_silent
+from vpipe.runtime.comm.message import Message, MessageLayout
 
 __all__ = ["Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
 

@@ -15,9 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, UntypedStorage, nn
 
-from vpipe.runtime.host_link import HostLink
-from vpipe.runtime.swap import Parcel
-from vpipe.runtime.weights import OptimizerFactory, Resized, WeightVersions
+from vpipe.runtime.memory.host_link import HostLink
+from vpipe.runtime.memory.swap import Parcel
+from vpipe.runtime.weights.weights import OptimizerFactory, Resized, WeightVersions
 
 __all__ = ["MovableVersions", "WeightParcel"]
 

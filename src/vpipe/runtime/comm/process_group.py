@@ -22,8 +22,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from vpipe.errors import ConfigError, LaunchError
-from vpipe.runtime.failure import attach_store, raise_if_peer_lost, report_failure
-from vpipe.runtime.wait import telling_losses
+from vpipe.runtime.comm.failure import attach_store, raise_if_peer_lost, report_failure
+from vpipe.runtime.comm.wait import telling_losses
 
 __all__ = [
     "ProcessGroup",

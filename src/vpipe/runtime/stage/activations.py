@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from vpipe.runtime.recompute import Recomputation
-from vpipe.runtime.swap import Kept, Parcel, Swapped, take
+from vpipe.runtime.memory.swap import Kept, Parcel, Swapped, take
+from vpipe.runtime.stage.recompute import Recomputation
 
 __all__ = ["Activations", "place_of", "sizes_of"]
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vpipe.model.chain import ValueSpec
-from vpipe.runtime.message import MessageLayout
-from vpipe.runtime.shared_links import share_memory
-from vpipe.runtime.shared_memory import Inbox, Outbox
-from vpipe.runtime.wait import post, wait_for
+from vpipe.runtime.comm.message import MessageLayout
+from vpipe.runtime.comm.shared_links import share_memory
+from vpipe.runtime.comm.shared_memory import Inbox, Outbox
+from vpipe.runtime.comm.wait import post, wait_for
 
 __all__ = ["LossBoard"]
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vpipe.errors import ConfigError
-from vpipe.runtime.transport import Transport
+from vpipe.runtime.comm.transport import Transport
 
 __all__ = ["SlowLink", "emulate_slow_links"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vpipe.errors import ExecutionError
-from vpipe.runtime.host_memory import HostMemory, MappedMemory, PinnedMemory
-from vpipe.runtime.swap import Parcel
+from vpipe.runtime.memory.host_memory import HostMemory, MappedMemory, PinnedMemory
+from vpipe.runtime.memory.swap import Parcel
 
 __all__ = ["HostLink", "Moved", "StreamLink", "ThreadLink", "open_host_link"]
 

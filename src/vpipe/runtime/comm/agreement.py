@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vpipe.errors import ConfigError
-from vpipe.runtime.wait import telling_losses
+from vpipe.runtime.comm.wait import telling_losses
 
 __all__ = ["agree", "agree_on_batch", "checksum"]
 

@@ -25,11 +25,11 @@ from torch import Tensor
 from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.planner.cost.loads import SPARE_GRADIENTS
-from vpipe.runtime.failure import raise_if_peer_lost
-from vpipe.runtime.message import Message, MessageLayout
-from vpipe.runtime.shared_links import share_memory
-from vpipe.runtime.shared_memory import Inbox, Outbox
-from vpipe.runtime.wait import telling_losses
+from vpipe.runtime.comm.failure import raise_if_peer_lost
+from vpipe.runtime.comm.message import Message, MessageLayout
+from vpipe.runtime.comm.shared_links import share_memory
+from vpipe.runtime.comm.shared_memory import Inbox, Outbox
+from vpipe.runtime.comm.wait import telling_losses
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
 

@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
-from vpipe.runtime.shared_memory import Inbox, Outbox, open_inbox, open_outbox
-from vpipe.runtime.wait import telling_losses
+from vpipe.runtime.comm.shared_memory import Inbox, Outbox, open_inbox, open_outbox
+from vpipe.runtime.comm.wait import telling_losses
 
 __all__ = ["SharedLinks", "share_memory"]
 

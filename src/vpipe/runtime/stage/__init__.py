@@ -1,0 +1,1 @@
+"""Forward and backward of the blocks of one stage, for one microbatch."""

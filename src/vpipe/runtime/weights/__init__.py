@@ -1,0 +1,1 @@
+"""The weights of a stage: their versions, and the updates that make them."""
