@@ -258,7 +258,7 @@ def rank_refusal(config: Path, *overrides: str) -> str:
     """Be the only rank of a run that has to be refused before it joins the others."""
     from vpipe.config import load_config
     from vpipe.errors import VPipeError
-    from vpipe.train.setup import build_setup
+    from vpipe.workload.setup import build_setup
 
     with pytest.raises(VPipeError) as caught:
         _ = build_setup(load_config(config, overrides)).partition

@@ -25,7 +25,10 @@ ROWS = (
     ("model", "data"),
     ("runtime",),
     ("report",),
-    ("train", "launch"),
+    ("workload",),
+    ("measure", "launch"),
+    ("train",),
+    ("verify",),
     ("cli",),
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
@@ -67,6 +70,25 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("memory_watch", "batch", "feed", "executor", "programs", "assembly", "crossings", "arguments", "evaluation"),
         ("pipeline",),
     ),
+    "report": (
+        (
+            "trace",
+            "timeline",
+            "link_fit",
+            "bubble",
+            "metrics",
+            "measured_costs",
+            "prediction",
+            "prediction_of_run",
+            "summary",
+        ),
+        ("sweep",),
+    ),
+    "measure": (
+        ("trial", "gather", "copies", "alike", "cache", "times", "footprint", "links", "blocks"),
+        ("count",),
+        ("profile",),
+    ),
     "planner": (("profile",), ("cost",), ("cut",), ("search",), ("estimate",), ("explain",)),
 }
 ENTRANCES = {"vpipe", "vpipe.__main__"}  # the public names and `python -m vpipe` look at every room
@@ -87,7 +109,7 @@ LAZY = {
     "vpipe.cli.train",
     "vpipe.cli.verify",
     "vpipe.model.zoo",
-    "vpipe.train.optim",
+    "vpipe.workload.optim",
 }
 
 

@@ -18,14 +18,14 @@ from benchmarks.common import environment, format_table, write_results
 from benchmarks.estimate.cases import CASES, MEMORY, Case
 
 from vpipe.config.sections import ModelConfig
+from vpipe.measure.count.count import Assumptions
+from vpipe.measure.count.models import DTYPES, count_model
 from vpipe.model.zoo import build_chain
 from vpipe.planner.cost.memory import Policy
 from vpipe.planner.estimate.analytic import Machine, ModelWork, Precision, analytic_profile
 from vpipe.planner.estimate.devices import Device, find_device, find_link
 from vpipe.planner.search.search import Request, judge_partition
 from vpipe.planner.search.situation import Plan
-from vpipe.train.estimating.count import Assumptions
-from vpipe.train.estimating.models import DTYPES, count_model
 
 OUT = Path(__file__).parent / "results" / "published.json"
 

@@ -15,11 +15,11 @@ from benchmarks.common import periods_ms
 from benchmarks.simulator.ranks import fork, free_port
 
 from vpipe.config import RunConfig
+from vpipe.measure.profile import profile_config
 from vpipe.planner.profile.profile import Profile
 from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.hooks import Hooks
-from vpipe.train.profile import profile_config
-from vpipe.train.setup import build_setup, build_training_pipeline
+from vpipe.workload.setup import build_setup, build_training_pipeline
 
 __all__ = ["RankRun", "measure_profile", "run_config"]
 

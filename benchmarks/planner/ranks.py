@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from benchmarks.simulator.ranks import fork, free_port
 
 from vpipe.config import RunConfig
+from vpipe.measure.cache import write_cached
+from vpipe.measure.profile import profile_config
 from vpipe.planner.profile.profile import Profile
 from vpipe.runtime.comm.process_group import ProcessGroup, process_group
 from vpipe.train.planning import plan_run
-from vpipe.train.profile import profile_config
-from vpipe.train.profiling.cache import write_cached
 from vpipe.train.trainer import Trainer
 
 __all__ = ["measure_profile", "on_ranks", "train_configs"]

@@ -29,7 +29,7 @@ from vpipe.config import RunConfig, build_config
 from vpipe.config.planned import build_request, decide
 from vpipe.planner.search.search import judge_partition
 from vpipe.runtime.assembly import resolve_partition
-from vpipe.train.setup import build_setup
+from vpipe.workload.setup import build_setup
 
 NUM_RANKS, NUM_MICROBATCHES, MICROBATCH_SIZE = 2, 8, 2
 

@@ -33,8 +33,8 @@ from vpipe.errors import PlanError
 from vpipe.planner.cost.memory import Policy
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.search import judge_partition
-from vpipe.train.setup import build_setup
 from vpipe.words.units import format_bytes
+from vpipe.workload.setup import build_setup
 
 NUM_MICROBATCHES, MICROBATCH_SIZE = 8, 4
 SHARES = {"emulated": 0.72, "bert": 0.6}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TransportError,
         VPipeError,
     )
+    from vpipe.measure.profile import profile_config
     from vpipe.model.block import Block, ParameterRef
     from vpipe.model.chain import Chain
     from vpipe.model.loss import CallableLoss, Loss
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from vpipe.planner.profile.profile import Profile, read_profile
     from vpipe.planner.search.search import find_plan
     from vpipe.planner.search.situation import Plan
-    from vpipe.report.sweep_simulation import simulate_run
+    from vpipe.report.sweep.simulation import simulate_run
     from vpipe.runtime.batch import Batch
     from vpipe.runtime.hooks import Hooks
     from vpipe.runtime.pipeline import Pipeline, StepResult
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from vpipe.schedule.schedule import Schedule, WeightRule
     from vpipe.schedule.simulate.costs import Costs
     from vpipe.schedule.simulate.simulate import Simulation, simulate
-    from vpipe.train.profile import profile_config
 
 __all__ = [
     "Action",
@@ -114,7 +114,7 @@ _HOMES = {
     "vpipe.planner.profile.profile": ("Profile", "read_profile"),
     "vpipe.planner.search.search": ("find_plan",),
     "vpipe.planner.search.situation": ("Plan",),
-    "vpipe.report.sweep_simulation": ("simulate_run",),
+    "vpipe.report.sweep.simulation": ("simulate_run",),
     "vpipe.runtime.batch": ("Batch",),
     "vpipe.runtime.hooks": ("Hooks",),
     "vpipe.runtime.pipeline": ("Pipeline", "StepResult"),
@@ -125,7 +125,7 @@ _HOMES = {
     "vpipe.schedule.schedule": ("Schedule", "WeightRule"),
     "vpipe.schedule.simulate.simulate": ("Simulation", "simulate"),
     "vpipe.schedule.proof.validate": ("validate_schedule",),
-    "vpipe.train.profile": ("profile_config",),
+    "vpipe.measure.profile": ("profile_config",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from run_toys import write_run
 
 from vpipe.cli.simulate import command
 from vpipe.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
-from run_toys import write_run
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vpipe.report.sweep import Axis, Combination, Row, combine, parse_axis, resolve
+from vpipe.report.sweep.sweep import Axis, Combination, Row, combine, parse_axis, resolve
 
 TEXT = """
 data: {synthetic_data: true, sequence_length: 16}

@@ -9,7 +9,7 @@ from sweep_toys import axes, resolved, row_of, write_config
 
 from vpipe.config import RunConfig
 from vpipe.errors import ConfigError, LaunchError
-from vpipe.report.sweep import Axis, Combination, Result, combine, parse_axis, run_sweep, short_key
+from vpipe.report.sweep.sweep import Axis, Combination, Result, combine, parse_axis, run_sweep, short_key
 
 
 @pytest.mark.parametrize(

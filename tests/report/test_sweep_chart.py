@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sweep_toys import resolved, row_of, write_config
 
-from vpipe.report.sweep import Row
-from vpipe.report.sweep_chart import draw_chart
+from vpipe.report.sweep.chart import draw_chart
+from vpipe.report.sweep.sweep import Row
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,7 +10,7 @@ from sweep_toys import write_config
 from vpipe.config import load_config
 from vpipe.errors import PlanError, VPipeError
 from vpipe.planner.profile.profile import BlockProfile, Profile, SizeProfile
-from vpipe.report.sweep_simulation import simulate_run
+from vpipe.report.sweep.simulation import simulate_run
 
 
 def profile(num_blocks: int = 9) -> Profile:

@@ -9,7 +9,7 @@ import pytest
 from sweep_toys import resolved, row_of, write_config
 
 from vpipe.errors import ConfigError
-from vpipe.report.sweep_store import SweepStore
+from vpipe.report.sweep.store import SweepStore
 
 WHAT = {"config": "run.yml", "overrides": ["seed=1"], "simulate": False}
 

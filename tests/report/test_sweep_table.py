@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from sweep_toys import resolved, row_of, write_config
 
-from vpipe.report.sweep_table import failure_lines, find_best, render_table, table_csv
+from vpipe.report.sweep.table import failure_lines, find_best, render_table, table_csv
 
 
 def shown(table: object, width: int = 80) -> str:

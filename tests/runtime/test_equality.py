@@ -20,7 +20,7 @@ from vpipe.model.chain import call_block
 from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.weights import weight_usage
-from vpipe.train.reference import Reference
+from vpipe.verify.reference import Reference
 
 HERE = Path(__file__).parent
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from vpipe.report.metrics import MetricsWriter
 from vpipe.runtime.memory import workspace
 from vpipe.runtime.memory.workspace import WorkspaceMeter
 from vpipe.schedule.action import Action, Kind
 from vpipe.train import metrics
-from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_bytes
+from vpipe.train.metrics import ThroughputMeter, peak_memory_bytes
 
 
 class Clock:

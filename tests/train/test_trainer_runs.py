@@ -20,7 +20,7 @@ from vpipe.errors import LaunchError
 from vpipe.launch.local import launch_local
 from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.hooks import Hooks
-from vpipe.train.setup import build_setup, build_training_pipeline
+from vpipe.workload.setup import build_setup, build_training_pipeline
 
 SYNCHRONOUS = {
     "1f1b": [],

@@ -18,7 +18,7 @@ from vpipe.launch.run_directory import point_latest_to
 from vpipe.runtime.comm.process_group import process_group
 from vpipe.train import trainer
 from vpipe.train.trainer import Trainer
-from vpipe.train.verify import pipeline_directory, run_pipeline
+from vpipe.verify.verify import pipeline_directory, run_pipeline
 
 HERE = Path(__file__).parent
 

@@ -25,7 +25,7 @@ from vpipe.planner.explain.analytic import estimate_lines, estimate_to_dict
 from vpipe.words.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from vpipe.train.estimating.count import Assumptions
+    from vpipe.measure.count.count import Assumptions
 
 __all__ = ["command"]
 
@@ -39,7 +39,7 @@ _USABLE = 0.9
 def _list_tables(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    from vpipe.train.estimating.models import PUBLISHED
+    from vpipe.measure.count.models import PUBLISHED
 
     click.echo("Models (sequence length, batch size):")
     for model in PUBLISHED.values():
@@ -286,7 +286,7 @@ def _counted(
     options: dict[str, Any],
 ) -> tuple[ModelWork, int, int]:
     """Return the model, counted, the number of ranks and the batch size."""
-    from vpipe.train.estimating.models import count_published, count_run, find_published
+    from vpipe.measure.count.models import count_published, count_run, find_published
 
     if config is not None and run is not None:
         if options["sequence_length"]:
@@ -304,8 +304,8 @@ def _counted(
 
 
 def _assumptions(machine: Machine, options: dict[str, Any]) -> Assumptions:
-    from vpipe.train.estimating.count import Assumptions
-    from vpipe.train.estimating.models import DTYPES
+    from vpipe.measure.count.count import Assumptions
+    from vpipe.measure.count.models import DTYPES
 
     return Assumptions(DTYPES[machine.precision.activation_type], options["attention"])
 

@@ -15,8 +15,8 @@ from vpipe.cli.shared import threads_of, write_config
 from vpipe.config import RunConfig
 from vpipe.config.planned import own_counts
 from vpipe.config.profiled import check_profile_fits, profile_warnings
+from vpipe.measure.cache import cache_words
 from vpipe.planner.profile.profile import Profile, read_profile
-from vpipe.train.profiling.cache import cache_words
 
 __all__ = ["obtain_profile", "read_counts", "read_profile_aloud"]
 
@@ -29,7 +29,7 @@ def obtain_profile(config: RunConfig, microbatch_sizes: Sequence[int], *, use_ca
     """
     from vpipe.launch.local import launch_local
     from vpipe.launch.progress import MetricsTail
-    from vpipe.train.profile import find_profile
+    from vpipe.measure.profile import find_profile
 
     if use_cache and (found := find_profile(config, microbatch_sizes, threads_of(config))) is not None:
         click.echo(f"profile: {cache_words(found.fingerprint)}", err=True)
@@ -45,7 +45,7 @@ def obtain_profile(config: RunConfig, microbatch_sizes: Sequence[int], *, use_ca
 
         launch_local(
             [
-                "vpipe.train.profile:profile_ranks",
+                "vpipe.measure.profile:profile_ranks",
                 *(str(output), str(progress), json.dumps(list(microbatch_sizes)), str(write_config(config, folder))),
             ],
             config.num_ranks,

@@ -15,9 +15,9 @@ from vpipe.cli.shared import set_option, short, threads_of
 from vpipe.config import RunConfig
 from vpipe.errors import ConfigError, LaunchError
 from vpipe.planner.profile.profile import Profile, read_profile
-from vpipe.report.sweep import Combination, Result, Row, combine, parse_axis, resolve, run_sweep
-from vpipe.report.sweep_store import PLOT, TABLE, SweepStore
-from vpipe.report.sweep_table import METRICS, failure_lines, find_best, render_table
+from vpipe.report.sweep.store import PLOT, TABLE, SweepStore
+from vpipe.report.sweep.sweep import Combination, Result, Row, combine, parse_axis, resolve, run_sweep
+from vpipe.report.sweep.table import METRICS, failure_lines, find_best, render_table
 from vpipe.words.near import plural
 
 __all__ = ["command"]
@@ -175,7 +175,7 @@ def _simulation(profile: Profile | None, file: Path | None) -> Callable[[Combina
         from vpipe.cli.profiling import obtain_profile
         from vpipe.config.planned import own_counts, sizes_needed
         from vpipe.config.profiled import check_profile_fits, profile_warnings
-        from vpipe.report.sweep_simulation import simulate_run
+        from vpipe.report.sweep.simulation import simulate_run
 
         found = profile or obtain_profile(config, sizes_needed(config, own_counts(config)))
         if profile is not None:

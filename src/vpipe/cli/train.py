@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vpipe.config import RunConfig
 
-__all__ = ["command", "run_rank", "train_here"]
+__all__ = ["command", "train_here"]
 
 
 @click.command()
@@ -43,24 +43,13 @@ def command(config: Path, overrides: tuple[str, ...]) -> None:
         _launch(config, overrides)
 
 
-def run_rank(arguments: Sequence[str]) -> None:
-    """Be one rank of the run that the file `arguments[0]` describes."""
-    (path,) = arguments
-    _train(Path(path), ())
-
-
 def _be_rank(path: Path, overrides: Sequence[str]) -> None:
-    run_directory = _train(path, overrides)
+    from vpipe.config import load_config
+    from vpipe.train.rank import train_rank
+
+    run_directory = train_rank(load_config(path, overrides))
     if os.environ.get("RANK", "0") == "0":
         _print_summary(run_directory)
-
-
-def _train(path: Path, overrides: Sequence[str]) -> Path:
-    from vpipe.config import load_config
-    from vpipe.launch.run_directory import agree_run_directory, point_latest_to
-    from vpipe.train.trainer import train_rank
-
-    return train_rank(load_config(path, overrides), agree_run_directory, point_latest_to)[0]
 
 
 def train_here(config: RunConfig, run_directory: Path, console: Console) -> None:
@@ -76,7 +65,7 @@ def train_here(config: RunConfig, run_directory: Path, console: Console) -> None
     progress = ProgressDisplay(run_directory / "metrics.jsonl", console, print_frequency=config.train.print_frequency)
     with progress:
         launch_local(
-            ["vpipe.cli.train:run_rank", str(write_config(config, run_directory))],
+            ["vpipe.train.rank:run_rank", str(write_config(config, run_directory))],
             config.num_ranks,
             run_directory=run_directory,
             threads_per_rank=threads_of(config),

@@ -47,7 +47,7 @@ def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, 
     from vpipe.launch.local import launch_local
     from vpipe.launch.progress import ProgressDisplay
     from vpipe.launch.run_directory import create_run_directory
-    from vpipe.train.verify import (
+    from vpipe.verify.verify import (
         pipeline_directory,
         progress_path,
         reference_directory,
@@ -68,7 +68,7 @@ def _verify(path: Path, iterations: int, overrides: Sequence[str]) -> dict[str, 
             click.echo(f"training {plural(iterations, 'iteration', 'iterations')}: {what}", err=True)
             with ProgressDisplay(progress_path(place), Console(stderr=True)) as progress:
                 launch_local(
-                    [f"vpipe.train.verify:{function}", str(directory), str(described), str(iterations)],
+                    [f"vpipe.verify.verify:{function}", str(directory), str(described), str(iterations)],
                     num_ranks,
                     run_directory=place,
                     threads_per_rank=threads_of(config),

@@ -12,7 +12,7 @@ from vpipe.config import RunConfig
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.schedule.action import Kind
 from vpipe.schedule.schedule import Schedule
-from vpipe.train.setup import Setup
+from vpipe.workload.setup import Setup
 
 __all__ = ["describe_plan"]
 

@@ -1,55 +1,23 @@
-"""What a run says about itself while it trains: lines of JSON, throughput and memory."""
+"""How quick a run is and how much memory it takes, while it trains."""
 
 from __future__ import annotations
 
-import json
-import math
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
 
 from vpipe.runtime.memory.workspace import peak_allocated
 
-__all__ = ["MetricsWriter", "ThroughputMeter", "finite", "peak_memory_bytes"]
+__all__ = ["ThroughputMeter", "peak_memory_bytes"]
 
 _PROCESS_STATUS = Path("/proc/self/status")
-
-
-class MetricsWriter:
-    """Appends records to a file of one JSON object per line; a reader sees each one as soon as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def write(self, record: Mapping[str, object]) -> None:
-        """Write one record; JSON has no NaN and no infinity, so such values become null."""
-        self._file.write(json.dumps({key: finite(value) for key, value in record.items()}, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def finite(value: object) -> object:
-    """Return the value, or None for NaN and infinity, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Mark(NamedTuple):

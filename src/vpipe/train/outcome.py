@@ -13,16 +13,17 @@ from typing import Any
 import torch.distributed as dist
 
 from vpipe.report.bubble import between_iterations
+from vpipe.report.metrics import finite
 from vpipe.report.summary import summarize_trace
 from vpipe.report.trace import write_timeline
 from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.memory import peak_activations
-from vpipe.train.metrics import finite, peak_memory_bytes
+from vpipe.train.metrics import peak_memory_bytes
 from vpipe.train.prediction import compare_prediction
-from vpipe.train.setup import Setup
 from vpipe.train.stretches import Stretch, choose_measured
+from vpipe.workload.setup import Setup
 
 __all__ = ["Outcome", "count_filling", "summarize_run"]
 

@@ -13,14 +13,14 @@ from vpipe.config import RunConfig
 from vpipe.config.planned import decide, own_counts, sizes_needed, with_plan
 from vpipe.data.progress import no_progress
 from vpipe.errors import PlanError, VPipeError
+from vpipe.measure.gather import gather
+from vpipe.measure.profile import obtain_profile
 from vpipe.planner.explain.explain import brief_lines, plan_lines
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.plan_file import plan_to_dict
+from vpipe.report.metrics import MetricsWriter
 from vpipe.runtime.comm.process_group import ProcessGroup
-from vpipe.train.metrics import MetricsWriter
-from vpipe.train.profile import obtain_profile
-from vpipe.train.profiling.gather import gather
-from vpipe.train.setup import build_setup
+from vpipe.workload.setup import build_setup
 
 __all__ = ["PlannedRun", "plan_run"]
 

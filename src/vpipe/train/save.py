@@ -10,7 +10,7 @@ from vpipe.model.export import save_shard, write_config, write_index
 from vpipe.model.zoo import transformers_config_of
 from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.runtime.pipeline import Pipeline
-from vpipe.train.setup import Setup
+from vpipe.workload.setup import Setup
 
 __all__ = ["save_model"]
 

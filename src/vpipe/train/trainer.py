@@ -10,25 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from vpipe.config import RunConfig, dump_config
-from vpipe.errors import ConfigError, PeerLostError
-from vpipe.runtime.comm.process_group import ProcessGroup, meet, process_group
+from vpipe.errors import PeerLostError
+from vpipe.report.metrics import MetricsWriter
+from vpipe.runtime.comm.process_group import ProcessGroup, meet
 from vpipe.runtime.pipeline import Hooks, StepResult
 from vpipe.runtime.status import StatusFile, status_path
 from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action
 from vpipe.train.describe import describe_plan
-from vpipe.train.device import device_of
-from vpipe.train.metrics import MetricsWriter, ThroughputMeter, peak_memory_bytes
+from vpipe.train.metrics import ThroughputMeter, peak_memory_bytes
 from vpipe.train.outcome import Outcome, count_filling, summarize_run
-from vpipe.train.planning import plan_run
 from vpipe.train.prediction import keep_prediction
-from vpipe.train.same_data import agree_on_data
 from vpipe.train.save import save_model
-from vpipe.train.setup import build_setup, build_training_pipeline
-from vpipe.train.slow_links import slow_down
 from vpipe.train.stretches import cut_into_stretches
+from vpipe.workload.same_data import agree_on_data
+from vpipe.workload.setup import build_setup, build_training_pipeline
+from vpipe.workload.slow_links import slow_down
 
-__all__ = ["Trainer", "train_rank"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,28 +162,3 @@ class Trainer:
             total = self.setup.total_iterations
             self._metrics.write({"iteration": iteration, "iterations": total, "eval_loss": loss, **parts})
         return loss
-
-
-def train_rank(
-    config: RunConfig,
-    find_directory: Callable[[Path, ProcessGroup], Path],
-    began: Callable[[Path], None] | None = None,
-) -> tuple[Path, dict[str, Any]]:
-    """Be one rank of a training run: join the others, train, leave; return the run's directory and summary.
-
-    `find_directory` gives the run's directory, the same on all ranks, from the log directory; `began` is as in
-    `Trainer.run`.
-
-    Raises:
-        ConfigError: another number of ranks was started than the configuration says.
-    """
-    launch = config.launch
-    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
-        if group.num_ranks != config.num_ranks:
-            raise ConfigError(
-                f"pipeline.num_ranks is {config.num_ranks} but {group.num_ranks} ranks were started; start as many, or "
-                f"change it with --set pipeline.num_ranks={group.num_ranks}"
-            )
-        run_directory = find_directory(config.log_directory, group)
-        planned = plan_run(config, group, run_directory)
-        return run_directory, Trainer(planned.config, run_directory, group, planned.plan).run(began)

@@ -1,6 +1,6 @@
 """What was measured: the input of the planner. Plain data, read from and written to JSON with every value checked.
 
-`vpipe profile` measures it (`vpipe.train.profile`); for machines that one does not have, figures can be computed.
+`vpipe profile` measures it (`vpipe.measure.profile`); for machines that one does not have, figures can be computed.
 """
 
 from __future__ import annotations

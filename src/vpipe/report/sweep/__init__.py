@@ -1,0 +1,1 @@
+"""Many runs side by side: their settings, results, table and chart."""

@@ -1,0 +1,292 @@
+"""Proof that a run computes what one process computes: loss, gradients and weights, bit for bit.
+
+The pipeline runs a few iterations and leaves what it computed in files; then one process, started in the same way and
+with the same number of threads, runs the reference on the same batches and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vpipe.config import RunConfig, load_config
+from vpipe.data.batches import microbatch_rows
+from vpipe.errors import LaunchError
+from vpipe.report.metrics import MetricsWriter
+from vpipe.runtime.comm.process_group import ProcessGroup, process_group, use_device
+from vpipe.runtime.pipeline import Hooks, Pipeline
+from vpipe.runtime.programs import ProgramBuilder
+from vpipe.schedule.weights import weight_usage
+from vpipe.train.planning import plan_run
+from vpipe.verify.comparison import Comparison, compare
+from vpipe.verify.reference import Reference, ReferenceResult
+from vpipe.workload.device import compute_reproducibly, device_of
+from vpipe.workload.same_data import agree_on_data
+from vpipe.workload.setup import Setup, build_setup, build_training_pipeline
+
+__all__ = [
+    "VerifyReport",
+    "pipeline_directory",
+    "pipeline_rank",
+    "progress_path",
+    "reference_directory",
+    "reference_rank",
+    "remove_computed",
+    "report_path",
+    "run_pipeline",
+    "run_reference",
+]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `vpipe verify` found."""
+
+    equal: bool
+    max_abs_difference: dict[str, float | None]
+    schedule: str
+    synchronous: bool
+    num_ranks: int
+    iterations: int
+    comparisons: dict[str, Comparison]
+
+
+def report_path(run_directory: Path) -> Path:
+    """Return the file that holds the report."""
+    return run_directory / "verify.json"
+
+
+def pipeline_directory(run_directory: Path) -> Path:
+    """Return where the pipeline's ranks write."""
+    return run_directory / "pipeline"
+
+
+def reference_directory(run_directory: Path) -> Path:
+    """Return where the one process writes."""
+    return run_directory / "one_process"
+
+
+def progress_path(directory: Path) -> Path:
+    """Return the file in one of these two that says how far the training is."""
+    return directory / "metrics.jsonl"
+
+
+@dataclass
+class _Computed:
+    """What a training computed: per iteration the loss's parts, per update the gradients, the state in the end.
+
+    `buffers` are what modules keep besides parameters, such as batch norm's statistics.
+    """
+
+    losses: list[dict[str, float]]
+    gradients: list[dict[str, Tensor]]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def pipeline_rank(arguments: Sequence[str]) -> None:
+    """Be one rank of the pipeline.
+
+    `arguments` are a folder, a configuration file and the number of iterations.
+    """
+    directory, path, iterations = arguments
+    config = load_config(path)
+    with process_group(
+        config.launch.distributed_backend, config.launch.timeout_seconds, device=device_of(config)
+    ) as group:
+        config = plan_run(config, group, pipeline_directory(Path(directory))).config
+        if group.rank == 0:
+            _planned_path(Path(directory)).write_text(config.model_dump_json())
+        run_pipeline(config, int(iterations), Path(directory), group)
+
+
+def reference_rank(arguments: Sequence[str]) -> None:
+    """Be the one process, after the pipeline; `arguments` are those of `pipeline_rank`."""
+    directory, _, iterations = arguments
+    config = RunConfig.model_validate_json(_planned_path(Path(directory)).read_text())
+    run_reference(config, int(iterations), Path(directory))
+
+
+def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group: ProcessGroup) -> None:
+    """Train as one of `group`'s ranks, and keep the results in a file."""
+    compute_reproducibly(group.device)
+    setup = build_setup(config)
+    agree_on_data(setup, group)
+    gradients: dict[int, list[dict[str, Tensor]]] = {}
+
+    def keep(stage: int, microbatch: int, named: Mapping[str, Tensor]) -> None:
+        copies = {name: gradient.detach().cpu().clone() for name, gradient in named.items()}
+        gradients.setdefault(stage, []).append(copies)
+
+    pipeline = build_training_pipeline(setup, group.device, Hooks(gradients=keep))
+    losses = []
+    for result in pipeline.train(setup.batches(pipeline.fields, 0, iterations), iterations):
+        losses.append(dict(result.parts))
+        if group.rank == 0:
+            _tell(progress_path(pipeline_directory(run_directory)), len(losses), iterations, result.loss)
+    computed = _Computed(
+        losses,
+        [_merge(updates) for updates in zip(*gradients.values(), strict=True)],
+        _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
+        _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
+    )
+    _save(computed, _computed_path(run_directory, group.rank))
+
+
+def _save(computed: _Computed, path: Path) -> None:
+    try:
+        torch.save(asdict(computed), path)
+    except RuntimeError as error:  # how torch's own writer tells of every trouble with a file
+        held = [*computed.gradients, computed.parameters, computed.buffers]
+        num_bytes = sum(tensor.nbytes for named in held for tensor in named.values())
+        raise LaunchError(
+            f"cannot write what the pipeline computed, {num_bytes} bytes, to {path}; free some space, verify fewer "
+            "--iterations, or choose another log_directory"
+        ) from error
+
+
+def _tell(path: Path, done: int, total: int, loss: float) -> None:
+    with MetricsWriter(path) as writer:
+        writer.write({"iteration": done, "iterations": total, "loss": loss})
+
+
+def _merge(named: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor for mapping in named for name, tensor in mapping.items()}
+
+
+def _parameters(pipeline: Pipeline, stage: int) -> dict[str, Tensor]:
+    weights = pipeline.held[stage].weights
+    return {name: item.detach().cpu() for name, item in zip(weights.names, weights.parameters, strict=True)}
+
+
+def _buffers(pipeline: Pipeline, stage: int) -> dict[str, Tensor]:
+    held = pipeline.held[stage]
+    blocks = pipeline.chain.blocks[held.stage.start : held.stage.stop]
+    return {
+        block.global_name(name): buffer.cpu()
+        for block, module in zip(blocks, held.weights.newest, strict=True)
+        for name, buffer in module.named_buffers()
+    }
+
+
+def _computed_path(run_directory: Path, rank: int | str) -> Path:
+    return run_directory / f"computed.{rank}.pt"
+
+
+def _planned_path(run_directory: Path) -> Path:
+    """Return where the ranks keep the run that they train, which may have been planned."""
+    return run_directory / "planned.json"
+
+
+def remove_computed(run_directory: Path) -> None:
+    """Remove what the ranks computed, as big as all of the run's gradients."""
+    for path in run_directory.glob(_computed_path(Path(), "*").name):
+        path.unlink()
+
+
+def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> VerifyReport:
+    """Train in this process, compare with what the ranks kept, write the report to its file and return it."""
+    device = use_device(torch.device(device_of(config)))
+    compute_reproducibly(device)
+    expected = _reference(build_setup(config), iterations, device, reference_directory(run_directory))
+    found = _load(run_directory, config.num_ranks)
+    comparisons = {
+        "loss": compare(_as_tensors(found.losses), _as_tensors(expected.losses)),
+        "gradients": compare(_numbered(found.gradients), _numbered(expected.gradients)),
+        "parameters": compare(found.parameters, expected.parameters),
+    }
+    if expected.buffers or found.buffers:
+        comparisons["buffers"] = compare(found.buffers, expected.buffers)
+    report = VerifyReport(
+        equal=not any(item.num_different for item in comparisons.values()),
+        max_abs_difference={name: item.max_abs_difference for name, item in comparisons.items()},
+        schedule=config.pipeline.schedule,
+        synchronous=_programs(config).synchronous,
+        num_ranks=config.num_ranks,
+        iterations=iterations,
+        comparisons=comparisons,
+    )
+    report_path(run_directory).write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n")
+    return report
+
+
+def _programs(config: RunConfig) -> ProgramBuilder:
+    options = dict(config.schedule_options)
+    macrobatch = options.pop("microbatches_per_update", None) is not None
+    return ProgramBuilder(
+        config.pipeline.schedule,
+        config.num_ranks,
+        0,
+        config.num_microbatches,
+        stages_per_rank=config.pipeline.stages_per_rank,
+        macrobatch=macrobatch,
+        options=options,
+    )
+
+
+def _reference(setup: Setup, iterations: int, device: torch.device, directory: Path) -> _Computed:
+    config = setup.config
+    programs = _programs(config)
+    reference = Reference(
+        setup.chain,
+        setup.optimizer,
+        partition=setup.partition,
+        seed=config.seed,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        learning_rate=setup.learning_rate,
+        device=device,
+    )
+    size = config.num_microbatches
+    microbatches = [
+        {name: tensor[rows] for name, tensor in batch.fields.items()}
+        for batch in setup.batches(setup.chain.fields, 0, iterations)
+        for rows in microbatch_rows(batch.num_samples, size)
+    ]
+    results: list[ReferenceResult] = []
+    if programs.synchronous:
+        for start in range(0, len(microbatches), size):
+            results.append(reference.train_batch(microbatches[start : start + size]))
+            _tell(
+                progress_path(directory), len(results), iterations, math.fsum(results[-1].batch_parts(size)[0].values())
+            )
+    else:
+        usage = weight_usage(programs.schedule(iterations))
+        results.append(reference.train_asynchronous(microbatches, usage, size))
+    return _Computed(
+        [parts for result in results for parts in result.batch_parts(size)],
+        [gradients for result in results for gradients in result.gradients],
+        reference.parameters(),
+        reference.buffers(),
+    )
+
+
+def _load(run_directory: Path, num_ranks: int) -> _Computed:
+    ranks = [_Computed(**torch.load(_computed_path(run_directory, rank))) for rank in range(num_ranks)]
+    return _Computed(
+        ranks[0].losses,
+        [_merge(updates) for updates in zip(*(rank.gradients for rank in ranks), strict=True)],
+        _merge([rank.parameters for rank in ranks]),
+        _merge([rank.buffers for rank in ranks]),
+    )
+
+
+def _as_tensors(losses: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    return {
+        f"iteration {index}: {name}": torch.tensor(value, dtype=torch.float64)
+        for index, parts in enumerate(losses, start=1)
+        for name, value in parts.items()
+    }
+
+
+def _numbered(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"update {index}: {name}": tensor
+        for index, named in enumerate(gradients, start=1)
+        for name, tensor in named.items()
+    }

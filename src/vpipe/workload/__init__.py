@@ -1,0 +1,1 @@
+"""A run's model, data, optimizer and rate, from its configuration."""
