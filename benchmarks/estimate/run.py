@@ -21,7 +21,7 @@ from vpipe.config.sections import ModelConfig
 from vpipe.measure.count.count import Assumptions
 from vpipe.measure.count.models import DTYPES, count_model
 from vpipe.model.zoo import build_chain
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.estimate.analytic import Machine, ModelWork, Precision, analytic_profile
 from vpipe.planner.estimate.devices import Device, find_device, find_link
 from vpipe.planner.search.search import Request, judge_partition

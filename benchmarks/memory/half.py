@@ -19,7 +19,7 @@ from benchmarks.memory.ranks import measure_profile, run_config
 
 from vpipe.config import build_config
 from vpipe.config.planned import build_request, with_plan
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.search.search import find_plan, judge_partition
 from vpipe.words.units import format_bytes
 

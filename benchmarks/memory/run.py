@@ -17,9 +17,10 @@ from benchmarks.common import environment, format_table, write_results
 from benchmarks.memory.configurations import CONFIGURATIONS, OTHERS, Configuration
 from benchmarks.memory.ranks import RankRun, measure_profile, run_config
 
-from vpipe.plan.partition import partition_uniform
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.loads import stage_loads
-from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.cost.memory import RankMemory, rank_memory, stage_bytes
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.setting import Setting
 from vpipe.schedule.schedule import uses_split_backward
@@ -45,7 +46,7 @@ def predict(configuration: Configuration, profile: Profile) -> tuple[RankMemory,
     schedule = setting.build() if setting.synchronous else setting.build(6)
     blocks, is_split = profile.at(config.microbatch_size).blocks, uses_split_backward(schedule)
     policies = [Policy(name) for name in config.plan.policies or ()]
-    cuts = pairwise([0, *accumulate(partition_uniform(len(blocks), schedule.num_stages))])
+    cuts = pairwise([0, *accumulate(Partition.uniform(len(blocks), schedule.num_stages))])
     stages = [
         stage_bytes(blocks, start, stop, policies, is_split=is_split, is_ahead=stage in configuration.ahead)
         for stage, (start, stop) in enumerate(cuts)

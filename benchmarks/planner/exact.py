@@ -28,9 +28,9 @@ from typing import Any
 from benchmarks.common import ROOT, environment, format_table, write_results
 
 from vpipe.errors import PlanError
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import ChainCosts
 from vpipe.planner.cost.loads import stage_loads
-from vpipe.planner.cost.memory import Policy
 from vpipe.planner.cost.policies import Frontiers
 from vpipe.planner.cut.exact import cut_minimax
 from vpipe.planner.cut.stage_times import StageTimes

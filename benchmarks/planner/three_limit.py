@@ -30,7 +30,7 @@ from benchmarks.planner.ranks import measure_profile, train_configs
 from vpipe.config import RunConfig, build_config
 from vpipe.config.planned import build_request, decide
 from vpipe.errors import PlanError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.search import judge_partition
 from vpipe.words.units import format_bytes

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from plan_toys import random_profile
 
-from vpipe.plan.partition import partition_uniform
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import ChainCosts
 from vpipe.planner.cost.loads import StageLoad, stage_loads
-from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.cost.memory import RankMemory, rank_memory, stage_bytes
 from vpipe.planner.cost.policies import Frontiers
 from vpipe.planner.cut.stage_times import StageTimes
 from vpipe.planner.profile.profile import Profile
@@ -31,7 +32,7 @@ def problem(seed: int) -> tuple[Profile, Schedule, tuple[float, ...]]:
     num_blocks = draw.randint(max(2, num_ranks), 5)
     profile = random_profile(draw, num_blocks, num_ranks)
     schedule = build_schedule(draw.choice(FAMILIES), num_ranks, draw.choice([2, 4, 5]))
-    ends = list(itertools.accumulate(partition_uniform(num_blocks, num_ranks)))
+    ends = list(itertools.accumulate(Partition.uniform(num_blocks, num_ranks)))
     cut = list(itertools.pairwise([0, *ends]))
     kept = _memory(profile, schedule, cut, [Policy.KEEP] * num_blocks, stage_loads(schedule))
     largest = max(item.most for item in kept)
@@ -49,7 +50,7 @@ def planned(seed: int, *, unlimited: bool = False) -> float:
         return value
     policies = times.policies(partition)
     assert policies is not None
-    cut = list(itertools.pairwise([0, *itertools.accumulate(partition)]))
+    cut = list(Partition(partition).ranges)
     memory = _memory(profile, schedule, cut, policies, times.loads)
     assert unlimited or all(item.most <= limit for item, limit in zip(memory, limits, strict=True))
     reached = max(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from plan_toys import random_profile
 
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.search.limits import needed_limit
 from vpipe.planner.search.search import Request, judge_partition
 from vpipe.planner.search.setting import Setting

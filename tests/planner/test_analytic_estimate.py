@@ -9,7 +9,7 @@ import pytest
 from analytic_toys import DEVICE, MIB, machine, model
 
 from vpipe.errors import PlanError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.estimate.analytic import Precision
 from vpipe.planner.estimate.estimate import SHARES, Estimate, estimate
 from vpipe.planner.explain.analytic import estimate_lines, estimate_to_dict

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from analytic_toys import DEVICE, MIB, machine, model
 
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.estimate.accuracy import COMPARED
 from vpipe.planner.estimate.estimate import Estimate, estimate
 from vpipe.planner.explain.analytic import accuracy_line, estimate_lines, estimate_to_dict, policy_lines

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from plan_toys import block, profile_of, uniform_profile
 
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.explain.explain import brief_lines, compare_lines, explain_lines, plan_lines
 from vpipe.planner.profile.profile import LinkProfile
 from vpipe.planner.search.search import Request, find_plan, judge_partition

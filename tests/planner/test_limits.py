@@ -10,8 +10,8 @@ import pytest
 from plan_toys import block, profile_of, random_profile, uniform_profile
 
 from vpipe.errors import PlanError
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import ChainCosts
-from vpipe.planner.cost.memory import Policy
 from vpipe.planner.cost.policies import Frontiers
 from vpipe.planner.cut.candidates import exchanges, searched_cuts
 from vpipe.planner.explain.explain import explain_lines

@@ -9,8 +9,8 @@ import pytest
 from plan_toys import uniform_profile
 
 from vpipe.config.original.files import read_partition_file
-from vpipe.planner.cost.memory import Policy
-from vpipe.planner.search.plan_file import plan_to_dict, trailing_policies
+from vpipe.plan.policy import Policy, trailing_policies
+from vpipe.planner.search.plan_file import plan_to_dict
 from vpipe.planner.search.search import Request, find_plan, judge_partition
 
 KEEP, AGAIN, SWAP = Policy.KEEP, Policy.RECOMPUTE, Policy.SWAP

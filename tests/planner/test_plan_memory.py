@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 from plan_toys import block, random_block
 
-from vpipe.plan.partition import partition_uniform
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.loads import SPARE_GRADIENTS, Moment, Replay, stage_loads
-from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.cost.memory import RankMemory, rank_memory, stage_bytes
 from vpipe.planner.profile.profile import BlockProfile
 from vpipe.schedule.action import Kind
 from vpipe.schedule.registry import build_schedule
@@ -32,7 +33,7 @@ def predicted(
 
 
 def cuts(schedule: Schedule, blocks: Sequence[BlockProfile]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise([0, *itertools.accumulate(partition_uniform(len(blocks), schedule.num_stages))]))
+    return list(itertools.pairwise([0, *itertools.accumulate(Partition.uniform(len(blocks), schedule.num_stages))]))
 
 
 class Allocator:

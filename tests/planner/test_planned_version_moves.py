@@ -11,7 +11,7 @@ import pytest
 from plan_toys import block, profile_of
 
 from vpipe.errors import PlanError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.explain.explain import explain_lines
 from vpipe.planner.profile.profile import LinkProfile, Profile
 from vpipe.planner.search.plan_file import plan_to_dict

@@ -12,7 +12,7 @@ import pytest
 from plan_toys import block, profile_of, random_profile, uniform_profile
 
 from vpipe.errors import PlanError, ScheduleError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile, SizeProfile
 from vpipe.planner.search.limits import needed_limit, usable_bytes
 from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition

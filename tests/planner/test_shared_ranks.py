@@ -12,7 +12,7 @@ from plan_toys import random_profile, uniform_profile
 from shared_oracle import FAMILIES, Problem, all_cuts, brute_force, problem
 
 from vpipe.errors import PlanError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.explain.explain import explain_lines
 from vpipe.planner.profile.profile import LinkProfile
 from vpipe.planner.search.limits import needed_limit, usable_bytes

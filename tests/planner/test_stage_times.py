@@ -10,8 +10,8 @@ import pytest
 from plan_toys import block, profile_of, random_profile
 from planner_oracle import brute_force, planned
 
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import ChainCosts
-from vpipe.planner.cost.memory import Policy
 from vpipe.planner.cost.policies import Frontiers
 
 

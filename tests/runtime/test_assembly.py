@@ -11,7 +11,8 @@ from toy_models import frozen, plain, skipping, tied, tied_frozen
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Block, Chain, ParameterRef
-from vpipe.planner.search.plan_file import trailing_policies
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import trailing_policies
 from vpipe.runtime.assembly import build_stages, crossing_specs, parameter_sizes, resolve_partition, tied_groups
 from vpipe.schedule.placement import Placement
 
@@ -19,7 +20,7 @@ from vpipe.schedule.placement import Placement
 def build(chain, partition, stages, ratio=0.0, recompute="always", num_microbatches=4):
     return build_stages(
         chain,
-        partition,
+        Partition(partition),
         stages,
         torch.optim.SGD,
         seed=0,
@@ -33,7 +34,7 @@ def build(chain, partition, stages, ratio=0.0, recompute="always", num_microbatc
 def groups(chain, partition, synchronous=True):
     return tied_groups(
         chain,
-        partition,
+        Partition(partition),
         Placement(1, len(partition)),
         parameter_sizes(chain),
         synchronous=synchronous,
@@ -96,7 +97,7 @@ def test_the_trailing_share_of_a_stages_blocks_is_recomputed(ratio, recompute, e
 
 def test_what_crosses_is_known_per_stage():
     fields = {"tokens": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.zeros(2, 3, dtype=torch.int64)}
-    crossing = crossing_specs(skipping(), (2, 2, 3), fields, training=True)
+    crossing = crossing_specs(skipping(), Partition([2, 2, 3]), fields, training=True)
     assert {stage: [spec.name for spec in specs] for stage, specs in crossing.items()} == {
         1: ["hidden", "mask", "skip", "positions"],
         2: ["hidden", "positions", "skip", "later"],

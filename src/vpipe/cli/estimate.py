@@ -17,7 +17,7 @@ from vpipe.config import RunConfig
 from vpipe.config.estimated import RunWishes, run_wishes
 from vpipe.config.planned import name_schedules
 from vpipe.errors import PlanError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.estimate.analytic import Machine, ModelWork, Precision
 from vpipe.planner.estimate.devices import DEVICES, LINKS, find_device, find_link
 from vpipe.planner.estimate.estimate import Estimate, estimate

@@ -8,7 +8,7 @@ from typing import Any
 
 from vpipe.config.planned import name_schedules, own_counts
 from vpipe.config.run import RunConfig
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.words.units import format_bytes
 
 __all__ = ["RunWishes", "run_wishes"]

@@ -10,10 +10,9 @@ from vpipe.config.profiled import check_profile_fits
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import LaunchConfig
 from vpipe.errors import PlanError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy, trailing_policies
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.by_hand import Given
-from vpipe.planner.search.plan_file import trailing_policies
 from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition, plan_partition
 from vpipe.planner.search.setting import sizes_to_profile
 from vpipe.planner.search.situation import Plan

@@ -1,4 +1,4 @@
-"""Cut a chain of blocks into contiguous stages: block counts per stage, checked, and how many of them recompute."""
+"""Cut a chain of blocks into contiguous stages: block counts per stage, by hand, evenly, or by weight."""
 
 from __future__ import annotations
 
@@ -6,58 +6,113 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from decimal import ROUND_HALF_UP, Decimal
 
 from vpipe.errors import PlanError
 
-__all__ = [
-    "check_partition",
-    "check_ratios",
-    "partition_by_weight",
-    "partition_uniform",
-    "recompute_blocks",
-    "validate_partition",
-]
+__all__ = ["Partition", "check_partition"]
 
 
-def partition_uniform(num_blocks: int, num_stages: int) -> list[int]:
-    """Cut into stages of equal block counts; where they do not divide, the first stages get one more.
+class Partition(tuple[int, ...]):
+    """Blocks of every stage, in model order: a tuple of counts that knows where its stages begin and end."""
 
-    Raises:
-        PlanError: fewer blocks than stages.
-    """
-    _require_blocks(num_blocks, num_stages)
-    size, rest = divmod(num_blocks, num_stages)
-    return [size + 1] * rest + [size] * (num_stages - rest)
+    __slots__ = ()
 
+    @classmethod
+    def uniform(cls, num_blocks: int, num_stages: int) -> Partition:
+        """Cut into stages of equal block counts; where they do not divide, the first stages get one more.
 
-def partition_by_weight(weights: Sequence[float], num_stages: int) -> list[int]:
-    """Cut so that the heaviest stage is as light as any contiguous cut can make it; return block counts.
+        Raises:
+            PlanError: fewer blocks than stages.
+        """
+        _require_blocks(num_blocks, num_stages)
+        size, rest = divmod(num_blocks, num_stages)
+        return cls([size + 1] * rest + [size] * (num_stages - rest))
 
-    For a given limit, the cut that fills stage after stage as far as it goes leaves least to the last ones: a limit is
-    feasible exactly when this cut takes all blocks. Bisection finds the smallest such limit, in integers, so exactly.
+    @classmethod
+    def by_weight(cls, weights: Sequence[float], num_stages: int) -> Partition:
+        """Cut so that the heaviest stage is as light as any contiguous cut can make it.
 
-    Args:
-        weights: time, bytes or parameters of each block, in model order; any unit.
-        num_stages: stages to cut into; each gets at least one block.
+        For a given limit, the cut that fills stage after stage as far as it goes leaves least to the last ones: a limit
+        is feasible exactly when this cut takes all blocks. Bisection finds the smallest such limit, in integers, so
+        exactly.
 
-    Raises:
-        PlanError: fewer blocks than stages, or a weight that is negative or not finite.
-    """
-    _require_blocks(len(weights), num_stages)
-    for block, weight in enumerate(weights):
-        if not math.isfinite(weight) or weight < 0:
-            raise PlanError(f"the weight of block {block} is {weight}; a weight is a finite number of at least 0")
-    sums = list(itertools.accumulate(_as_integers(weights), initial=0))
-    low = max(end - start for start, end in itertools.pairwise(sums))
-    high = sums[-1]
-    while low < high:
-        limit = (low + high) // 2
-        if _fill(sums, num_stages, limit)[-1] == len(weights):
-            high = limit
-        else:
-            low = limit + 1
-    return [end - start for start, end in itertools.pairwise([0, *_fill(sums, num_stages, high)])]
+        Args:
+            weights: time, bytes or parameters of each block, in model order; any unit.
+            num_stages: stages to cut into; each gets at least one block.
+
+        Raises:
+            PlanError: fewer blocks than stages, or a weight that is negative or not finite.
+        """
+        _require_blocks(len(weights), num_stages)
+        for block, weight in enumerate(weights):
+            if not math.isfinite(weight) or weight < 0:
+                raise PlanError(f"the weight of block {block} is {weight}; a weight is a finite number of at least 0")
+        sums = list(itertools.accumulate(_as_integers(weights), initial=0))
+        low = max(end - start for start, end in itertools.pairwise(sums))
+        high = sums[-1]
+        while low < high:
+            limit = (low + high) // 2
+            if _fill(sums, num_stages, limit)[-1] == len(weights):
+                high = limit
+            else:
+                low = limit + 1
+        return cls.between([0, *_fill(sums, num_stages, high)])
+
+    @classmethod
+    def between(cls, bounds: Sequence[int]) -> Partition:
+        """Cut at `bounds`: where the first stage starts, and where every stage ends."""
+        return cls(stop - start for start, stop in itertools.pairwise(bounds))
+
+    @classmethod
+    def checked(cls, sizes: Sequence[int], num_blocks: int, num_stages: int) -> Partition:
+        """Return `sizes` as a partition of so many blocks into so many stages.
+
+        Raises:
+            PlanError: they are none; with every reason.
+        """
+        if reasons := check_partition(sizes, num_blocks, num_stages):
+            raise PlanError(f"partition {list(sizes)} " + "; it ".join(reasons))
+        return cls(sizes)
+
+    @property
+    def num_stages(self) -> int:
+        """Count the stages."""
+        return len(self)
+
+    @property
+    def num_blocks(self) -> int:
+        """Count the blocks."""
+        return sum(self)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Return the first block of every stage."""
+        return tuple(start for start, _ in self.ranges)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Return the blocks that have a cut in front of them: the first of every stage but stage 0."""
+        return self.starts[1:]
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Return first block and end of every stage."""
+        return tuple(itertools.pairwise(itertools.accumulate(self, initial=0)))
+
+    def range_of(self, stage: int) -> range:
+        """Return the blocks of a stage."""
+        return range(*self.ranges[stage])
+
+    def stage_of(self, block: int) -> int:
+        """Return the stage that holds a block.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        for stage, (start, stop) in enumerate(self.ranges):
+            if start <= block < stop:
+                return stage
+        raise IndexError(f"block {block} is not one of the {self.num_blocks}")
 
 
 def check_partition(partition: Sequence[int], num_blocks: int, num_stages: int) -> list[str]:
@@ -77,43 +132,6 @@ def check_partition(partition: Sequence[int], num_blocks: int, num_stages: int) 
         fix = f"add {num_blocks - total}" if total < num_blocks else f"take away {total - num_blocks}"
         reasons.append(f"has {total} blocks in all, and the model has {num_blocks}; {fix}")
     return reasons
-
-
-def validate_partition(partition: Sequence[int], num_blocks: int, num_stages: int) -> None:
-    """Raise unless `partition` cuts `num_blocks` blocks into `num_stages`.
-
-    Raises:
-        PlanError: with every reason.
-    """
-    reasons = check_partition(partition, num_blocks, num_stages)
-    if reasons:
-        raise PlanError(f"partition {list(partition)} " + "; it ".join(reasons))
-
-
-def check_ratios(ratios: Sequence[float], num_stages: int) -> list[str]:
-    """Return why `ratios` are not one recompute ratio per stage; empty when they are."""
-    reasons = []
-    if len(ratios) != num_stages:
-        reasons.append(
-            f"has {len(ratios)} entries for {num_stages} stages; give one ratio per stage, or one number for all"
-        )
-    for stage, ratio in enumerate(ratios):
-        if not 0 <= ratio <= 1:
-            reasons.append(f"gives stage {stage} the ratio {ratio}; a ratio is from 0 to 1")
-    return reasons
-
-
-def recompute_blocks(num_blocks: int, ratio: float) -> int:
-    """Return how many of a stage's blocks, counted from its end, keep no activations: ``num_blocks * ratio``, half up.
-
-    The product is taken of the decimal number as it is written, so 0.35 of 10 blocks is 3.5 and gives 4.
-
-    Raises:
-        PlanError: `ratio` is outside 0 to 1.
-    """
-    if not 0 <= ratio <= 1:
-        raise PlanError(f"recompute_ratio is {ratio}; a ratio is from 0 to 1")
-    return int((Decimal(str(ratio)) * num_blocks).to_integral_value(ROUND_HALF_UP))
 
 
 def _require_blocks(num_blocks: int, num_stages: int) -> None:

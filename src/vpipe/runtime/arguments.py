@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from itertools import accumulate, pairwise
 from typing import get_args
 
 import torch
@@ -13,9 +12,7 @@ from vpipe.errors import ConfigError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.model.modules import Modules
-from vpipe.plan.partition import check_ratios
-from vpipe.planner.cost.memory import Policy
-from vpipe.planner.search.plan_file import trailing_policies
+from vpipe.plan.policy import Policy, check_ratios, trailing_policies
 from vpipe.runtime.assembly import RecomputeMode
 from vpipe.runtime.comm.process_group import use_device
 
@@ -28,7 +25,6 @@ __all__ = [
     "policy_per_block",
     "ratio_per_stage",
     "schedule_options",
-    "stages_with",
 ]
 
 
@@ -118,12 +114,6 @@ def policy_per_block(
         if policy not in known:
             raise PlanError(f"policies has {policy!r} for block {block}; use one of {', '.join(known)}")
     return tuple(map(Policy, policies))
-
-
-def stages_with(policy: Policy, policies: Sequence[Policy], partition: Sequence[int]) -> frozenset[int]:
-    """Return the stages that have a block with this policy."""
-    cuts = enumerate(pairwise([0, *accumulate(partition)]))
-    return frozenset(stage for stage, (start, stop) in cuts if policy in policies[start:stop])
 
 
 def schedule_options(

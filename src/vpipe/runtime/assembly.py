@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Chain, ValueSpec
-from vpipe.plan.partition import partition_by_weight, partition_uniform, validate_partition
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.memory.host_link import HostLink, Moved, open_host_link
 from vpipe.runtime.stage.stage import Stage
@@ -65,20 +64,19 @@ def parameter_sizes(chain: Chain) -> list[dict[str, int]]:
     return sizes
 
 
-def resolve_partition(partition: Sequence[int] | str | None, chain: Chain, num_stages: int) -> tuple[int, ...]:
+def resolve_partition(partition: Sequence[int] | str | None, chain: Chain, num_stages: int) -> Partition:
     """Turn a partition given by hand, `uniform` or `parameters` into blocks per stage.
 
     Raises:
         PlanError: the partition does not fit the model or the number of stages.
     """
     if partition is None or partition == "uniform":
-        return tuple(partition_uniform(len(chain), num_stages))
+        return Partition.uniform(len(chain), num_stages)
     if partition == "parameters":
-        return tuple(partition_by_weight([sum(sizes.values()) for sizes in parameter_sizes(chain)], num_stages))
+        return Partition.by_weight([sum(sizes.values()) for sizes in parameter_sizes(chain)], num_stages)
     if isinstance(partition, str):
         raise PlanError(f"partition '{partition}' is unknown; give blocks per stage, 'uniform' or 'parameters'")
-    validate_partition(partition, len(chain), num_stages)
-    return tuple(partition)
+    return Partition.checked(partition, len(chain), num_stages)
 
 
 def plan_facts(chain: Chain, partition: Sequence[int], policies: Sequence[Policy]) -> dict[str, object]:
@@ -94,17 +92,16 @@ def plan_facts(chain: Chain, partition: Sequence[int], policies: Sequence[Policy
 
 
 def crossing_specs(
-    chain: Chain, partition: Sequence[int], fields: Mapping[str, Tensor], *, training: bool
+    chain: Chain, partition: Partition, fields: Mapping[str, Tensor], *, training: bool
 ) -> dict[int, tuple[ValueSpec, ...]]:
     """Return what crosses the cut in front of each stage but the first, for one microbatch shaped like `fields`."""
-    cuts = list(accumulate(partition))[:-1]
-    inferred = chain.infer(cuts, fields, training=training)
-    return {stage: inferred[cut] for stage, cut in enumerate(cuts, start=1)}
+    inferred = chain.infer(partition.cuts, fields, training=training)
+    return {stage: inferred[cut] for stage, cut in enumerate(partition.cuts, start=1)}
 
 
 def build_stages(
     chain: Chain,
-    partition: Sequence[int],
+    partition: Partition,
     stages: Sequence[int],
     optimizer: OptimizerFactory,
     *,
@@ -120,7 +117,6 @@ def build_stages(
 
     `policies` are of all blocks; `swapping` names the stages that move activations, `moving` those that move weights.
     """
-    starts = [0, *accumulate(partition)]
     spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[recompute]
     swaps = {block for block, policy in enumerate(policies) if policy is Policy.SWAP}
 
@@ -129,7 +125,7 @@ def build_stages(
 
     held: dict[int, HeldStage] = {}
     for index in stages:
-        start, stop = starts[index], starts[index + 1]
+        start, stop = partition.ranges[index]
         modules = [chain.materialise(block, seed, device) for block in range(start, stop)]
         names = _trainable_names(chain, start, modules)
         stage = Stage(chain, start, stop, recomputes, swaps if index in swapping else ())
@@ -180,7 +176,7 @@ def _trainable_names(chain: Chain, start: int, modules: Sequence[nn.Module]) -> 
 
 def tied_groups(
     chain: Chain,
-    partition: Sequence[int],
+    partition: Partition,
     placement: Placement,
     trainable: Sequence[Mapping[str, int]],
     *,
@@ -195,7 +191,6 @@ def tied_groups(
         ModelError: only some copies of a weight are trained.
         PlanError: an asynchronous schedule cannot keep weights on different stages equal.
     """
-    stage_of = [stage for stage, num_blocks in enumerate(partition) for _ in range(num_blocks)]
     groups = []
     for refs in chain.tied:
         named = [(ref.block, chain.blocks[ref.block].global_name(ref.name)) for ref in refs]
@@ -205,7 +200,10 @@ def tied_groups(
             continue
         if not all(trained):
             raise ModelError(f"{names} are one weight, but only some of them are trained; freeze all of them or none")
-        copies = tuple(TiedCopy(stage_of[block], placement.rank_of(stage_of[block]), name) for block, name in named)
+        stages_of = [partition.stage_of(block) for block, _ in named]
+        copies = tuple(
+            TiedCopy(stage, placement.rank_of(stage), name) for stage, (_, name) in zip(stages_of, named, strict=True)
+        )
         stages = sorted({copy.stage for copy in copies})
         if not synchronous and len(stages) > 1:
             raise PlanError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch.distributed as dist
 
 from vpipe.data.source import FieldSpec
 from vpipe.model.chain import Chain, ValueSpec
+from vpipe.plan.partition import Partition
 from vpipe.runtime.assembly import crossing_specs
 from vpipe.runtime.batch import Batch, field_tensors
 from vpipe.runtime.comm.agreement import agree, agree_on_batch
@@ -24,7 +25,7 @@ class Crossings:
     def __init__(
         self,
         chain: Chain,
-        partition: Sequence[int],
+        partition: Partition,
         specs: Mapping[str, FieldSpec] | None,
         group: dist.ProcessGroup | None,
     ) -> None:

@@ -20,7 +20,7 @@ from vpipe.errors import DataError, ExecutionError
 from vpipe.model.chain import Chain
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy, stages_with
 from vpipe.runtime.arguments import (
     as_chain,
     as_device,
@@ -29,7 +29,6 @@ from vpipe.runtime.arguments import (
     limit_of,
     policy_per_block,
     schedule_options,
-    stages_with,
 )
 from vpipe.runtime.assembly import (
     RecomputeMode,
@@ -164,7 +163,7 @@ class Pipeline:
             self.partition = resolve_partition(partition, self.chain, placement.num_stages)
             self.policies = policy_per_block(policies, recompute_ratio, self.partition)
             self.programs.insert(
-                recompute_ahead, stages_with(Policy.SWAP, self.policies, self.partition), swap_versions
+                recompute_ahead, stages_with(Policy.SWAP, self.partition, self.policies), swap_versions
             )
             facts = self.programs.facts() | plan_facts(self.chain, self.partition, self.policies)
             agree(facts | {"clip_grad_norm": clip_grad_norm, "seed": seed}, self._control)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from vpipe.config import RunConfig
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy, ratios_of
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.schedule.action import Kind
 from vpipe.schedule.schedule import Schedule
@@ -42,14 +42,13 @@ def describe_plan(pipeline: Pipeline, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _activations(config: RunConfig, partition: Sequence[int]) -> dict[str, Any]:
+def _activations(config: RunConfig, partition: Partition) -> dict[str, Any]:
     """Say what is recomputed: by ratio, which is exact without policies per block, and these where there are any."""
     policies = config.plan.policies
     if policies is None:
         return {"recompute_ratio": config.recompute_ratios}
-    cuts = pairwise([0, *accumulate(partition)])
-    ratios = [round(policies[start:stop].count("recompute") / (stop - start), 4) for start, stop in cuts]
-    return {"recompute_ratio": ratios, "policies": policies, "recompute_ahead": config.plan.recompute_ahead}
+    ratios = ratios_of(partition, [Policy(name) for name in policies])
+    return {"recompute_ratio": list(ratios), "policies": policies, "recompute_ahead": config.plan.recompute_ahead}
 
 
 def _depth(schedule: Schedule, stage: int) -> int:
@@ -61,19 +60,16 @@ def _depth(schedule: Schedule, stage: int) -> int:
 
 def _stages(pipeline: Pipeline, setup: Setup) -> list[dict[str, Any]]:
     counts = setup.chain.count_parameters()
-    stages, start = [], 0
-    for stage, stop in enumerate(accumulate(pipeline.partition)):
-        stages.append(
-            {
-                "stage": stage,
-                "rank": pipeline.programs.sample.rank_of(stage),
-                "first_block": start,
-                "blocks": [block.name for block in setup.chain.blocks[start:stop]],
-                "parameters": sum(counts[start:stop]),
-            }
-        )
-        start = stop
-    return stages
+    return [
+        {
+            "stage": stage,
+            "rank": pipeline.programs.sample.rank_of(stage),
+            "first_block": start,
+            "blocks": [block.name for block in setup.chain.blocks[start:stop]],
+            "parameters": sum(counts[start:stop]),
+        }
+        for stage, (start, stop) in enumerate(pipeline.partition.ranges)
+    ]
 
 
 def _cuts(pipeline: Pipeline, setup: Setup) -> list[dict[str, Any]]:
@@ -82,7 +78,7 @@ def _cuts(pipeline: Pipeline, setup: Setup) -> list[dict[str, Any]]:
         name: torch.empty((size, *spec.shape_per_sample), dtype=spec.dtype, device="meta")
         for name, spec in setup.source.fields.items()
     }
-    cuts = list(accumulate(pipeline.partition))[:-1]
+    cuts = pipeline.partition.cuts
     crossing = setup.chain.infer(cuts, fields)
     return [
         {

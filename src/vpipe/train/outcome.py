@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +89,8 @@ def summarize_run(
         **compare_prediction(plan, iteration_ms, [rank["peak_ledger_bytes"] for rank in everyone]),
         **summarize_trace(drawn, inside),
     }
-    ends = list(accumulate(pipeline.partition))
     for row in summary["ranks"]:
-        row["blocks"] = [
-            block for stage in row["stages"] for block in range(ends[stage] - pipeline.partition[stage], ends[stage])
-        ]
+        row["blocks"] = [block for stage in row["stages"] for block in pipeline.partition.range_of(stage)]
     if group.rank == 0:
         write_timeline(run_directory / "timeline.json", drawn)
         (run_directory / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")

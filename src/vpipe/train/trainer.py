@@ -101,12 +101,12 @@ class Trainer:
         return summary
 
     def _describe(self) -> None:
-        starts = [sum(self.pipeline.partition[:stage]) for stage in range(len(self.pipeline.partition) + 1)]
         for stage in self.pipeline.held:
-            blocks = self.setup.chain.blocks[starts[stage] : starts[stage + 1]]
+            held = self.pipeline.partition.range_of(stage)
+            blocks = [self.setup.chain.blocks[index] for index in held]
             logger.info(
                 "Stage: %d, rank in stage: 0, blocks %d to %d (%s to %s)",
-                stage, starts[stage], starts[stage + 1] - 1, blocks[0].name, blocks[-1].name,
+                stage, held[0], held[-1], blocks[0].name, blocks[-1].name,
             )  # fmt: skip
         if self.group.rank == 0:
             logger.info("Everything about this run is in %s", self.run_directory)

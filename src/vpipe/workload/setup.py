@@ -23,6 +23,7 @@ from vpipe.errors import ConfigError, DataError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.rng import seeding_user_code
 from vpipe.model.zoo import build_chain
+from vpipe.plan.partition import Partition
 from vpipe.runtime.assembly import resolve_partition
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.pipeline import Hooks, Pipeline
@@ -74,7 +75,7 @@ class Setup:
         return learning_rate(self.config.optimizer, iteration, self.total_iterations, self.iterations_per_epoch)
 
     @property
-    def partition(self) -> tuple[int, ...]:
+    def partition(self) -> Partition:
         """Return the blocks of each stage."""
         return resolve_partition(self.config.plan.partition, self.chain, self.config.num_stages)
 

@@ -13,7 +13,8 @@ from vpipe.config.problems import Problem
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig
 from vpipe.errors import ScheduleError
-from vpipe.plan.partition import check_partition, check_ratios
+from vpipe.plan.partition import check_partition
+from vpipe.plan.policy import check_ratios
 from vpipe.schedule.csv_file import check_csv_run, is_csv_file
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry, known_entry
 from vpipe.words.near import did_you_mean

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vpipe.errors import PlanError
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.loads import Moment, StageLoad
-from vpipe.planner.cost.memory import Policy, Transient, each_bytes, transient_of, weight_workspace
+from vpipe.planner.cost.memory import Transient, each_bytes, transient_of, weight_workspace
 from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.simulate.costs import Costs, Link
@@ -205,7 +207,7 @@ def host_ms(host: LinkProfile | None, swapped_bytes: float) -> float:
 def simulator_costs(
     profile: Profile,
     blocks: Sequence[BlockProfile],
-    partition: Sequence[int],
+    partition: Partition,
     policies: Sequence[Policy],
     placement: Placement,
     num_versions: Sequence[int] = (),
@@ -217,10 +219,9 @@ def simulator_costs(
     flight for activations to be moved: in others, blocks that swap keep; empty: all have.
     """
     speeds = speeds_of(profile, placement.num_ranks)
-    ends = list(accumulate(partition))
     names = ("forward", "input_grad", "weight_grad", "step", "recompute", "move", "move_versions")
     times: dict[str, list[float]] = {name: [] for name in names}
-    for stage, (start, stop) in enumerate(pairwise([0, *ends])):
+    for stage, (start, stop) in enumerate(partition.ranges):
         speed = speeds[placement.rank_of(stage)]
         inside = [(blocks[index], policies[index]) for index in range(start, stop)]
         # What is saved is noted forward and found again backward, which take about the same time. Where one block
@@ -244,7 +245,7 @@ def simulator_costs(
         **{name: tuple(values) for name, values in times.items()},
         latency=profile.link.latency_ms,
         bandwidth=profile.link.bytes_per_ms or math.inf,
-        message_bytes=tuple(float(blocks[stop - 1].output_bytes) for stop in ends),
+        message_bytes=tuple(float(blocks[stop - 1].output_bytes) for _, stop in partition.ranges),
         move_share=profile.host_share,
         dispatch=profile.dispatch_ms,
         links={

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from enum import Enum
 from typing import NamedTuple
 
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.loads import COUNTED, SWAP_BUFFERS, Moment, Replay, StageLoad
 from vpipe.planner.profile.profile import BlockProfile
 from vpipe.schedule.schedule import Schedule
 from vpipe.words.units import format_bytes
 
 __all__ = [
-    "Policy",
     "RankMemory",
     "StageBytes",
     "Transient",
@@ -29,14 +28,6 @@ __all__ = [
     "transient_of",
     "weight_workspace",
 ]
-
-
-class Policy(str, Enum):
-    """What a block does with its activations between forward and backward."""
-
-    KEEP = "keep"
-    RECOMPUTE = "recompute"
-    SWAP = "swap"
 
 
 @dataclass(frozen=True)

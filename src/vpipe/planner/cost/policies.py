@@ -15,9 +15,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import Array, ChainCosts, host_ms
 from vpipe.planner.cost.loads import Moment, StageLoad
-from vpipe.planner.cost.memory import Policy, Transient, each_bytes, transient_of
+from vpipe.planner.cost.memory import Transient, each_bytes, transient_of
 from vpipe.planner.profile.profile import BlockProfile
 
 __all__ = ["Frontier", "Frontiers", "StageFit"]

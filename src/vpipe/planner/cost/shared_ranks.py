@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import Array, ChainCosts
 from vpipe.planner.cost.loads import StageLoad
-from vpipe.planner.cost.memory import Policy
 from vpipe.planner.cost.policies import Frontiers, StageFit
 from vpipe.planner.cost.rank_moments import RankMoments, rank_moments
 from vpipe.schedule.schedule import Schedule
@@ -107,7 +107,7 @@ class SharedRanks:
 
     def intervals(self, partition: Sequence[int]) -> list[tuple[Interval, ...]]:
         """Return the blocks of each stage of every rank."""
-        cuts = list(pairwise([0, *accumulate(partition)]))
+        cuts = list(Partition(partition).ranges)
         return [tuple(cuts[stage] for stage in stages) for stages in self.stages]
 
     def fastest(self, rank: int, intervals: tuple[Interval, ...], limit: float) -> RankWay | None:

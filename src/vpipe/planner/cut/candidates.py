@@ -9,9 +9,9 @@ from math import comb
 
 import numpy as np
 
-from vpipe.plan.partition import partition_by_weight, partition_uniform
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import Array
-from vpipe.planner.cost.memory import Policy
 from vpipe.planner.cut.exact import cut_least_sum, cut_minimax, each_matrix
 from vpipe.planner.cut.stage_times import StageTimes
 
@@ -34,29 +34,29 @@ def candidate_cuts(times: StageTimes) -> list[list[int]]:
         for slack in _SLACKS:
             bounded = each_matrix(matrices, partial(_up_to, bound=value * slack * _ROUNDING))
             cuts += [cut_least_sum(bounded)[1], cut_least_sum(each_matrix(bounded, np.square))[1]]
-    cuts += naive_cuts(times).values()
+    cuts += map(list, naive_cuts(times).values())
     return [list(cut) for cut in dict.fromkeys(map(tuple, cuts)) if cut]
 
 
-def naive_cuts(times: StageTimes) -> dict[str, list[int]]:
+def naive_cuts(times: StageTimes) -> dict[str, Partition]:
     """Return the cuts that need no search, by name: `uniform`, `parameters`, `compute`."""
     blocks, num_stages = times.chain.blocks, len(times.loads)
     if num_stages > len(blocks):
         return {}
     return {
-        "uniform": partition_uniform(len(blocks), num_stages),
-        "parameters": partition_by_weight([block.parameter_bytes for block in blocks], num_stages),
+        "uniform": Partition.uniform(len(blocks), num_stages),
+        "parameters": Partition.by_weight([block.parameter_bytes for block in blocks], num_stages),
         "compute": _by_compute(times),
     }
 
 
-def _by_compute(times: StageTimes) -> list[int]:
+def _by_compute(times: StageTimes) -> Partition:
     """Cut with the least measured time on the busiest stage; ranks that are faster get more."""
     chain = times.chain
     if len(set(times.speeds)) == 1:
-        return partition_by_weight([block.forward_ms + block.backward_ms for block in chain.blocks], len(times.speeds))
+        return Partition.by_weight([block.forward_ms + block.backward_ms for block in chain.blocks], len(times.speeds))
     work = sum(chain.between(name) for name in ("forward_ms", "input_grad_ms", "weight_grad_ms"))
-    return cut_minimax([np.where(chain.is_stage, work / speed, np.inf) for speed in times.speeds])[1]
+    return Partition(cut_minimax([np.where(chain.is_stage, work / speed, np.inf) for speed in times.speeds])[1])
 
 
 def neighbours(partition: Sequence[int]) -> Iterator[list[int]]:

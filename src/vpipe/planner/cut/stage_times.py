@@ -8,9 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import Array, ChainCosts
 from vpipe.planner.cost.loads import StageLoad
-from vpipe.planner.cost.memory import Policy, held_bytes
+from vpipe.planner.cost.memory import held_bytes
 from vpipe.planner.cost.policies import Frontiers, StageFit
 from vpipe.planner.cut.exact import cut_minimax, useful_intervals
 

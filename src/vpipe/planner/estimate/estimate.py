@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.estimate.analytic import BlockWork, Machine, ModelWork, analytic_profile, operation_ms
 from vpipe.planner.estimate.screen import Screened, find_promising_plan
 from vpipe.planner.search.search import Outcome, Request, find_plan

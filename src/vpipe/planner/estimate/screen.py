@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from vpipe.errors import PlanError, ScheduleError
-from vpipe.plan.partition import partition_by_weight
+from vpipe.plan.partition import Partition
 from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition
 from vpipe.planner.search.situation import Plan
 from vpipe.schedule.placement import Placement
@@ -89,7 +89,7 @@ def _try(request: Request, name: str, count: int) -> tuple[bool, float] | None:
             name, request.num_ranks, min(few, request.num_ranks), stages_per_rank=request.stages_per_rank
         ).placement
         times = [block.forward_ms + block.backward_ms for block in blocks]
-        plan = judge_partition(small, partition_by_weight(times, placement.num_stages))
+        plan = judge_partition(small, Partition.by_weight(times, placement.num_stages))
     except (PlanError, ScheduleError):
         return None
     step_ms = plan.step_ms + (count - few) * _busiest_ms(plan, placement)

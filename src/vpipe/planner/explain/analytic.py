@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import host_ms
-from vpipe.planner.cost.memory import Policy, each_bytes
+from vpipe.planner.cost.memory import each_bytes
 from vpipe.planner.estimate.accuracy import COMPARED
 from vpipe.planner.estimate.analytic import Machine, ModelWork
 from vpipe.planner.estimate.estimate import SHARES, Estimate
@@ -157,7 +157,7 @@ def _stage_lines(found: Estimate, *, all_stages: bool) -> list[str]:
     plan, blocks = found.plan, found.outcome.request.profile.at(found.plan.setting.microbatch_size).blocks
     placement, costs = plan.setting.build().placement, plan.costs
     rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "memory", "activations"]]
-    for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
+    for stage, (start, stop) in enumerate(plan.partition.ranges):
         rank, forward, both = placement.rank_of(stage), costs.forward[stage], plan.stage_ms[stage]
         rows.append(
             [

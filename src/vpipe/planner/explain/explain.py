@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import accumulate, pairwise
 
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import host_ms, speeds_of
-from vpipe.planner.cost.memory import Policy, RankMemory
+from vpipe.planner.cost.memory import RankMemory
 from vpipe.planner.profile.profile import BlockProfile, Profile
 from vpipe.planner.search.search import Outcome, Request
 from vpipe.planner.search.situation import Plan
@@ -118,7 +118,7 @@ def _stage_table(request: Request, plan: Plan) -> list[str]:
     costs, setting = plan.costs, plan.setting
     steady = setting.build() if setting.synchronous else setting.build(setting.num_batches_until_steady)
     in_flight = stage_activations(steady)
-    for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
+    for stage, (start, stop) in enumerate(plan.partition.ranges):
         backward = plan.stage_ms[stage] - costs.forward[stage]
         work = plan.busy_ms[stage] * plan.setting.num_microbatches
         rows.append(

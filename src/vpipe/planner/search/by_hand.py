@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from vpipe.errors import PlanError
-from vpipe.plan.partition import validate_partition
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cut.candidates import naive_cuts
 from vpipe.planner.search.situation import Plan, Situation
 
@@ -41,8 +41,7 @@ def cut_each(
         return
     able = [each for each in situations if each.schedule.num_stages == len(partition)]
     for situation in able or situations[:1]:
-        validate_partition(partition, len(situation.chain), situation.schedule.num_stages)
-        yield situation, partition
+        yield situation, Partition.checked(partition, len(situation.chain), situation.schedule.num_stages)
 
 
 def judge_cut(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
 
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cut.candidates import candidate_cuts, exchanges, neighbours
 from vpipe.planner.search.shared_cuts import fast_cuts, shared_policies
 from vpipe.planner.search.situation import Plan, Situation
@@ -67,7 +67,7 @@ def _near(situation: Situation, plan: Plan) -> Iterator[Plan]:
     most = 1.1 * _busiest(situation, plan.partition)
     yield from drafts_of(situation, (cut for cut in neighbours(plan.partition) if _busiest(situation, cut) <= most))
     if set(plan.policies) != {Policy.KEEP}:
-        ends = [0, *accumulate(plan.partition)]
+        ends = [*plan.partition.starts, plan.partition.num_blocks]
         ranks = [situation.schedule.rank_of(bisect(ends, block) - 1) for block in range(ends[-1])]
         for policies in exchanges(plan.policies, ranks, situation.times.frontiers.policies):
             yield situation.draft(plan.partition, policies)
@@ -76,7 +76,7 @@ def _near(situation: Situation, plan: Plan) -> Iterator[Plan]:
 def _busiest(situation: Situation, partition: Sequence[int]) -> float:
     """Return the time of the busiest rank when nothing is added to it."""
     ranks = [0.0] * situation.schedule.num_ranks
-    for stage, (start, stop) in enumerate(pairwise([0, *accumulate(partition)])):
+    for stage, (start, stop) in enumerate(Partition(partition).ranges):
         ranks[situation.schedule.rank_of(stage)] += float(situation.times.optimistic[stage][start, stop])
     return max(ranks)
 

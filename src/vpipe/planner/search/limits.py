@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import Array, ChainCosts
 from vpipe.planner.cost.loads import SWAP_BUFFERS, Moment, StageLoad
-from vpipe.planner.cost.memory import Policy, each_bytes, transient_of
+from vpipe.planner.cost.memory import each_bytes, transient_of
 from vpipe.planner.cost.policies import Frontiers, StageFit
 from vpipe.planner.cut.candidates import searched_cuts
 from vpipe.planner.cut.exact import cut_minimax, useful_intervals
@@ -81,7 +82,7 @@ class _LeastBytes:
 
     def of_cut(self, partition: Sequence[int]) -> tuple[float, ...]:
         """Return what every stage of a cut needs."""
-        keys = [(stage, *cut) for stage, cut in enumerate(pairwise([0, *accumulate(partition)]))]
+        keys = [(stage, *cut) for stage, cut in enumerate(Partition(partition).ranges)]
         for key in keys:
             if key not in self._found:
                 self._found[key] = float(self.of_stages(np.array([key[0]]), *key[1:])[0])

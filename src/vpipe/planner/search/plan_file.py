@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import accumulate, pairwise
 from typing import Any
 
-from vpipe.plan.partition import recompute_blocks
-from vpipe.planner.cost.memory import Policy
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.search import Outcome
 from vpipe.planner.search.situation import Plan
 
-__all__ = ["outcome_to_dict", "plan_to_dict", "trailing_policies"]
+__all__ = ["outcome_to_dict", "plan_to_dict"]
 
 _SWITCHES = {"microbatches_per_update": "macrobatch", "vertical_sync": "vertical_sync"}
 """Options of schedules that a run switches on by a key of another name."""
@@ -77,24 +73,11 @@ def _alternative(outcome: Outcome, plan: Plan) -> dict[str, Any]:
     }
 
 
-def trailing_policies(partition: Sequence[int], ratios: Sequence[float]) -> tuple[Policy, ...]:
-    """Return what recompute ratios mean: the last share of each stage's blocks recomputes, the others keep.
-
-    Raises:
-        PlanError: a ratio is outside 0 to 1.
-    """
-    policies: list[Policy] = []
-    for size, ratio in zip(partition, ratios, strict=True):
-        count = recompute_blocks(size, ratio)
-        policies += [Policy.KEEP] * (size - count) + [Policy.RECOMPUTE] * count
-    return tuple(policies)
-
-
 def _stages(plan: Plan, profile: Profile) -> list[dict[str, Any]]:
     blocks = profile.at(plan.setting.microbatch_size).blocks
     costs, stages = plan.costs, []
     placement = plan.setting.build().placement
-    for stage, (start, stop) in enumerate(pairwise([0, *accumulate(plan.partition)])):
+    for stage, (start, stop) in enumerate(plan.partition.ranges):
         stages.append(
             {
                 "stage": stage,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vpipe.errors import PlanError
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.policy import Policy
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.limits import usable_bytes
 

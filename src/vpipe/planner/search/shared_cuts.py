@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
 
 import numpy as np
 
-from vpipe.planner.cost.memory import Policy
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.shared_ranks import Interval, RankWay, SharedRanks
 from vpipe.planner.cut.candidates import candidate_cuts, searched_cuts
 from vpipe.planner.cut.exact import cut_minimax
@@ -40,7 +40,7 @@ def fast_cuts(situation: Situation) -> list[list[int]]:
         over, times = zip(*map(of_rank, range(len(situation.limits)), shared.intervals(cut)), strict=True)
         once = sum(times) / per_rank if situation.setting.synchronous else max(times)
         # The others wait for a busy stage in its turn, and have less to do in the next: so both count, half and half.
-        stage = max(float(matrix[each]) for matrix, each in zip(kept, pairwise([0, *accumulate(cut)]), strict=True))
+        stage = max(float(matrix[each]) for matrix, each in zip(kept, Partition(cut).ranges, strict=True))
         busiest = (max(times) + max(max(times), per_rank * stage)) / 2
         return max(over), sum(over), once + (count - 1) * busiest, sum(np.square(times))
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 
+from vpipe.plan.partition import Partition
+from vpipe.plan.policy import Policy, ratios_of, stages_with
 from vpipe.planner.cost.costs import ChainCosts, simulator_costs, speeds_of
 from vpipe.planner.cost.loads import StageLoad, stage_loads
-from vpipe.planner.cost.memory import Policy, RankMemory, rank_memory, stage_bytes
+from vpipe.planner.cost.memory import RankMemory, rank_memory, stage_bytes
 from vpipe.planner.cost.policies import Frontiers
 from vpipe.planner.cost.shared_ranks import SharedRanks
 from vpipe.planner.cut.stage_times import StageTimes
@@ -32,7 +33,7 @@ class Plan:
     """What is cut where, what every block does with its activations, and what that is predicted to cost."""
 
     setting: Setting
-    partition: tuple[int, ...]
+    partition: Partition
     policies: tuple[Policy, ...]
     """Of every block."""
     memory: tuple[RankMemory, ...]
@@ -73,11 +74,7 @@ class Plan:
     @property
     def recompute_ratio(self) -> tuple[float, ...]:
         """Share of each stage's blocks that recompute: exact where these are its last ones."""
-        shares = []
-        for start, stop in pairwise([0, *accumulate(self.partition)]):
-            count = self.policies[start:stop].count(Policy.RECOMPUTE)
-            shares.append(round(count / (stop - start), 4))
-        return tuple(shares)
+        return ratios_of(self.partition, self.policies)
 
     def fits(self, limits: Sequence[float]) -> bool:
         """Tell whether every rank stays within its limit."""
@@ -86,8 +83,7 @@ class Plan:
 
 def arrange(schedule: Schedule, plan: Plan) -> Schedule:
     """Return the schedule with what the plan's policies need: recomputations ahead, and moves to host memory."""
-    cuts = pairwise([0, *accumulate(plan.partition)])
-    swapping = [stage for stage, (start, stop) in enumerate(cuts) if Policy.SWAP in plan.policies[start:stop]]
+    swapping = stages_with(Policy.SWAP, plan.partition, plan.policies)
     ahead = insert_recomputes(schedule, plan.ahead) if plan.ahead else schedule
     return insert_offloads(ahead, swapping) if swapping else ahead
 
@@ -187,18 +183,16 @@ class Situation:
     def draft(self, partition: Sequence[int], policies: Sequence[Policy], ahead: Collection[int] = ()) -> Plan:
         """Return the plan without its time; stages of `ahead` recompute before the gradient arrives."""
         blocks, placement = self.chain.blocks, self.schedule.placement
-        cut = pairwise([0, *accumulate(partition)])
+        cut = Partition(partition)
         stages = [
             stage_bytes(blocks, start, stop, policies, is_split=self.chain.is_split, is_ahead=stage in ahead)
-            for stage, (start, stop) in enumerate(cut)
+            for stage, (start, stop) in enumerate(cut.ranges)
         ]
         memory = rank_memory(self.schedule, self.loads, stages)
         versions = [load.num_versions for load in self.loads]
         moves = [any(moment.copies < moment.full for moment in load.moments) for load in self.loads]
-        costs = simulator_costs(self.profile, blocks, partition, policies, placement, versions, moves)
-        return Plan(
-            self.setting, tuple(partition), tuple(policies), memory, costs, math.nan, tuple(ahead), self.updates
-        )
+        costs = simulator_costs(self.profile, blocks, cut, policies, placement, versions, moves)
+        return Plan(self.setting, cut, tuple(policies), memory, costs, math.nan, tuple(ahead), self.updates)
 
     def judge(self, draft: Plan) -> Plan:
         """Return the plan with its time, by the simulator: of a batch, or of one in an asynchronous steady state."""
