@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vpipe.draw.shapes import COLOURS, MOVE_COLOURS, ink_on, lighten, text_width
+from vpipe.draw.palette import COLOURS, MOVE_COLOURS
+from vpipe.draw.shapes import ink_on, lighten, text_width
 from vpipe.draw.svg import _UPPER_STAGE, to_svg
 from vpipe.schedule.action import Kind
 from vpipe.schedule.passes.offload import insert_offloads

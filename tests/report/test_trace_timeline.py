@@ -46,11 +46,11 @@ def test_actions_become_slices_in_microseconds_from_the_first_start() -> None:
     slices = [item for item in build_timeline(EVENTS)["traceEvents"] if item["ph"] == "X" and item["tid"] == 0]
     shown = [(item["name"], item["cat"], item["ts"], item["dur"]) for item in slices]
     assert shown == [
-        ("F0", "compute", 0.0, 2000.0),
+        ("F0", "forward", 0.0, 2000.0),
         ("SEND_F0", "communication", 2000.0, 0.0),
         ("wait RECV_B0", "wait", 2000.0, 8000.0),
-        ("B0", "compute", 10000.0, 4000.0),
-        ("STEP", "compute", 14000.0, 1000.0),
+        ("B0", "backward", 10000.0, 4000.0),
+        ("STEP", "update", 14000.0, 1000.0),
     ]
     assert slices[3]["args"] == {"action": "0B0", "stage": 0, "microbatch": 0, "iteration": 1, "wait_ms": 0.0}
     assert len({item["cname"] for item in slices}) == 5

@@ -1,86 +1,85 @@
-"""A simulation as a timeline for Perfetto (ui.perfetto.dev) or chrome://tracing.
+"""Actions as a timeline for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
-The format is Chrome's Trace Event Format: a process per schedule, a row per rank, the messages of each link that take
-time, and what each rank holds as a counter. One unit of the costs is shown as one millisecond.
+The format is Chrome's Trace Event Format, in microseconds: complete events, one row per rank. Of a simulation also the
+messages of each link that take time, and what each rank holds as a counter; one unit of the costs is one millisecond.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vpipe.schedule.action import Kind
+from vpipe.draw.palette import NAMES, TRACE_COLOURS
+from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.simulate.simulate import Event, Simulation
 from vpipe.schedule.simulate.transfers import transfers_of
 from vpipe.schedule.simulate.usage import activations_over_time
 
-__all__ = ["to_chrome_trace"]
+__all__ = ["name_row", "slice_of", "to_chrome_trace"]
 
+Row = dict[str, Any]
 _MICROSECONDS = 1000.0  # per unit of the costs
-_NAMES = {
-    Kind.F: "forward",
-    Kind.R: "recompute",
-    Kind.B: "backward",
-    Kind.I: "input gradient",
-    Kind.W: "weight gradient",
-    Kind.STEP: "update",
-    Kind.OFFLOAD: "out to host memory",
-    Kind.FETCH: "back from host memory",
-    Kind.OFFLOAD_V: "weights out to host memory",
-    Kind.FETCH_V: "weights back from host memory",
-}
-# Names of chrome://tracing's own palette, the ones that the timeline of a measured run has.
-_COLOURS = {
-    Kind.F: "rail_response",
-    Kind.R: "rail_load",
-    Kind.B: "good",
-    Kind.I: "good",
-    Kind.W: "rail_animation",
-    Kind.STEP: "bad",
-    Kind.OFFLOAD: "thread_state_iowait",
-    Kind.FETCH: "thread_state_runnable",
-    Kind.OFFLOAD_V: "terrible",
-    Kind.FETCH_V: "olive",
-}
+_OTHER_COLOUR = "generic_work"
 
 
-def to_chrome_trace(simulations: Sequence[Simulation]) -> dict[str, Any]:
+def to_chrome_trace(simulations: Sequence[Simulation]) -> Row:
     """Return the trace as an object ready for JSON, one process for each of `simulations`."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for process, simulation in enumerate(simulations):
-        rows.append(_metadata("process_name", process, 0, simulation.schedule.name))
+        rows.append(_metadata("process_name", process, 0, {"name": simulation.schedule.name}))
         for rank, events in enumerate(simulation.events):
-            rows.append(_metadata("thread_name", process, rank, f"rank {rank}"))
+            rows.extend(name_row(process, rank, f"rank {rank}"))
             rows.extend(_slice(process, rank, event) for event in events)
             if simulation.moves[rank]:
                 row = simulation.schedule.num_ranks + rank
-                rows.append(_metadata("thread_name", process, row, f"host memory of rank {rank}"))
+                rows.extend(name_row(process, row, f"host memory of rank {rank}"))
                 rows.extend(_slice(process, row, event) for event in simulation.moves[rank])
         rows.extend(_messages(process, simulation))
         rows.extend(_counters(process, simulation))
     return {"traceEvents": rows, "displayTimeUnit": "ms"}
 
 
-def _metadata(name: str, process: int, thread: int, value: str) -> dict[str, Any]:
-    return {"name": name, "ph": "M", "pid": process, "tid": thread, "args": {"name": value}}
+def name_row(process: int, rank: int, name: str) -> Iterator[Row]:
+    """Yield what names a row and keeps it in its place."""
+    yield _metadata("thread_name", process, rank, {"name": name})
+    yield _metadata("thread_sort_index", process, rank, {"sort_index": rank})
 
 
-def _slice(process: int, rank: int, event: Event) -> dict[str, Any]:
-    action, start, end = event
+def slice_of(
+    action: Action,
+    start_us: float,
+    duration_us: float,
+    rank: int,
+    process: int = 0,
+    more: Mapping[str, float] | None = None,
+) -> Row:
+    """Return an action as a complete event; `more` of it goes to its details.
+
+    Names, categories and colours of computations and moves are those of `palette`, measured or simulated.
+    """
     return {
         "name": "STEP" if action.kind is Kind.STEP else f"{action.kind}{action.microbatch}",
-        "cat": _NAMES[action.kind],
-        "cname": _COLOURS[action.kind],
+        "cat": NAMES.get(action.kind, "communication"),
+        "cname": TRACE_COLOURS.get(action.kind, _OTHER_COLOUR),
         "ph": "X",
         "pid": process,
         "tid": rank,
-        "ts": start * _MICROSECONDS,
-        "dur": (end - start) * _MICROSECONDS,
-        "args": {"action": str(action), "stage": action.stage, "microbatch": action.microbatch},
+        "ts": start_us,
+        "dur": duration_us,
+        "args": {"action": str(action), "stage": action.stage, "microbatch": action.microbatch, **(more or {})},
     }
 
 
-def _messages(process: int, simulation: Simulation) -> Iterator[dict[str, Any]]:
+def _metadata(name: str, process: int, thread: int, arguments: dict[str, object]) -> Row:
+    return {"name": name, "ph": "M", "pid": process, "tid": thread, "args": arguments}
+
+
+def _slice(process: int, rank: int, event: Event) -> Row:
+    action, start, end = event
+    return slice_of(action, start * _MICROSECONDS, (end - start) * _MICROSECONDS, rank, process)
+
+
+def _messages(process: int, simulation: Simulation) -> Iterator[Row]:
     """Yield the messages that take time, from when they enter their link until they arrive.
 
     They are asynchronous events: with latency several may be under way on one link, which a row could not show.
@@ -102,7 +101,7 @@ def _messages(process: int, simulation: Simulation) -> Iterator[dict[str, Any]]:
             number += 1
 
 
-def _counters(process: int, simulation: Simulation) -> Iterator[dict[str, Any]]:
+def _counters(process: int, simulation: Simulation) -> Iterator[Row]:
     for rank, curve in enumerate(activations_over_time(simulation)):
         for time, held in curve:
             yield {

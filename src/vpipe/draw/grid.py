@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from vpipe.draw.palette import MARKS
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.schedule import Schedule, WeightRule
@@ -33,7 +34,6 @@ _LEGEND = {
     Kind.OFFLOAD_V: "} weight version out to host memory",
     Kind.FETCH_V: "{ back",
 }
-_MARKS = {Kind.STEP: "U", Kind.OFFLOAD: ">", Kind.FETCH: "<", Kind.OFFLOAD_V: "}", Kind.FETCH_V: "{"}
 _WEIGHTS = {
     WeightRule.NEWEST: "A forward uses the newest weights of its stage, its backward the same ones (weight stashing).",
     WeightRule.VERTICAL: "A microbatch uses the version number it had at stage 0 on every stage (vertical sync).",
@@ -193,7 +193,7 @@ def _segments(row: str, kinds: Sequence[Kind | None]) -> list[Segment]:
 
 
 def _label(action: Action, with_stage: bool) -> str:
-    kind = _MARKS.get(action.kind, action.kind.value)
+    kind = MARKS.get(action.kind, action.kind.value)
     return f"{action.stage if with_stage else ''}{kind}{action.microbatch}"
 
 

@@ -1,20 +1,13 @@
-"""The few SVG elements that a picture of a schedule needs, and its colours.
-
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which people with any colour vision tell apart.
-"""
+"""The few SVG elements that a picture of a schedule or a chart needs."""
 
 from __future__ import annotations
 
 from html import escape
 
-from vpipe.schedule.action import Kind
+from vpipe.draw.palette import GREY, INK, PAPER
 
 __all__ = [
-    "COLOURS",
-    "GREY",
-    "INK",
-    "MOVE_COLOURS",
-    "PHASE_COLOURS",
+    "FONT",
     "heading",
     "ink_on",
     "lighten",
@@ -25,24 +18,7 @@ __all__ = [
     "text_width",
 ]
 
-INK = "#1b2430"
-GREY = "#5d6b7c"
-COLOURS = {
-    Kind.F: "#56b4e9",
-    Kind.R: "#cc79a7",
-    Kind.B: "#009e73",
-    Kind.I: "#c7e9a0",
-    Kind.W: "#f0a830",
-    Kind.STEP: "#9c2f06",
-}
-MOVE_COLOURS = {
-    Kind.OFFLOAD: "#26355c",
-    Kind.FETCH: "#bcc6de",
-    Kind.OFFLOAD_V: "#d55e00",
-    Kind.FETCH_V: "#f5c48f",
-}
-"""Of a row that has nothing else in it."""
-PHASE_COLOURS = {"warmup": "#c3cedb", "steady": "#46566b", "cooldown": "#8a99ad"}
+FONT = "Inter,'Helvetica Neue',Helvetica,Arial,'Liberation Sans','DejaVu Sans',sans-serif"
 
 
 def rect(x: float, y: float, width: float, height: float, fill: str, *, radius: float = 0, tip: str = "") -> str:
@@ -95,7 +71,7 @@ def lighten(colour: str, share: float) -> str:
 def ink_on(colour: str) -> str:
     """Return the text colour that reads best on `colour`."""
     red, green, blue = _parts(colour)
-    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 125 else "#ffffff"
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 125 else PAPER
 
 
 def _parts(colour: str) -> tuple[int, int, int]:

@@ -12,21 +12,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vpipe.draw.shapes import (
-    COLOURS,
-    GREY,
-    INK,
-    MOVE_COLOURS,
-    PHASE_COLOURS,
-    heading,
-    ink_on,
-    lighten,
-    line,
-    path,
-    rect,
-    text,
-    text_width,
-)
+from vpipe.draw.palette import COLOURS, GREY, HELD, INK, MOVE_COLOURS, PAPER, PHASE_COLOURS, VERSIONS
+from vpipe.draw.shapes import FONT, heading, ink_on, lighten, line, path, rect, text, text_width
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.schedule import WeightRule
 from vpipe.schedule.simulate.phases import PHASES, phase_spans
@@ -35,13 +22,11 @@ from vpipe.schedule.simulate.usage import Curve, activations_over_time, weight_v
 
 __all__ = ["to_svg"]
 
-_FONT = "Inter,'Helvetica Neue',Helvetica,Arial,'Liberation Sans','DejaVu Sans',sans-serif"
 _MIN_PLOT, _MAX_PLOT = 640.0, 1800.0
 _EASY_PLOT = 860.0  # wider pages are shrunk where they are shown, so cells get no more room than their labels need
 _LEFT, _RIGHT, _TOP = 76.0, 120.0, 20.0
 _LABEL_SIZE, _LEAST_LABEL = 12.0, 5.0
 _DIGIT = 0.58  # width of a digit over the size of its font
-_HELD, _VERSIONS = "#6b5b95", "#9c2f06"
 _UPPER_STAGE = 0.35  # how much paler the last stage of a rank is than its first
 _NAMES = {
     Kind.F: "forward",
@@ -93,12 +78,12 @@ def to_svg(simulations: Sequence[Simulation], sentences: Sequence[str] = ()) -> 
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {page.width:.0f} {height:.0f}" '
-            f'width="{page.width:.0f}" height="{height:.0f}" font-family="{_FONT}" role="img" '
+            f'width="{page.width:.0f}" height="{height:.0f}" font-family="{FONT}" role="img" '
             f'aria-label="pipeline schedules: {names}">',
             '<defs><pattern id="idle" width="6" height="6" patternUnits="userSpaceOnUse" '
             'patternTransform="rotate(45)"><rect width="6" height="6" fill="#f2f4f7"/>'
             '<line x1="0" y1="0" x2="0" y2="6" stroke="#d9dfe6" stroke-width="1.8"/></pattern></defs>',
-            rect(0, 0, page.width, height, "#ffffff", radius=8),
+            rect(0, 0, page.width, height, PAPER, radius=8),
             *body,
             "</svg>\n",
         ]
@@ -243,11 +228,11 @@ def _draw_curves(body: list[str], page: _Page, simulation: Simulation, y: float)
         body.append(text(_LEFT - 10, base - 2, f"rank {rank}", size=11, fill=GREY, anchor="end"))
         points = _outline(page, curve, simulation.makespan, base, (page.curve - 3) / top)
         edge = [(page.x(0), base), *points, (page.x(simulation.makespan), base)]
-        body.append(path(edge, fill=lighten(_HELD, 0.72)))
-        body.append(path(points, stroke=_HELD, width=1.2))
+        body.append(path(edge, fill=lighten(HELD, 0.72)))
+        body.append(path(points, stroke=HELD, width=1.2))
         if several:
             stashed = _outline(page, versions[rank], simulation.makespan, base, (page.curve - 3) / top)
-            body.append(path(stashed, stroke=_VERSIONS, dashes="4 2.5", width=1.4))
+            body.append(path(stashed, stroke=VERSIONS, dashes="4 2.5", width=1.4))
         body.append(line(page.x(0), base, page.x(simulation.makespan), base, "#c9d1da", width=0.8))
         right = page.x(simulation.makespan) + 8
         label = f"{max(value for _, value in curve):g} held"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from vpipe.draw.palette import MARKS
 from vpipe.runtime.trace import TraceEvent
-from vpipe.schedule.action import COMPUTE, Action, Kind
+from vpipe.schedule.action import COMPUTE, Action
 
 __all__ = ["draw_timeline", "iteration_window"]
 
@@ -44,7 +45,7 @@ def draw_timeline(events: Sequence[TraceEvent], window: tuple[int, int], width: 
 
 
 def _cell(action: Action, with_stage: bool, width: int) -> str:
-    letter = "U" if action.kind is Kind.STEP else action.kind.value
+    letter = MARKS.get(action.kind, action.kind.value)
     label = f"{action.stage if with_stage else ''}{letter}{action.microbatch}"
     if len(label) > width:
         label = letter

@@ -10,23 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vpipe.draw.chrome_trace import name_row, slice_of
 from vpipe.runtime.trace import TraceEvent
-from vpipe.schedule.action import COMMUNICATION, Action, Kind
+from vpipe.schedule.action import Action
 
 __all__ = ["build_timeline", "read_timeline", "write_timeline"]
 
-# Names of chrome://tracing's own palette; Perfetto colours by the letters of an event's name, which also differ.
-_COLOURS = {
-    Kind.F: "rail_response",
-    Kind.B: "good",
-    Kind.I: "good",
-    Kind.W: "rail_animation",
-    Kind.R: "rail_load",
-    Kind.STEP: "bad",
-}
 _WAIT = "wait"
 _WAIT_COLOUR = "grey"
-_OTHER_COLOUR = "generic_work"
 
 
 def build_timeline(events: Iterable[TraceEvent]) -> dict[str, Any]:
@@ -35,8 +26,7 @@ def build_timeline(events: Iterable[TraceEvent]) -> dict[str, Any]:
     origin = min((event.start_ns for event in ordered), default=0)
     rows: list[dict[str, Any]] = []
     for rank in sorted({event.rank for event in ordered}):
-        rows.append(_metadata("thread_name", rank, {"name": f"rank {rank}"}))
-        rows.append(_metadata("thread_sort_index", rank, {"sort_index": rank}))
+        rows += name_row(0, rank, f"rank {rank}")
     for event in ordered:
         rows += _slices(event, origin)
     return {"traceEvents": rows, "displayTimeUnit": "ms"}
@@ -59,38 +49,15 @@ def read_timeline(path: Path) -> list[TraceEvent]:
     return events
 
 
-def _metadata(name: str, rank: int, arguments: dict[str, object]) -> dict[str, Any]:
-    return {"name": name, "ph": "M", "pid": 0, "tid": rank, "args": arguments}
-
-
 def _slices(event: TraceEvent, origin: int) -> list[dict[str, Any]]:
     """Return what waiting the action began with, if any, and then the work itself, if any."""
     action, middle = event.action, event.start_ns + event.wait_ns
+    more = {"iteration": event.iteration + 1, "wait_ms": event.wait_ns / 1e6}
     parts = []
     if event.wait_ns:
-        parts.append((f"wait {action.kind}{action.microbatch}", _WAIT, _WAIT_COLOUR, event.start_ns, middle))
+        waiting = slice_of(action, (event.start_ns - origin) / 1e3, event.wait_ns / 1e3, event.rank, more=more)
+        name = f"wait {action.kind}{action.microbatch}"
+        parts.append({**waiting, "name": name, "cat": _WAIT, "cname": _WAIT_COLOUR})
     if event.work_ns or not event.wait_ns:
-        category = "communication" if action.kind in COMMUNICATION else "compute"
-        name = "STEP" if action.kind is Kind.STEP else f"{action.kind}{action.microbatch}"
-        parts.append((name, category, _COLOURS.get(action.kind, _OTHER_COLOUR), middle, event.end_ns))
-    arguments = {
-        "action": str(action),
-        "stage": action.stage,
-        "microbatch": action.microbatch,
-        "iteration": event.iteration + 1,
-        "wait_ms": event.wait_ns / 1e6,
-    }
-    return [
-        {
-            "name": name,
-            "cat": category,
-            "cname": colour,
-            "ph": "X",
-            "pid": 0,
-            "tid": event.rank,
-            "ts": (start - origin) / 1e3,
-            "dur": (end - start) / 1e3,
-            "args": arguments,
-        }
-        for name, category, colour, start, end in parts
-    ]
+        parts.append(slice_of(action, (middle - origin) / 1e3, event.work_ns / 1e3, event.rank, more=more))
+    return parts

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vpipe.draw.shapes import GREY, INK, line, path, rect, text, text_width
+from vpipe.draw.palette import GREY, GRID, INK, PAPER, SERIES
+from vpipe.draw.shapes import FONT, line, path, rect, text, text_width
 from vpipe.report.sweep.sweep import Axis, Row, short_key
 
 __all__ = ["draw_chart"]
 
-_FONT = "Inter,'Helvetica Neue',Helvetica,Arial,'Liberation Sans','DejaVu Sans',sans-serif"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1b2430")
 _DASHES = ("", "6 4", "2 3")
 _WIDTH, _LEFT, _RIGHT, _TOP = 760.0, 74.0, 24.0, 24.0
 _HEIGHT, _GAP = 190.0, 66.0
@@ -78,9 +77,9 @@ def draw_chart(axes: Sequence[Axis], rows: Sequence[Row]) -> str:
     height = _draw_legend(body, series, _failures(axes, rows), y) + 24
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:.0f} {height:.0f}" width="{_WIDTH:.0f}" '
-        f'height="{height:.0f}" font-family="{_FONT}" role="img" aria-label="sweep">'
+        f'height="{height:.0f}" font-family="{FONT}" role="img" aria-label="sweep">'
     )
-    return "\n".join([head, rect(0, 0, _WIDTH, height, "#ffffff", radius=8), *body, "</svg>\n"])
+    return "\n".join([head, rect(0, 0, _WIDTH, height, PAPER, radius=8), *body, "</svg>\n"])
 
 
 def _series(axes: Sequence[Axis], rows: Sequence[Row]) -> list[_Series]:
@@ -92,8 +91,8 @@ def _series(axes: Sequence[Axis], rows: Sequence[Row]) -> list[_Series]:
     found = []
     for index, (values, own) in enumerate(groups.items()):
         name = _name(axes[1:], values)
-        dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-        found.append(_Series(name, _COLOURS[index % len(_COLOURS)], dashes, tuple(own)))
+        dashes = _DASHES[index // len(SERIES) % len(_DASHES)]
+        found.append(_Series(name, SERIES[index % len(SERIES)], dashes, tuple(own)))
     return found
 
 
@@ -125,7 +124,7 @@ def _draw_panel(body: list[str], panel: _Panel, axis: Axis, series: Sequence[_Se
 
     body.append(text(_LEFT, y + 8, panel.name, size=14))
     for tick in ticks:
-        body.append(line(_LEFT, height(tick), _WIDTH - _RIGHT, height(tick), "#e3e8ee"))
+        body.append(line(_LEFT, height(tick), _WIDTH - _RIGHT, height(tick), GRID))
         body.append(text(_LEFT - 8, height(tick) + 4, f"{tick:g}", size=11, fill=GREY, anchor="end"))
     body.append(line(_LEFT, base, _WIDTH - _RIGHT, base, GREY))
     _draw_values(body, axis, base)
