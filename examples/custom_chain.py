@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from vpipe import Block, CallableLoss, Chain, Pipeline
+from vpipe import Block, CallableLoss, Chain, Pipeline, Plan
 
 NUM_CLASSES = 4
 
@@ -73,8 +73,7 @@ def main():
     with Pipeline(
         build_chain(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
-        num_microbatches=4,
-        partition="parameters",
+        plan=Plan("1f1b", num_microbatches=4, partition="parameters"),
     ) as pipeline:
         for result in pipeline.train(batches * 2):
             if pipeline.rank == 0 and (result.iteration + 1) % 16 == 0:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vpipe import Pipeline
+from vpipe import Pipeline, Plan
 
 
 def build_model():
@@ -29,8 +29,7 @@ def main():
         build_model(),
         nn.functional.mse_loss,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-3),
-        schedule="pipedream",
-        num_microbatches=4,
+        plan=Plan("pipedream", num_microbatches=4),
     ) as pipeline:
         for epoch in range(4):
             losses = [result.loss for result in pipeline.train(loader)]  # drains at the end of the epoch

@@ -9,7 +9,7 @@ of layers, gives the very same losses, also `python examples/train_sequential.py
 import torch
 from torch import nn
 
-from vpipe import Pipeline
+from vpipe import Pipeline, Plan
 
 
 def main():
@@ -22,7 +22,7 @@ def main():
         model,
         nn.functional.mse_loss,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-3),
-        num_microbatches=4,
+        plan=Plan("1f1b", num_microbatches=4),
     ) as pipeline:
         for result in pipeline.train(batches):
             if pipeline.rank == 0 and (result.iteration + 1) % 20 == 0:

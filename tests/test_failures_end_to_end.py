@@ -261,7 +261,7 @@ def rank_refusal(config: Path, *overrides: str) -> str:
     from vpipe.workload.setup import build_setup
 
     with pytest.raises(VPipeError) as caught:
-        _ = build_setup(load_config(config, overrides)).partition
+        _ = build_setup(load_config(config, overrides)).plan
     return str(caught.value)
 
 

@@ -80,7 +80,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 def test_the_program_has_ten_lines_and_runs(tmp_path: Path, schedule: str) -> None:
     (program,) = [block for kind, block in BLOCKS if kind == "python"]
     assert len([line for line in program.splitlines() if line.strip()]) <= 10
-    assert 'schedule="1f1b"' in program
+    assert 'plan="1f1b"' in program
     (tmp_path / "my_script.py").write_text(program.replace("1f1b", schedule))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "my_script.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

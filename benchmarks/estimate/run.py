@@ -24,13 +24,13 @@ from vpipe.model.zoo import build_chain
 from vpipe.plan.policy import Policy
 from vpipe.planner.estimate.analytic import Machine, ModelWork, Precision, analytic_profile
 from vpipe.planner.estimate.devices import Device, find_device, find_link
+from vpipe.planner.search.candidate import Candidate
 from vpipe.planner.search.search import Request, judge_partition
-from vpipe.planner.search.situation import Plan
 
 OUT = Path(__file__).parent / "results" / "published.json"
 
 
-def predict(case: Case, model: ModelWork, device: Device) -> Plan:
+def predict(case: Case, model: ModelWork, device: Device) -> Candidate:
     """Return the plan that a published run is, with its predicted time and memory."""
     precision = Precision(case.dtype, *((2, 4) if case.dtype != "fp32" else (4, 4)), case.optimizer_bytes)
     machine = Machine(device, find_link(case.link), precision, case.devices_per_rank)

@@ -27,6 +27,7 @@ from benchmarks.families.live_bytes import LiveBytes
 from benchmarks.simulator.ranks import fork, free_port
 from torch import Tensor, nn
 
+from vpipe.plan.plan import Plan
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.schedule.action import Action
@@ -67,9 +68,9 @@ def _train(schedule: str, num_ranks: int) -> tuple[int, int]:
         bert_blocks(BLOCKS_PER_RANK * num_ranks, HIDDEN_SIZE),
         nn.functional.mse_loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
-        schedule=schedule,
-        num_microbatches=2 * num_ranks,
-        stages_per_rank=find_entry(schedule).default_stages_per_rank,
+        plan=Plan(
+            schedule, num_microbatches=2 * num_ranks, stages_per_rank=find_entry(schedule).default_stages_per_rank
+        ),
         hooks=Hooks(record=count),
     )
     send = pipeline.transport.send

@@ -22,6 +22,7 @@ from benchmarks.families.live_bytes import LiveBytes
 from benchmarks.simulator.devices import EmulatedDevice, StageTimes
 from torch import Tensor, nn
 
+from vpipe.plan.plan import Plan
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.schedule.action import Action, Kind
@@ -52,8 +53,7 @@ class _Trial:
             [first, block],
             nn.functional.mse_loss,
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-6),
-            schedule=schedule,
-            num_microbatches=NUM_MICROBATCHES,
+            plan=Plan(schedule, num_microbatches=NUM_MICROBATCHES),
             hooks=Hooks(record=self._record),
         )
         shape = (NUM_MICROBATCHES * MICROBATCH_SIZE, NUM_TOKENS, hidden_size)

@@ -18,7 +18,8 @@ from benchmarks.memory.configurations import base_config
 from benchmarks.memory.ranks import measure_profile, run_config
 
 from vpipe.config import build_config
-from vpipe.config.planned import build_request, with_plan
+from vpipe.config.planning.planned import build_request
+from vpipe.config.planning.to_plan import with_plan
 from vpipe.plan.policy import Policy
 from vpipe.planner.search.search import find_plan, judge_partition
 from vpipe.words.units import format_bytes
@@ -50,11 +51,11 @@ def main() -> None:
         find_plan(replace(request, policies=(Policy.KEEP, policy))).best for policy in (Policy.RECOMPUTE, Policy.SWAP)
     )
     contestants = {
-        "all kept": (with_plan(free, keep), keep),
-        "all kept, cut as for half": (with_plan(free, same_cut), same_cut),
-        "half of it": (with_plan(limited, plan), plan),
-        "half, recomputing": (with_plan(limited, recomputing), recomputing),
-        "half, swapping": (with_plan(limited, swapping), swapping),
+        "all kept": (with_plan(free, keep.plan), keep),
+        "all kept, cut as for half": (with_plan(free, same_cut.plan), same_cut),
+        "half of it": (with_plan(limited, plan.plan), plan),
+        "half, recomputing": (with_plan(limited, recomputing.plan), recomputing),
+        "half, swapping": (with_plan(limited, swapping.plan), swapping),
     }
     rounds = [
         {name: run_config(config) for name, (config, _) in contestants.items()} for _ in range(arguments.num_rounds)

@@ -17,7 +17,7 @@ from benchmarks.simulator.ranks import fork, free_port
 from vpipe.config import RunConfig
 from vpipe.measure.profile import profile_config
 from vpipe.planner.profile.profile import Profile
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
 from vpipe.workload.setup import build_setup, build_training_pipeline
 
@@ -76,7 +76,7 @@ def _join(rank: int, num_ranks: int, port: int) -> None:
 
 
 def _train(config: RunConfig) -> RankRun:
-    with process_group("gloo", 60.0):
+    with World.join(timeout_seconds=60.0, backend="gloo"):
         setup = build_setup(config)
         pipeline = build_training_pipeline(setup, torch.device("cpu"), Hooks())
         count = setup.total_iterations

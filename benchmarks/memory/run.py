@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from benchmarks.common import environment, format_table, write_results
 from benchmarks.memory.configurations import CONFIGURATIONS, OTHERS, Configuration
 from benchmarks.memory.ranks import RankRun, measure_profile, run_config
 
+from vpipe.config.planning.to_plan import to_recipe
 from vpipe.plan.partition import Partition
 from vpipe.plan.policy import Policy
 from vpipe.planner.cost.loads import stage_loads
 from vpipe.planner.cost.memory import RankMemory, rank_memory, stage_bytes
 from vpipe.planner.profile.profile import Profile
-from vpipe.planner.search.setting import Setting
 from vpipe.schedule.schedule import uses_split_backward
 from vpipe.words.units import format_bytes
 
@@ -34,19 +33,11 @@ PROFILES = Path(__file__).parent / "results" / "profiles"
 def predict(configuration: Configuration, profile: Profile) -> tuple[RankMemory, ...]:
     """Return what every rank is predicted to hold at its peak."""
     config = configuration.config()
-    pipeline = config.pipeline
-    setting = Setting(
-        pipeline.schedule,
-        config.num_ranks,
-        config.num_microbatches,
-        config.microbatch_size,
-        pipeline.stages_per_rank,
-        tuple(config.schedule_options.items()),
-    )
-    schedule = setting.build() if setting.synchronous else setting.build(6)
+    recipe = to_recipe(config).bare()
+    schedule = recipe.build() if recipe.synchronous else recipe.build(6)
     blocks, is_split = profile.at(config.microbatch_size).blocks, uses_split_backward(schedule)
     policies = [Policy(name) for name in config.plan.policies or ()]
-    cuts = pairwise([0, *accumulate(Partition.uniform(len(blocks), schedule.num_stages))])
+    cuts = Partition.uniform(len(blocks), schedule.num_stages).ranges
     stages = [
         stage_bytes(blocks, start, stop, policies, is_split=is_split, is_ahead=stage in configuration.ahead)
         for stage, (start, stop) in enumerate(cuts)

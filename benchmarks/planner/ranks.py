@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import tempfile
@@ -16,7 +17,7 @@ from vpipe.config import RunConfig
 from vpipe.measure.cache import write_cached
 from vpipe.measure.profile import profile_config
 from vpipe.planner.profile.profile import Profile
-from vpipe.runtime.comm.process_group import ProcessGroup, process_group
+from vpipe.runtime.comm.world import World
 from vpipe.train.planning import plan_run
 from vpipe.train.trainer import Trainer
 
@@ -45,17 +46,18 @@ def train_configs(configs: Mapping[str, RunConfig], folder: Path) -> dict[str, S
     """Train each run, one after another, and return the summaries; its files are in a folder of its name."""
 
     def be_rank() -> dict[str, Summary]:
-        with process_group("gloo", 120.0) as group:
-            return {name: _train(config, folder / name, group) for name, config in configs.items()}
+        with World.join(timeout_seconds=120.0, backend="gloo") as world:
+            return {name: _train(config, folder / name, world) for name, config in configs.items()}
 
     return on_ranks(next(iter(configs.values())).num_ranks, be_rank)[0]
 
 
-def _train(config: RunConfig, directory: Path, group: ProcessGroup) -> Summary:
+def _train(config: RunConfig, directory: Path, world: World) -> Summary:
     directory.mkdir(parents=True, exist_ok=True)
-    planned = plan_run(config, group, directory)
-    summary = Trainer(planned.config, directory, group, planned.plan).run()
-    return {**summary, "plan": planned.plan}
+    planned = plan_run(config, world, directory)
+    summary = Trainer(planned.config, directory, world, planned.prediction).run()
+    plan = json.loads((directory / "plan.json").read_text())
+    return {**summary, "plan": plan}
 
 
 def measure_profile(config: RunConfig) -> Profile:

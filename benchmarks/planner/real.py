@@ -26,9 +26,9 @@ from benchmarks.planner.contest import PLANNED, measure_rounds, summarise
 from benchmarks.planner.ranks import measure_profile
 
 from vpipe.config import RunConfig, build_config
-from vpipe.config.planned import build_request, decide
+from vpipe.config.planning.planned import build_request, decide
+from vpipe.plan.partition import Partition
 from vpipe.planner.search.search import judge_partition
-from vpipe.runtime.assembly import resolve_partition
 from vpipe.workload.setup import build_setup
 
 NUM_RANKS, NUM_MICROBATCHES, MICROBATCH_SIZE = 2, 8, 2
@@ -63,7 +63,8 @@ def begin(end: float) -> dict[str, Any] | None:
     model = build_setup(config).chain
     request = replace(build_request(config_of("uniform"), profile), is_eager=False)
     plan = decide(config, profile).plan
-    naive = [judge_partition(request, resolve_partition(name, model, NUM_RANKS)) for name in ("uniform", "parameters")]
+    cuts = [Partition.uniform(len(model), NUM_RANKS), Partition.by_weight(model.trainable_sizes(), NUM_RANKS)]
+    naive = [judge_partition(request, cut) for cut in cuts]
     named = zip(("uniform", "parameters", PLANNED), (*naive, plan), strict=True)
     head = profile.sizes[0].blocks[-1]
     return {

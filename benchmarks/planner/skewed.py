@@ -27,9 +27,9 @@ from benchmarks.planner.contest import PLANNED, measure_rounds, summarise
 from benchmarks.planner.ranks import measure_profile
 
 from vpipe.config import RunConfig, build_config
-from vpipe.config.planned import build_request, decide
+from vpipe.config.planning.planned import build_request, decide
+from vpipe.plan.partition import Partition
 from vpipe.planner.search.search import judge_partition
-from vpipe.runtime.assembly import resolve_partition
 
 NUM_RANKS, NUM_MICROBATCHES = 4, 16
 
@@ -57,8 +57,8 @@ def begin(name: str, end: float) -> dict[str, Any] | None:
         return None
     model = chain(name)
     cuts = {
-        "uniform": resolve_partition("uniform", model, NUM_RANKS),
-        "parameters": resolve_partition("parameters", model, NUM_RANKS),
+        "uniform": Partition.uniform(len(model), NUM_RANKS),
+        "parameters": Partition.by_weight(model.trainable_sizes(), NUM_RANKS),
         "balance_by_time": balance_by_time(model, NUM_RANKS, torch.ones(1, WIDTH)),
     }
     decision = decide(config, profile)

@@ -28,7 +28,7 @@ from benchmarks.families.quiet import quietly
 from benchmarks.planner.ranks import measure_profile, train_configs
 
 from vpipe.config import RunConfig, build_config
-from vpipe.config.planned import build_request, decide
+from vpipe.config.planning.planned import build_request, decide
 from vpipe.errors import PlanError
 from vpipe.plan.policy import Policy
 from vpipe.planner.profile.profile import Profile

@@ -11,6 +11,7 @@ from benchmarks.common import periods_ms
 from benchmarks.real_compute.blocks import LEARNING_RATE, NUM_BLOCKS, build_batch, build_blocks, build_parser
 from torch import nn
 
+from vpipe.plan.plan import Plan
 from vpipe.runtime.pipeline import Pipeline
 
 
@@ -24,9 +25,11 @@ def main() -> None:
         build_blocks(),
         nn.functional.mse_loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE),
-        schedule=arguments.schedule,
-        num_microbatches=arguments.num_microbatches,
-        partition=[NUM_BLOCKS // 2, NUM_BLOCKS // 2],
+        plan=Plan(
+            arguments.schedule,
+            num_microbatches=arguments.num_microbatches,
+            partition=[NUM_BLOCKS // 2, NUM_BLOCKS // 2],
+        ),
     ) as pipeline:
         gc.freeze()
         stamps, losses = [], []

@@ -16,6 +16,7 @@ from benchmarks.runtime_overhead.emulated import (
     mean_loss,
 )
 
+from vpipe.plan.plan import Plan
 from vpipe.runtime.pipeline import Pipeline
 
 
@@ -34,10 +35,12 @@ def main() -> None:
         [EmulatedBlock(arguments.forward_ms, arguments.backward_ms) for _ in range(NUM_RANKS)],
         mean_loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-6),
-        schedule=arguments.schedule,
-        num_microbatches=arguments.num_microbatches,
-        depths=depths if arguments.schedule == "pipedream" else None,
-        macrobatch=arguments.macrobatch,
+        plan=Plan(
+            arguments.schedule,
+            num_microbatches=arguments.num_microbatches,
+            depths=depths if arguments.schedule == "pipedream" else None,
+            macrobatch=arguments.macrobatch,
+        ),
     ) as pipeline:
         gc.freeze()
         # Rank 0 is the last to finish a batch, so its stamps are one pipeline period apart. The last batch, in which an

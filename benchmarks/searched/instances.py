@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from vpipe.schedule.search.search import Request
+from vpipe.schedule.search.search import SearchRequest
 from vpipe.schedule.search.searched import make_request
 
 __all__ = ["MILLI", "Instance", "draw"]
@@ -25,7 +25,7 @@ class Instance:
     limit: float
     times: dict[str, tuple[float, ...]]
 
-    def request(self, stages_per_rank: int | None) -> Request:
+    def request(self, stages_per_rank: int | None) -> SearchRequest:
         """Return what is searched for."""
         return make_request(
             self.num_ranks,

@@ -19,6 +19,7 @@ from benchmarks.common import periods_ms
 from benchmarks.simulator.devices import EmulatedDevice, StageTimes, mean_loss
 from torch import Tensor, nn
 
+from vpipe.plan.plan import Plan
 from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
@@ -213,13 +214,15 @@ def _train(configuration: Configuration, rank: int) -> tuple[list[float], list[T
         modules,
         nn.functional.mse_loss if real else mean_loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-6),
-        schedule=configuration.schedule,
-        num_microbatches=size,
-        partition=real.cut if real else None,
-        stages_per_rank=configuration.num_stages // configuration.num_ranks,
-        depths=configuration.depths,
-        macrobatch=configuration.macrobatch,
-        vertical_sync=configuration.vertical_sync,
+        plan=Plan(
+            configuration.schedule,
+            num_microbatches=size,
+            partition=real.cut if real else "uniform",
+            stages_per_rank=configuration.num_stages // configuration.num_ranks,
+            depths=configuration.depths,
+            macrobatch=configuration.macrobatch,
+            vertical_sync=configuration.vertical_sync,
+        ),
         hooks=Hooks(record=recorder, waited=recorder.waited),
     )
     if configuration.link is not None:

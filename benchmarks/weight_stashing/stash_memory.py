@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vpipe.plan.plan import Plan
 from vpipe.runtime.pipeline import Pipeline
 
 WIDTH = 8192
@@ -48,9 +49,7 @@ def main() -> None:
         layers,
         first_value,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
-        schedule=arguments.schedule,
-        num_microbatches=8,
-        macrobatch=arguments.macrobatch,
+        plan=Plan(arguments.schedule, num_microbatches=8, macrobatch=arguments.macrobatch),
     ) as pipeline:
         batch = torch.ones(8, WIDTH)
         held_bytes = [resident_bytes() - empty_bytes for _ in pipeline.train([(batch, batch)] * 4)]

@@ -1,9 +1,9 @@
 """VPipe: pipeline-parallel training of PyTorch models.
 
-What a program needs is here: `Pipeline` trains a model that is spread over ranks; `Chain` and `Block` describe one that
-is no plain row of modules; `build_schedule` and `simulate` show what a pipeline does without running it; `load_config`
-reads the YAML of a run, and `find_plan` plans it from its `Profile`. Every name is imported when it is first used, so
-schedules, configurations and plans work without torch.
+What a program needs is here: `Pipeline` trains a model that is spread over ranks, by a `Plan`; `Chain` and `Block`
+describe one that is no plain row of modules; `build_schedule` and `simulate` show what a pipeline does without running
+it; `load_config` reads the YAML of a run, and `find_plan` plans it from its `Profile`. Every name is imported when it
+is first used, so schedules, configurations and plans work without torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vpipe._version import __version__
 
 if TYPE_CHECKING:
     from vpipe.config.load import load_config
-    from vpipe.config.planned import build_request, decide
+    from vpipe.config.planning.planned import build_request, decide
     from vpipe.config.run import RunConfig
     from vpipe.data.source import ArraySource, BatchSource, FieldSpec
     from vpipe.errors import (
@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from vpipe.model.block import Block, ParameterRef
     from vpipe.model.chain import Chain
     from vpipe.model.loss import CallableLoss, Loss
+    from vpipe.plan.plan import Plan
+    from vpipe.plan.prediction import Prediction
+    from vpipe.plan.recipe import RankTimes, Recipe
     from vpipe.planner.explain.explain import explain_lines
     from vpipe.planner.profile.profile import Profile, read_profile
     from vpipe.planner.search.search import find_plan
-    from vpipe.planner.search.situation import Plan
     from vpipe.report.sweep.simulation import simulate_run
+    from vpipe.runtime.arguments import Memory, Update
     from vpipe.runtime.batch import Batch
+    from vpipe.runtime.comm.world import World
     from vpipe.runtime.hooks import Hooks
     from vpipe.runtime.pipeline import Pipeline, StepResult
     from vpipe.schedule.action import Action, Kind
@@ -69,6 +73,7 @@ __all__ = [
     "Kind",
     "LaunchError",
     "Loss",
+    "Memory",
     "MemoryLimitError",
     "ModelError",
     "NonFiniteLossError",
@@ -78,15 +83,20 @@ __all__ = [
     "Placement",
     "Plan",
     "PlanError",
+    "Prediction",
     "Profile",
+    "RankTimes",
+    "Recipe",
     "RunConfig",
     "Schedule",
     "ScheduleError",
     "Simulation",
     "StepResult",
     "TransportError",
+    "Update",
     "VPipeError",
     "WeightRule",
+    "World",
     "__version__",
     "build_request",
     "build_schedule",
@@ -103,7 +113,7 @@ __all__ = [
 
 _HOMES = {
     "vpipe.config.load": ("load_config",),
-    "vpipe.config.planned": ("build_request", "decide"),
+    "vpipe.config.planning.planned": ("build_request", "decide"),
     "vpipe.config.run": ("RunConfig",),
     "vpipe.data.source": ("ArraySource", "BatchSource", "FieldSpec"),
     "vpipe.errors": tuple(name for name in __all__ if name.endswith("Error")),
@@ -113,9 +123,13 @@ _HOMES = {
     "vpipe.planner.explain.explain": ("explain_lines",),
     "vpipe.planner.profile.profile": ("Profile", "read_profile"),
     "vpipe.planner.search.search": ("find_plan",),
-    "vpipe.planner.search.situation": ("Plan",),
+    "vpipe.plan.plan": ("Plan",),
+    "vpipe.plan.prediction": ("Prediction",),
+    "vpipe.plan.recipe": ("RankTimes", "Recipe"),
     "vpipe.report.sweep.simulation": ("simulate_run",),
+    "vpipe.runtime.arguments": ("Memory", "Update"),
     "vpipe.runtime.batch": ("Batch",),
+    "vpipe.runtime.comm.world": ("World",),
     "vpipe.runtime.hooks": ("Hooks",),
     "vpipe.runtime.pipeline": ("Pipeline", "StepResult"),
     "vpipe.schedule.action": ("Action", "Kind"),

@@ -52,7 +52,7 @@ def test_prints_the_resolved_run(
         "stage_to_depth_map": None,
         "macrobatch": False,
         "vertical_sync": False,
-        "memory_limit_microbatches": None,
+        "max_in_flight": None,
         "rank_times": {},
     }
 

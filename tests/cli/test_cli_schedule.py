@@ -30,7 +30,7 @@ KEYS = [
     "actions",
 ]
 SEARCH_KEYS = [
-    "memory_limit",
+    "max_in_flight",
     "lower_bound",
     "gap",
     "best_family",
@@ -98,8 +98,8 @@ def test_options_reach_the_builder() -> None:
 
 def test_a_search_is_told_the_costs_and_the_memory() -> None:
     line = "searched --ranks 4 --microbatches 8 --stages-per-rank 1 --forward 1,2,1,1"
-    tight, loose = _json(f"{line} --memory-limit 3"), _json(f"{line} --memory-limit 4,4,4,4")
-    assert (tight["memory_limit"], loose["memory_limit"]) == ([3] * 4, [4] * 4)
+    tight, loose = _json(f"{line} --max-in-flight 3"), _json(f"{line} --max-in-flight 4,4,4,4")
+    assert (tight["max_in_flight"], loose["max_in_flight"]) == ([3] * 4, [4] * 4)
     assert max(tight["peak_activations"]) <= 3  # type: ignore[type-var]
     assert tight["lower_bound"] <= tight["makespan"] < tight["best_family_makespan"]  # type: ignore[operator]
     more = tight["one_more_microbatch"]
@@ -107,22 +107,22 @@ def test_a_search_is_told_the_costs_and_the_memory() -> None:
     assert more["makespan"] == loose["makespan"] == 33
     assert more["saved"] == pytest.approx(1 - 33 / tight["makespan"])  # type: ignore[operator]
     assert loose["one_more_microbatch"] is None
-    longer = _json(f"{line} --memory-limit 4 --latency 0.5")
+    longer = _json(f"{line} --max-in-flight 4 --latency 0.5")
     assert longer["makespan"] > loose["makespan"]  # type: ignore[operator]
-    output = _run(f"{line} --memory-limit 3").output
-    assert "memory limit      3 on every rank, in microbatches" in output
+    output = _run(f"{line} --max-in-flight 3").output
+    assert "max in flight     3 on every rank, in microbatches" in output
     assert "lower bound       33, gap 3.03 %" in output
     assert "best family       naive with 104, 205.88 % longer" in output
     assert "memory is the limit: one more on every rank would make it 33, 2.94 % shorter" in output
-    assert "memory is not the limit" in _run(f"{line} --memory-limit 4").output
+    assert "memory is not the limit" in _run(f"{line} --max-in-flight 4").output
 
 
 def test_a_search_says_the_smallest_limit() -> None:
-    error = str(_run("searched --memory-limit 0.5").exception)
-    assert "memory_limit 0.5 is below one microbatch" in error
+    error = str(_run("searched --max-in-flight 0.5").exception)
+    assert "max_in_flight 0.5 is below one microbatch" in error
     assert "the smallest limit that an order fits is 1" in error
-    assert "has no option 'memory_limit'" in str(_run("1f1b --memory-limit 2").exception)
-    assert "memory_limit has 2 numbers for 4 ranks" in str(_run("searched --memory-limit 2,3").exception)
+    assert "has no option 'max_in_flight'" in str(_run("1f1b --max-in-flight 2").exception)
+    assert "max_in_flight has 2 numbers for 4 ranks" in str(_run("searched --max-in-flight 2,3").exception)
 
 
 def test_text_is_the_picture_and_a_summary() -> None:
@@ -282,6 +282,12 @@ def test_the_schedule_room_is_standard_library_only() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+def test_the_old_name_of_the_limit_works_with_a_warning() -> None:
+    result = _run("searched --ranks 2 --microbatches 4 --memory-limit 2 --search-steps 100")
+    assert "max in flight     2 on every rank" in result.output
+    assert "warning: --memory-limit is called --max-in-flight now; memory limits are bytes" in result.output
 
 
 def test_moves_to_host_memory_are_shown_where_asked() -> None:

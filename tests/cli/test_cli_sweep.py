@@ -173,7 +173,7 @@ def test_nothing_succeeded(call: Call, folder: Path) -> None:
 
 
 def test_ctrl_c_keeps_what_is_done(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vpipe.report import sweep_simulation
+    from vpipe.report.sweep import simulation as sweep_simulation
 
     plain, calls = sweep_simulation.simulate_run, []
 

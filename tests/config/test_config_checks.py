@@ -134,16 +134,16 @@ def test_legal(changes: dict[str, Any]) -> None:
             f"pipeline.stage_to_depth_map = [3, 2, 1, 0] needs pipeline.schedule = {taking('depths')}, not 'gpipe'",
         ),
         (
-            {"pipeline.memory_limit_microbatches": 3},
-            f"pipeline.memory_limit_microbatches = 3.0 needs pipeline.schedule = {taking('memory_limit')}, not '1f1b'",
+            {"pipeline.max_in_flight": 3},
+            f"pipeline.max_in_flight = 3.0 needs pipeline.schedule = {taking('max_in_flight')}, not '1f1b'",
         ),
         (
             {"pipeline.rank_times": {"forward": [1, 1, 1, 2]}},
             "pipeline.rank_times = {'forward': [1.0, 1.0, 1.0, 2.0]} needs pipeline.schedule = searched, not '1f1b'",
         ),
         (
-            {"pipeline.schedule": "searched", "pipeline.memory_limit_microbatches": 0.5},
-            "pipeline: memory_limit 0.5 is below one microbatch, which every rank has to hold from its forward to its "
+            {"pipeline.schedule": "searched", "pipeline.max_in_flight": 0.5},
+            "pipeline: max_in_flight 0.5 is below one microbatch, which every rank has to hold from its forward to its "
             "backward whatever the order; the smallest limit that an order fits is 1",
         ),
         (

@@ -22,8 +22,11 @@ def written(folder: Path, text: str) -> Path:
         ('{"partition": [12, 13], "recompute_ratio": [0.3, 0]}', PartitionFile([12, 13], [0.3, 0.0])),
         ('{"partition": [12, 13]}', PartitionFile([12, 13], None)),
         ('{"partition": [1], "policies": ["swap"]}', PartitionFile([1], None, ["swap"])),
-        ('{"partition": [1, 1], "recompute_ahead": [1]}', PartitionFile([1, 1], None, None, [1])),
-        ('{"partition": [1, 1], "swap_versions": [0]}', PartitionFile([1, 1], None, None, None, [0])),
+        (
+            '{"partition": [1, 1], "recompute_ahead": [1]}',
+            PartitionFile([1, 1], None, besides={"recompute_ahead": [1]}),
+        ),
+        ('{"partition": [1, 1], "swap_versions": [0]}', PartitionFile([1, 1], None, besides={"swap_versions": [0]})),
     ],
 )
 def test_partition_file(tmp_path: Path, text: str, content: PartitionFile) -> None:
@@ -59,13 +62,13 @@ def test_partition_file_wording(tmp_path: Path, text: str, message: str) -> None
 @pytest.mark.parametrize(
     ("text", "maps"),
     [
-        ('{"module_to_stage_map": [0, 1, 2, 2]}', StageMaps(3, None, None)),
-        ('{"module_to_stage_map": [0, 1]}', StageMaps(2, None, None)),
-        ('{"module_to_stage_map": [0, 0]}', StageMaps(1, None, None)),
-        ('{"stage_to_rank_map": {"0": [0], "1": [1]}}', StageMaps(2, 2, None)),
-        ('{"stage_to_rank_map": {"0": [0], "1": [1], "2": [0], "3": [1]}}', StageMaps(4, 2, None)),
-        ('{"stage_to_depth_map": {"0": 1, "1": 0}}', StageMaps(None, None, {"0": 1, "1": 0})),
-        ('{"module_to_stage_map": null, "mp_size": 1}', StageMaps(None, None, None)),
+        ('{"module_to_stage_map": [0, 1, 2, 2]}', StageMaps(3, None, {})),
+        ('{"module_to_stage_map": [0, 1]}', StageMaps(2, None, {})),
+        ('{"module_to_stage_map": [0, 0]}', StageMaps(1, None, {})),
+        ('{"stage_to_rank_map": {"0": [0], "1": [1]}}', StageMaps(2, 2, {})),
+        ('{"stage_to_rank_map": {"0": [0], "1": [1], "2": [0], "3": [1]}}', StageMaps(4, 2, {})),
+        ('{"stage_to_depth_map": {"0": 1, "1": 0}}', StageMaps(None, None, {"stage_to_depth_map": {"0": 1, "1": 0}})),
+        ('{"module_to_stage_map": null, "mp_size": 1}', StageMaps(None, None, {})),
     ],
 )
 def test_stage_maps(tmp_path: Path, text: str, maps: StageMaps) -> None:

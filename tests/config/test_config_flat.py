@@ -10,6 +10,7 @@ import pytest
 
 from vpipe.config import LoadedConfig, build_config, read_config
 from vpipe.config.original.flat import FLAT_KEYS
+from vpipe.config.planning.to_plan import to_plan
 from vpipe.config.problems import native_keys
 from vpipe.config.text import format_yaml
 from vpipe.errors import ConfigError
@@ -172,7 +173,7 @@ def test_steps_are_as_far_apart_as_the_original_had_them_unless_given(
 
 def test_macrobatch_flows_as_many_microbatches_as_stages(folder: Path) -> None:
     run, warnings = load(folder, macrobatch=True, config_file="absent")
-    assert (run.pipeline.num_microbatches, run.schedule_options) == (4, {"microbatches_per_update": 4})
+    assert (run.pipeline.num_microbatches, to_plan(run).options) == (4, {"macrobatch": True})
     assert warnings == (
         "macrobatch: a batch of 16 flows as 4 microbatches and gives one update; the original put as many whole "
         "batches into an update",

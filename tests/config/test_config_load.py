@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from vpipe.config import RunConfig, build_config, dump_config, load_config, read_config
 from vpipe.config.original.flat import FLAT_KEYS
+from vpipe.config.planning.to_plan import to_plan
 from vpipe.config.problems import native_keys, sections
 from vpipe.config.sections import ModelConfig
 from vpipe.config.text import parse_yaml
 from vpipe.config.tree import set_key
 from vpipe.errors import ConfigError
-from vpipe.schedule.registry import SCHEDULES
+from vpipe.plan.recipe import RankTimes, Recipe
+from vpipe.schedule.registry import SCHEDULES, build_schedule
 
 RUNNABLE: dict[str, Any] = {"data": {"synthetic_data": True}, "train": {"iterations": 3}}
 
@@ -322,16 +324,40 @@ def test_a_run_may_overrule_the_ratios_of_its_partition_file(tmp_path: Path) -> 
     assert load(tmp_path, text, "recompute=always").recompute_ratios == [1.0, 1.0]
 
 
-def test_schedule_options() -> None:
+def test_a_run_says_its_plan() -> None:
     pipeline = {"schedule": "pipedream", "num_ranks": 2, "num_microbatches": 4, "macrobatch": True}
     run = build_config({**RUNNABLE, "pipeline": {**pipeline, "stage_to_depth_map": {"0": 3, "1": 1}}})
-    assert run.schedule_options == {"depths": [3, 1], "microbatches_per_update": 4}
-    assert build_config(RUNNABLE).schedule_options == {}
+    assert to_plan(run).recipe == Recipe("pipedream", 4, 2, 1, depths=(3, 1), macrobatch=True)
+    assert (
+        to_plan(run).sample.orders
+        == build_schedule("pipedream", 2, 16, depths=[3, 1], microbatches_per_update=4).orders
+    )
+    assert to_plan(build_config(RUNNABLE)).options == {}
     searched = {"schedule": "searched", "num_ranks": 2, "num_microbatches": 4}
-    given = {"memory_limit_microbatches": 1.5, "rank_times": {"forward": [1, 2]}}
+    given = {"max_in_flight": 1.5, "rank_times": {"forward": [1, 2]}}
     run = build_config({**RUNNABLE, "pipeline": {**searched, **given}})
-    assert run.schedule_options == {"memory_limit": 1.5, "forward": [1, 2]}
-    assert build_config({**RUNNABLE, "pipeline": searched}).schedule_options == {}
+    assert to_plan(run).options == {"max_in_flight": 1.5, "rank_times": RankTimes(forward=(1.0, 2.0))}
+    assert (
+        to_plan(run).build().orders
+        == build_schedule("searched", 2, 4, stages_per_rank=1, max_in_flight=1.5, forward=[1.0, 2.0]).orders
+    )
+    assert to_plan(build_config({**RUNNABLE, "pipeline": searched})).options == {}
+
+
+def test_an_old_name_works_with_a_warning(tmp_path: Path) -> None:
+    text = SMALL + "pipeline: {schedule: searched, num_ranks: 2, num_microbatches: 4, memory_limit_microbatches: 1.5}\n"
+    (tmp_path / "run.yml").write_text(text)
+    run, warnings = read_config(tmp_path / "run.yml")
+    assert run.pipeline.max_in_flight == 1.5
+    assert warnings == (
+        "pipeline.memory_limit_microbatches is called pipeline.max_in_flight now; rename it (memory limits are "
+        "bytes, plan.memory_limit)",
+    )
+    (tmp_path / "run.yml").write_text(text.replace("1.5", "null"))
+    assert read_config(tmp_path / "run.yml").warnings == ()
+    (tmp_path / "run.yml").write_text(text.replace("1.5", "1.5, max_in_flight: 2"))
+    with pytest.raises(ConfigError, match=r"are the same setting, given twice; keep pipeline\.max_in_flight"):
+        read_config(tmp_path / "run.yml")
 
 
 texts = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12)

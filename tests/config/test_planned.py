@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from vpipe.config import RunConfig, build_config
-from vpipe.config.planned import build_request, decide, name_schedules, own_counts, sizes_needed, with_plan
+from vpipe.config.planning.planned import build_request, decide, name_schedules, own_counts, sizes_needed
+from vpipe.config.planning.to_plan import with_plan
 from vpipe.errors import ConfigError, PlanError
 from vpipe.planner.profile.profile import BlockProfile, Profile, SizeProfile
 
@@ -87,10 +88,10 @@ def test_a_schedule_is_chosen_for_named_cuts_and_for_lists() -> None:
 
 def test_only_a_planned_run_recomputes_ahead_by_itself() -> None:
     cut, slow = "plan.partition=[6,2,1]", "pipeline.recompute_ratio=[0,0.5,1]"
-    assert decide(run_with(cut, slow), profile_of()).plan.ahead == ()
+    assert decide(run_with(cut, slow), profile_of()).chosen.ahead == ()
     run = planned(cut, slow, "plan.memory_limit=1GiB")
     assert run.plan.recompute_ahead
-    told = decide(run_with(cut, slow, "plan.memory_limit=1GiB", "plan.recompute_ahead=[1]"), profile_of()).plan
+    told = decide(run_with(cut, slow, "plan.memory_limit=1GiB", "plan.recompute_ahead=[1]"), profile_of()).chosen
     assert told.ahead == (1,)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from vpipe.config import RunConfig, build_config
 from vpipe.config.load import read_config
-from vpipe.config.profiled import check_profile_fits, describe_host, model_keys, profile_warnings
+from vpipe.config.planning.profiled import check_profile_fits, describe_host, model_keys, profile_warnings
 from vpipe.errors import PlanError
 from vpipe.planner.profile.profile import BlockProfile, Profile, SizeProfile
 

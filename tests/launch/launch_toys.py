@@ -81,9 +81,12 @@ def ring(arguments):
     import torch.distributed as dist
 
     from vpipe.runtime.comm.failure import raise_if_peer_lost
-    from vpipe.runtime.comm.process_group import process_group
+    from vpipe.runtime.comm.world import World
 
-    with process_group("gloo", 60) as group, StatusFile(status_path(DIRECTORY, group.rank)) as status:
+    with (
+        World.join(timeout_seconds=60, backend="gloo") as group,
+        StatusFile(status_path(DIRECTORY, group.rank)) as status,
+    ):
         peer = (group.rank + 1) % group.num_ranks
         status.write(f"waiting for {peer}F3 from rank {peer}")
         try:
@@ -99,9 +102,9 @@ def diverge(arguments):
     import torch.distributed as dist
 
     from vpipe.runtime.comm.failure import raise_if_peer_lost
-    from vpipe.runtime.comm.process_group import process_group
+    from vpipe.runtime.comm.world import World
 
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         dist.barrier()
         if group.rank == 1:
             raise NonFiniteLossError("the loss became NaN at iteration 12")
@@ -116,9 +119,9 @@ def diverge(arguments):
 def agree(arguments):
     """Agree on a run directory below `arguments[0]`, and say which."""
     from vpipe.launch.run_directory import agree_run_directory
-    from vpipe.runtime.comm.process_group import process_group
+    from vpipe.runtime.comm.world import World
 
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         line = f"rank {group.rank} directory {agree_run_directory(Path(arguments[0]), group)}\n"
         os.write(1, line.encode())  # at once, so that the ranks' lines stay whole
 

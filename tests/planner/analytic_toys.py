@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from vpipe.planner.estimate.analytic import BlockWork, Machine, ModelWork, Operation, Precision
-from vpipe.planner.estimate.devices import Device, Link
+from vpipe.planner.estimate.devices import Device, LinkSpec
 
 MIB = 1 << 20
 
 # 1e9 operations and 1e6 bytes in a millisecond, of which half and all are reached; a kernel takes 10 us.
 DEVICE = Device("toy", {"bf16": 1.0, "fp32": 0.1}, 16 * MIB, 1.0, "nvlink3", 1.0, {"bf16": 0.5, "fp32": 0.5}, 1.0, 10.0)
-LINK = Link("wire", 100.0, 0.5)
+LINK = LinkSpec("wire", 100.0, 0.5)
 
 
 def machine(**changes: Any) -> Machine:

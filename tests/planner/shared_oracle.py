@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from plan_toys import random_profile
 
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import Recipe
+from vpipe.planner.search.candidate import Candidate
 from vpipe.planner.search.limits import needed_limit
 from vpipe.planner.search.search import Request, judge_partition
 from vpipe.planner.search.setting import Setting
-from vpipe.planner.search.situation import Plan, Situation
+from vpipe.planner.search.situation import Situation
 
 FAMILIES = ("interleaved", "looped-bfs", "zb-v", "v-half", "v-min", "dualpipe-v")
 NUM_STAGES = 4
@@ -55,10 +57,10 @@ def brute_force(found: Problem) -> tuple[float, int]:
     """
     request = found.request
     profile, (limit, *_) = request.profile, request.usable_limits
-    setting = Setting(request.schedules[0], 2, 4, 1, 2)
+    setting = Setting(Recipe(request.schedules[0], 4, 2, 2), 1)
     situation = Situation.of(profile, setting, request.usable_limits, tuple(Policy), {})
     allowed = list(Policy) if profile.host else [Policy.KEEP, Policy.RECOMPUTE]
-    fitting: list[Plan] = []
+    fitting: list[Candidate] = []
     least = math.inf
     for cut in all_cuts(profile.num_blocks, NUM_STAGES):
         for policies in itertools.product(allowed, repeat=profile.num_blocks):
@@ -68,7 +70,7 @@ def brute_force(found: Problem) -> tuple[float, int]:
             if needed <= limit:
                 fitting.append(situation.judge(draft))
     fitting.sort(key=lambda plan: plan.step_ms)
-    ahead = [situation.recompute_ahead(plan) for plan in fitting[:NUM_AHEAD]]
+    ahead = [situation.recompute_earlier(plan) for plan in fitting[:NUM_AHEAD]]
     return min((plan.step_ms for plan in ahead), default=math.inf), int(least)
 
 

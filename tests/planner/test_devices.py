@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vpipe.errors import PlanError
-from vpipe.planner.estimate.devices import DEVICES, LINKS, Link, find_device, find_link
+from vpipe.planner.estimate.devices import DEVICES, LINKS, LinkSpec, find_device, find_link
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -93,7 +93,7 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["5us,25GB/s", "5 us, 25 gb/s"])
 def test_a_link_can_be_written(text: str) -> None:
-    assert find_link(text) == Link(text, 5.0, 25.0)
+    assert find_link(text) == LinkSpec(text, 5.0, 25.0)
 
 
 @pytest.mark.parametrize("text", ["infiniband-hd", "5us", "5us,0GB/s", "5us,1.2.3GB/s"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from plan_toys import block, profile_of, uniform_profile
 
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import Recipe
 from vpipe.planner.explain.explain import brief_lines, compare_lines, explain_lines, plan_lines
 from vpipe.planner.profile.profile import LinkProfile
 from vpipe.planner.search.search import Request, find_plan, judge_partition
@@ -55,7 +56,7 @@ def test_policies_and_their_costs_are_named() -> None:
 
 def test_what_moving_weights_costs_is_named() -> None:
     profile = uniform_profile(8, host=LinkProfile(0.0, 40.0), host_share=0.5)
-    request = Request(profile, 4, 8, schedules=["pipedream"], options={"swap_versions": [0]}, is_eager=False)
+    request = Request(profile, 4, 8, schedules=["pipedream"], options=Recipe(swap_versions=[0]), is_eager=False)
     lines = "\n".join(plan_lines(request, judge_partition(request, [2] * 4)))
     assert "all kept, older weights swapped (2 ms, and 4 ms on the host link)" in lines
 

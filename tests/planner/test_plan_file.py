@@ -10,7 +10,8 @@ from plan_toys import uniform_profile
 
 from vpipe.config.original.files import read_partition_file
 from vpipe.plan.policy import Policy, trailing_policies
-from vpipe.planner.search.plan_file import plan_to_dict
+from vpipe.plan.recipe import Recipe
+from vpipe.planner.search.outcome_file import candidate_to_dict
 from vpipe.planner.search.search import Request, find_plan, judge_partition
 
 KEEP, AGAIN, SWAP = Policy.KEEP, Policy.RECOMPUTE, Policy.SWAP
@@ -20,7 +21,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     profile = uniform_profile(6)
     policies = (KEEP, AGAIN, KEEP, SWAP, AGAIN, AGAIN)
     plan = judge_partition(Request(profile, 2, 4), [4, 2], policies)
-    content = plan_to_dict(plan, profile, 12.5)
+    content = candidate_to_dict(plan, profile, 12.5)
     (tmp_path / "p.json").write_text(json.dumps(content))
     found = read_partition_file(tmp_path / "p.json")
     assert found.partition == [4, 2]
@@ -44,17 +45,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_the_depths_of_a_plan_are_written() -> None:
     profile = uniform_profile(4)
-    plan = find_plan(Request(profile, 2, 8, options={"depths": [3, 1], "vertical_sync": True})).best
-    assert plan_to_dict(plan, profile)["stage_to_depth_map"] == [3, 1]
+    plan = find_plan(Request(profile, 2, 8, options=Recipe(depths=[3, 1], vertical_sync=True))).best
+    assert candidate_to_dict(plan, profile)["stage_to_depth_map"] == [3, 1]
 
 
 def test_the_rule_of_weight_versions_of_a_plan_is_written() -> None:
     profile = uniform_profile(4)
-    plain = plan_to_dict(find_plan(Request(profile, 2, 8, ["pipedream"], [8])).best, profile)
+    plain = candidate_to_dict(find_plan(Request(profile, 2, 8, ["pipedream"], [8])).best, profile)
     assert not {"macrobatch", "vertical_sync"} & plain.keys()
     for option in ("macrobatch", "vertical_sync"):
-        request = Request(profile, 2, 8, ["pipedream"], [8], options={option: True})
-        assert plan_to_dict(find_plan(request).best, profile)[option] is True
+        request = Request(profile, 2, 8, ["pipedream"], [8], options=Recipe(**{option: True}))
+        assert candidate_to_dict(find_plan(request).best, profile)[option] is True
 
 
 @pytest.mark.parametrize("size", range(1, 60))
@@ -63,4 +64,4 @@ def test_ratios_of_a_plan_mean_its_counts(size: int) -> None:
     for count in {0, 1, size // 2, size}:
         policies = [KEEP] * (size - count) + [AGAIN] * count + [KEEP]
         plan = judge_partition(Request(profile, 2, 2), [size, 1], policies)
-        assert trailing_policies([size, 1], plan.recompute_ratio) == tuple(policies)
+        assert trailing_policies([size, 1], plan.plan.ratios) == tuple(policies)

@@ -12,9 +12,10 @@ from plan_toys import block, profile_of
 
 from vpipe.errors import PlanError
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import Recipe
 from vpipe.planner.explain.explain import explain_lines
 from vpipe.planner.profile.profile import LinkProfile, Profile
-from vpipe.planner.search.plan_file import plan_to_dict
+from vpipe.planner.search.outcome_file import candidate_to_dict
 from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition
 from vpipe.planner.search.setting import Setting, settings
 
@@ -33,7 +34,8 @@ def request(asked: bool | Sequence[int] | None, limit: int | None = None, **chan
         batch_size=8,
         schedules=("pipedream",),
         limits=None if limit is None else [limit],
-        options={"swap_versions": asked},
+        options=Recipe(swap_versions=asked or ()),
+        may_move_versions=asked is None,
         policies=(Policy.KEEP,),
     )
     return replace(plain, **changes)
@@ -49,7 +51,7 @@ def test_a_prediction_counts_what_is_on_the_device() -> None:
     assert [memory.versions for memory in kept.memory] == [6000, 4000, 2000, 0]
     assert [memory.versions for memory in moved.memory] == [2000, 2000, 2000, 0]
     assert moved.step_ms == pytest.approx(kept.step_ms)
-    assert moved.setting.swap_versions == (0, 1)
+    assert moved.setting.moving == (0, 1)
     one = judge_partition(request([1]), cut)
     assert [memory.versions for memory in one.memory] == [6000, 2000, 2000, 0]
 
@@ -62,10 +64,10 @@ def test_a_slow_way_to_host_memory_costs_time() -> None:
 
 def test_the_planner_moves_versions_when_a_limit_needs_that() -> None:
     free, roomy = find_plan(request(None)), find_plan(request(None, 20_000))
-    assert free.best.setting.swap_versions == roomy.best.setting.swap_versions == ()
+    assert free.best.setting.moving == roomy.best.setting.moving == ()
     needed = max(memory.total for memory in free.best.memory)
     tight = find_plan(request(None, needed - 1000))
-    assert tight.best.setting.swap_versions == (0, 1)
+    assert tight.best.setting.moving == (0, 1)
     assert tight.best.fits([needed - 1000] * 4)
     assert tight.best.step_ms == pytest.approx(free.best.step_ms)
     assert max(versions(tight)) < max(versions(free))
@@ -76,20 +78,20 @@ def test_the_planner_moves_versions_when_a_limit_needs_that() -> None:
 def test_the_plan_says_what_it_moves() -> None:
     outcome = find_plan(request(True))
     assert "older weights of stages 0 1 in host memory" in "\n".join(explain_lines(outcome))
-    content = plan_to_dict(outcome.best, heavy())
+    content = candidate_to_dict(outcome.best, heavy())
     assert content["swap_versions"] == [0, 1]
     assert json.dumps(content)
-    assert "swap_versions" not in plan_to_dict(find_plan(request(False)).best, heavy())
+    assert "swap_versions" not in candidate_to_dict(find_plan(request(False)).best, heavy())
 
 
 def found(name: str, asked: bool | Sequence[int] | None, **options: Any) -> list[Setting]:
-    options["swap_versions"] = asked
-    return settings(4, 8, [name], [8], stages_per_rank=None, options=options, is_eager=False)
+    base = Recipe(num_ranks=4, swap_versions=asked or (), **options)
+    return settings(base, 8, [name], [8], is_eager=False, may_move_versions=asked is None)
 
 
 def test_only_stages_with_versions_that_wait_are_named() -> None:
-    assert [each.swap_versions for each in found("pipedream", None)] == [(), (0, 1)]
-    assert [each.swap_versions for each in found("pipedream", [1, 3])] == [(1,)]
+    assert [each.moving for each in found("pipedream", None)] == [(), (0, 1)]
+    assert [each.moving for each in found("pipedream", [1, 3])] == [(1,)]
     for asked in (None, True, [0, 1]):
-        assert [each.swap_versions for each in found("1f1b", asked)] == [()]
-        assert [each.swap_versions for each in found("pipedream", asked, macrobatch=True)] == [()]
+        assert [each.moving for each in found("1f1b", asked)] == [()]
+        assert [each.moving for each in found("pipedream", asked, macrobatch=True)] == [()]

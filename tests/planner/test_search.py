@@ -163,7 +163,7 @@ def test_deeper_warmups_hide_slow_links() -> None:
     profile = uniform_profile(8, link=LinkProfile(2.0, None))
     eager = find_plan(Request(profile, 4, 32))
     plain = find_plan(Request(profile, 4, 32, is_eager=False))
-    assert eager.best.setting.depths is not None
+    assert eager.best.setting.recipe.depths is not None
     assert eager.best.step_ms < plain.best.step_ms
     assert eager.best.memory[0].total > plain.best.memory[0].total
 

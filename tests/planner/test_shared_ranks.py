@@ -13,6 +13,7 @@ from shared_oracle import FAMILIES, Problem, all_cuts, brute_force, problem
 
 from vpipe.errors import PlanError
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import Recipe
 from vpipe.planner.explain.explain import explain_lines
 from vpipe.planner.profile.profile import LinkProfile
 from vpipe.planner.search.limits import needed_limit, usable_bytes
@@ -33,7 +34,7 @@ def situations() -> Iterator[tuple[Situation, list[int]]]:
     for seed, name in enumerate(FAMILIES):
         draw = random.Random(seed)
         profile = random_profile(draw, 7, 2)
-        setting = Setting(name, 2, 4, 1, 2)
+        setting = Setting(Recipe(name, 4, 2, 2), 1)
         yield Situation.of(profile, setting, [float("inf")] * 2, tuple(Policy), {}), draw.choice(all_cuts(7, 4))
 
 

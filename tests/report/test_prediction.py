@@ -6,10 +6,10 @@ import pytest
 from trace_toys import Executor
 
 from vpipe.errors import ScheduleError
+from vpipe.plan.recipe import Recipe
 from vpipe.report.measured_costs import MeasuredCosts, Overheads, measure_costs
 from vpipe.report.prediction import predict_step
 from vpipe.schedule.action import Kind
-from vpipe.schedule.registry import build_schedule, find_entry
 
 UNEQUAL = {
     (stage, kind): time * (1 + stage % 3 / 4)
@@ -32,14 +32,10 @@ def period(events):
 
 
 def run_and_predict(name, executor, size=8, batches=14, num_ranks=4):
-    def build(count):
-        return build_schedule(name, num_ranks, count)
-
-    synchronous = find_entry(name).synchronous
-    events = executor.run(build(size if synchronous else size * batches), batches, size)
+    recipe = Recipe(name, size, num_ranks)
+    events = executor.run(recipe.build(1 if recipe.synchronous else batches), batches, size)
     middle = [event for event in events if 4 <= event.iteration < 11]
-    num_cuts = build(size).num_stages - 1
-    return period(events), predict_step(build, measure_costs(middle), [1.0] * num_cuts, size)
+    return period(events), predict_step(recipe, measure_costs(middle), [1.0] * (recipe.build().num_stages - 1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,17 +64,15 @@ def test_overheads_are_no_work():
     for stage in range(4):
         work[stage, Kind.STEP] = 0.0
 
-    def build(count):
-        return build_schedule("1f1b", 4, count)
-
-    plain = predict_step(build, MeasuredCosts(work, Overheads(), {}), (), 8)
+    recipe = Recipe("1f1b", 8, 4)
+    plain = predict_step(recipe, MeasuredCosts(work, Overheads(), {}), ())
     assert plain.step_ms == pytest.approx(33)
     assert plain.bubble_fraction == pytest.approx(3 / 11)
-    loaded = predict_step(build, MeasuredCosts(work, Overheads(gap_ms=0.5, turn_ms=2.0), {}), (), 8)
+    loaded = predict_step(recipe, MeasuredCosts(work, Overheads(gap_ms=0.5, turn_ms=2.0), {}), ())
     assert loaded.step_ms > 33 + 0.5 * 23
     assert loaded.bubble_fraction == pytest.approx(1 - 24 / loaded.step_ms)
     alone = MeasuredCosts(work, Overheads(gap_ms=0.5, turn_ms=2.0), {})
-    single = predict_step(lambda count: build_schedule("1f1b", 1, count), alone, (), 8)
+    single = predict_step(Recipe("1f1b", 8, 1), alone, ())
     assert single.step_ms == pytest.approx(24 + 0.5 * 17 + 2)
 
 
@@ -87,4 +81,4 @@ def test_a_stage_that_was_not_measured_is_told():
     with pytest.raises(
         ScheduleError, match="of stage 1, F was measured; its forwards and all of its backwards are needed"
     ):
-        predict_step(lambda count: build_schedule("1f1b", 2, count), MeasuredCosts(work, Overheads(), {}), (), 4)
+        predict_step(Recipe("1f1b", 4, 2), MeasuredCosts(work, Overheads(), {}), ())

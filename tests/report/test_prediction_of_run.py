@@ -12,6 +12,7 @@ from trace_toys import Executor
 from vpipe.errors import ConfigError
 from vpipe.report.prediction_of_run import predict_run
 from vpipe.report.trace import read_timeline, write_timeline
+from vpipe.schedule.action import Kind
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,43 @@ def test_a_run_is_predicted_from_its_own_costs(tmp_path, schedule, options):
     assert found.prediction.step_ms == pytest.approx(found.measured_step_ms, rel=0.01)
     assert abs(found.error) < 0.01
     assert found.measured_bubble_fraction == 0.25
+
+
+BLOCKS = 25
+MOVED: dict[str, tuple[str, dict[str, object]]] = {
+    "recompute-ahead": ("1f1b", {"recompute_ahead": [0, 2], "policies": ["recompute"] * BLOCKS}),
+    "split-recompute-ahead": ("zb-h1", {"recompute_ahead": [1], "policies": ["recompute"] * BLOCKS}),
+    "activations": ("gpipe", {"policies": ["swap"] * BLOCKS}),
+    "some-activations": ("1f1b", {"policies": ["swap"] * 7 + ["keep"] * (BLOCKS - 7)}),
+    "versions": ("pipedream", {"swap_versions": True}),
+    "versions-and-activations": ("pipedream", {"swap_versions": [0], "policies": ["swap"] * BLOCKS}),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_stages_do_besides_is_predicted(tmp_path, name):
+    schedule, besides = MOVED[name]
+    found = predict_run(write_run(tmp_path, schedule, plan=besides))
+    assert abs(found.error) < 0.01
+    orders = found.prediction.simulation.schedule.orders
+    kinds = {action.kind for order in orders for action in order}
+    assert (Kind.R in kinds) == ("recompute_ahead" in besides)
+    assert (Kind.OFFLOAD in kinds) == ("swap" in besides.get("policies", ()))
+    assert (Kind.OFFLOAD_V in kinds) == ("swap_versions" in besides)
+    shown = {kind for kind in kinds if any(f"{kind} ms" in line for line in found.lines())}
+    assert shown == kinds
+    assert {key for row in found.to_dict()["stages"] for key in row if key.endswith("_ms")} == {
+        f"{k}_ms" for k in kinds
+    }
+
+
+def test_what_an_older_plan_file_does_not_say_is_as_the_run_says_it(tmp_path):
+    _, besides = MOVED["recompute-ahead"]
+    directory = write_run(tmp_path, "1f1b", plan=besides)
+    content = json.loads((directory / "plan.json").read_text())
+    old = {key: content[key] for key in ("schedule", "num_microbatches", "stages", "cuts")}
+    (directory / "plan.json").write_text(json.dumps(old))
+    assert abs(predict_run(directory).error) < 0.01
 
 
 def test_slow_links_are_found_in_the_files(tmp_path):

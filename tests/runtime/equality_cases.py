@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flat_pipeline import flat_pipeline
 from torch import Tensor
 from toy_models import MODELS, make_batch
 
 from vpipe.model.chain import Chain
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.pipeline import Pipeline
 
 SEED = 3
 HELD_OUT = (4, 4, 3, 1)
@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
 
 def run_cases(arguments: Sequence[str]) -> None:
     """Run all cases of this number of ranks; leave what each computed in the folder `arguments[0]`."""
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         for name, case in CASES.items():
             if case.ranks == group.num_ranks:
                 torch.save(_run(case), result_path(Path(arguments[0]), name, group.rank))
@@ -171,7 +171,7 @@ def _run(case: Case) -> dict[str, Any]:
     def keep(stage: int, microbatch: int, named: Mapping[str, Tensor]) -> None:
         gradients.setdefault(stage, []).append({name: gradient.clone() for name, gradient in named.items()})
 
-    pipeline = Pipeline(
+    pipeline = flat_pipeline(
         chain,
         optimizer=OPTIMIZERS[case.optimizer],
         schedule=case.schedule,

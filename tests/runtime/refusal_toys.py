@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flat_pipeline import flat_pipeline
 from torch import Tensor, nn
 from toy_models import MODELS, WIDTH, make_batch
 
@@ -18,8 +19,8 @@ from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.runtime import pipeline as front_door
 from vpipe.runtime.batch import Batch
-from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Pipeline
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -32,7 +33,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 def build(model: Chain | None = None, **options: Any) -> Pipeline:
     chain = MODELS["plain"]() if model is None else model
-    return Pipeline(chain, **({"optimizer": sgd, "num_microbatches": 2, "partition": [3, 4]} | options))
+    return flat_pipeline(chain, **({"optimizer": sgd, "num_microbatches": 2, "partition": [3, 4]} | options))
 
 
 def batch(size: int = 4) -> dict[str, Tensor]:
@@ -210,7 +211,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
 def run_checks(arguments: Sequence[str]) -> None:
     """Run every check; leave what each returned, or raised, in the folder `arguments[0]`."""
     found: dict[str, Any] = {}
-    with process_group("gloo", 60):
+    with World.join(timeout_seconds=60, backend="gloo"):
         for name, check in CHECKS.items():
             try:
                 found[name] = check()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from vpipe.errors import ConfigError, ModelError, PlanError
+from vpipe.errors import ConfigError, ModelError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
+from vpipe.plan.plan import Plan
 from vpipe.runtime.arguments import (
+    Memory,
+    Update,
     as_chain,
-    as_device,
-    check_training_arguments,
+    as_plan,
+    check_optimizer,
     count_batches,
-    limit_of,
-    ratio_per_stage,
 )
+from vpipe.runtime.pipeline import Pipeline
 
 MODULES = [nn.Linear(2, 2), nn.Tanh()]
 LOSS = nn.functional.mse_loss
@@ -57,42 +62,59 @@ def test_other_things_are_no_model():
         as_chain(nn.Linear(2, 2), LOSS)
 
 
+def test_an_optimizer_is_made_by_a_function():
+    check_optimizer(torch.optim.SGD)
+    with pytest.raises(ConfigError, match="optimizer is of type SGD; give a function"):
+        check_optimizer(torch.optim.SGD([torch.ones(1, requires_grad=True)]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (
-            (torch.optim.SGD([torch.ones(1, requires_grad=True)]), "always", None, None),
-            "optimizer is of type SGD; give a",
-        ),
-        (
-            (torch.optim.SGD, "sometimes", None, None),
-            "recompute is 'sometimes'; choose one of always, except_last, never",
-        ),
-        ((torch.optim.SGD, "never", 0.0, None), "clip_grad_norm is 0.0; give a number above 0, or None"),
-        ((torch.optim.SGD, "never", -1.0, None), "clip_grad_norm is -1.0"),
-        ((torch.optim.SGD, "never", float("nan"), None), "clip_grad_norm is nan"),
-        ((torch.optim.SGD, "never", None, 0.1), "learning_rate is 0.1; give a function of the iterations done"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm is 0.0; give a number above 0, or None"),
+        ({"clip_grad_norm": -1.0}, "clip_grad_norm is -1.0"),
+        ({"clip_grad_norm": float("nan")}, "clip_grad_norm is nan"),
+        ({"learning_rate": 0.1}, "learning_rate is 0.1; give a function of the iterations done"),
     ],
 )
-def test_training_arguments_are_checked(arguments, text):
+def test_what_an_update_does_is_checked(arguments, text):
     with pytest.raises(ConfigError, match=text):
-        check_training_arguments(*arguments)
-    check_training_arguments(torch.optim.SGD, "except_last", 1.0, lambda done: 0.1)
+        Update(**arguments)
+    Update(1.0, lambda done: 0.1)
 
 
-def test_a_device_is_one_that_torch_knows():
-    assert as_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="device is 'gpu', which torch does not know; use cpu, cuda or"):
-        as_device("gpu")
+def test_a_plan_is_a_plan_or_the_name_of_a_schedule():
+    assert as_plan("gpipe") == Plan("gpipe")
+    assert as_plan(Plan("gpipe", num_microbatches=4)) == Plan("gpipe", num_microbatches=4)
+    with pytest.raises(ConfigError, match=r"plan is of type list; give a vpipe\.Plan, or the name of a schedule"):
+        as_plan([1, 2])
 
 
-def test_ratios_are_for_all_stages_or_one_for_each():
-    assert ratio_per_stage(0.5, 3) == [0.5] * 3
-    assert ratio_per_stage([0, 1], 2) == [0.0, 1.0]
-    with pytest.raises(PlanError, match=r"recompute_ratio \[0.0, 1.0\] has 2 entries for 3 stages"):
-        ratio_per_stage([0, 1], 3)
-    with pytest.raises(PlanError, match=r"gives stage 1 the ratio 1.5; a ratio is from 0 to 1"):
-        ratio_per_stage([0, 1.5], 2)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("schedule", "plan=vpipe.Plan('1f1b', ...)"),
+        ("num_microbatches", "plan=vpipe.Plan('1f1b', num_microbatches=...)"),
+        ("recompute_ratio", "plan=vpipe.Plan('1f1b', recompute_ratio=...)"),
+        ("memory_limit", "plan=vpipe.Plan('searched', max_in_flight=...)"),
+        ("memory_limit_bytes", "memory=vpipe.Memory(limit=...)"),
+        ("clip_grad_norm", "update=vpipe.Update(clip_grad_norm=...)"),
+        ("device", "world=vpipe.World.join(device=...)"),
+        ("field_specs", "model=chain.with_field_specs(...)"),
+    ],
+)
+def test_an_old_argument_names_its_new_place(name, place):
+    with pytest.raises(ConfigError, match=re.escape(f"Pipeline has no argument '{name}' any more; say it as {place}")):
+        Pipeline(MODULES, LOSS, optimizer=torch.optim.SGD, **{name: None})
+
+
+def test_an_unknown_argument_is_told_with_what_is_near():
+    with pytest.raises(ConfigError, match="no argument 'optimiser'; did you mean 'optimizer'"):
+        Pipeline(MODULES, LOSS, optimiser=torch.optim.SGD)
+
+
+def test_the_front_door_has_few_arguments():
+    assert len(inspect.signature(Pipeline.__init__).parameters) - 1 <= 10
 
 
 class Endless(IterableDataset):
@@ -121,13 +143,13 @@ def test_fewer_than_no_batches_are_refused():
 
 
 def test_one_limit_is_for_all_ranks_and_several_are_one_each() -> None:
-    assert [limit_of(limit, 1, 2) for limit in (None, 7, [7], [5, 6])] == [None, 7, 7, 6]
+    assert [Memory(limit).limit_of(1, 2) for limit in (None, 7, [7], [5, 6])] == [None, 7, 7, 6]
 
 
 @pytest.mark.parametrize(
     ("limit", "message"),
-    [([5, 6, 7], "memory_limit_bytes has 3 entries for 2 ranks"), ([5, 0], r"memory_limit_bytes is \[5, 0\]")],
+    [([5, 6, 7], "the memory limit has 3 entries for 2 ranks"), ([5, 0], r"the memory limit is \[5, 0\]")],
 )
 def test_limits_that_fit_no_rank_are_refused(limit: list[int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        limit_of(limit, 0, 2)
+        Memory(limit).limit_of(0, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,23 +12,22 @@ from toy_models import frozen, plain, skipping, tied, tied_frozen
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Block, Chain, ParameterRef
 from vpipe.plan.partition import Partition
+from vpipe.plan.plan import Plan
 from vpipe.plan.policy import trailing_policies
-from vpipe.runtime.assembly import build_stages, crossing_specs, parameter_sizes, resolve_partition, tied_groups
+from vpipe.runtime.assembly import build_stages, crossing_specs, tied_groups
 from vpipe.schedule.placement import Placement
 
 
 def build(chain, partition, stages, ratio=0.0, recompute="always", num_microbatches=4):
-    return build_stages(
-        chain,
-        Partition(partition),
-        stages,
-        torch.optim.SGD,
-        seed=0,
-        device=torch.device("cpu"),
+    plan = Plan(
+        "naive",
+        num_microbatches,
+        len(partition),
+        partition=partition,
         policies=trailing_policies(partition, [ratio] * len(partition)),
         recompute=recompute,
-        num_microbatches=num_microbatches,
     )
+    return build_stages(chain, plan, stages, torch.optim.SGD, seed=0, device=torch.device("cpu"))
 
 
 def groups(chain, partition, synchronous=True):
@@ -36,19 +35,22 @@ def groups(chain, partition, synchronous=True):
         chain,
         Partition(partition),
         Placement(1, len(partition)),
-        parameter_sizes(chain),
+        chain.parameter_sizes(),
         synchronous=synchronous,
-        timeout=timedelta(seconds=5),
+        world=SimpleNamespace(),
     )
 
 
 def test_partitions_are_given_or_found():
     chain = plain()
-    assert resolve_partition(None, chain, 3) == resolve_partition("uniform", chain, 3) == (3, 2, 2)
-    assert resolve_partition([1, 6], chain, 2) == (1, 6)
-    sizes = [sum(named.values()) for named in parameter_sizes(chain)]
-    assert sizes == [63, 0, 0, 70, 14, 0, 48]
-    assert resolve_partition("parameters", chain, 2) == (3, 4)
+    cut = {
+        name: Plan(partition=name).resolve(chain, SimpleNamespace(num_ranks=2)).cut
+        for name in ("uniform", "parameters")
+    }
+    assert cut["uniform"] == (4, 3)
+    assert Plan(partition=[1, 6]).resolve(chain, SimpleNamespace(num_ranks=2)).cut == (1, 6)
+    assert chain.trainable_sizes() == [63, 0, 0, 70, 14, 0, 48]
+    assert cut["parameters"] == (3, 4)
 
 
 def test_a_rank_builds_its_own_blocks_and_nothing_else():
@@ -75,7 +77,7 @@ def test_frozen_parameters_have_no_name_in_an_optimizer():
     names = build(frozen(), (2, 2, 3), (0, 1))
     assert names[0].weights.names == []
     assert names[1].weights.names == ["again.inner.weight", "again.inner.bias", "join.inner.weight"]
-    assert parameter_sizes(frozen())[3] == {"join.inner.weight": 36}
+    assert frozen().parameter_sizes()[3] == {"join.inner.weight": 36}
 
 
 @pytest.mark.parametrize(

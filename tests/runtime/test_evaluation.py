@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from flat_pipeline import flat_pipeline
 from torch import Tensor, nn
 
 from vpipe.errors import ConfigError, DataError, MemoryLimitError
 from vpipe.launch.local import launch_local
 from vpipe.runtime.batch import Batch
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.evaluation import LossSums, pieces_alike
 from vpipe.runtime.pipeline import Pipeline
 
@@ -24,7 +25,7 @@ WIDTH, ROWS = 16, 4
 def build(schedule: str = "gpipe", drawing: nn.Module | None = None, **options: Any) -> Pipeline:
     torch.manual_seed(3)
     blocks: list[nn.Module] = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
-    return Pipeline(
+    return flat_pipeline(
         blocks if drawing is None else [*blocks, drawing],
         nn.functional.mse_loss,
         optimizer=lambda named: torch.optim.SGD(named, lr=0.1),
@@ -41,7 +42,7 @@ def batch(num_samples: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def _alone() -> Iterator[None]:
-    with process_group("gloo", 60):
+    with World.join(timeout_seconds=60, backend="gloo"):
         yield
 
 
@@ -88,7 +89,7 @@ def test_the_same_weights_and_batches_give_the_same_bits_whatever_came_before(sc
         return made.evaluate(held_out), made.evaluate(held_out, microbatch_size=3)
 
     # A limit changes how many pieces go together, and with it the order in which they are computed.
-    found = [evaluate(), *(evaluate(size) for size in (8, 16, 4)), evaluate(8, 2, memory_limit_bytes=1 << 30)]
+    found = [evaluate(), *(evaluate(size) for size in (8, 16, 4)), evaluate(8, 2, limit=1 << 30)]
     assert found == [found[0]] * 5
 
 
@@ -120,17 +121,18 @@ def test_an_evaluation_of_nothing_is_refused() -> None:
 def test_fractional_counts_add_up_in_any_order() -> None:
     shares = [(0.7, 0.1), (1e6, 0.2), (1e-7, 0.3)]
     found = []
-    for order in (shares, shares[::-1]):
-        sums = LossSums(["loss"])
-        for loss, count in order:
-            sums.take({0: {"loss": torch.tensor(loss, dtype=torch.float64)}}, {0: {"loss": count}})
-        found.append(sums.means(0, None))
+    with World.join() as world:
+        for order in (shares, shares[::-1]):
+            sums = LossSums(["loss"])
+            for loss, count in order:
+                sums.take({0: {"loss": torch.tensor(loss, dtype=torch.float64)}}, {0: {"loss": count}})
+            found.append(sums.means(0, world))
     losses, counts = zip(*shares, strict=True)
     assert found == [{"loss": math.fsum(losses) / math.fsum(counts)}] * 2
 
 
 def test_pieces_of_one_shape_go_together() -> None:
-    with process_group("gloo", 60):
+    with World.join(timeout_seconds=60, backend="gloo"):
         programs = build().programs
     batches = [Batch({"x": torch.arange(5)}, 5), Batch({"x": torch.arange(5, 10)}, 5)]
     pieces = list(pieces_alike(batches, 2, programs, None))
@@ -153,9 +155,9 @@ def test_pieces_of_one_shape_go_together() -> None:
 
 @pytest.mark.usefixtures("_alone")
 def test_an_evaluation_is_within_the_limit_of_training() -> None:
-    made = build(watch_memory="all")
+    made = build(watch="all")
     made.step(*batch(2 * ROWS))
-    limited = build(memory_limit_bytes=made.ledger.peak.total)
+    limited = build(limit=made.ledger.peak.total)
     for _ in range(3):
         limited.step(*batch(2 * ROWS))
         limited.evaluate([batch(64 * ROWS), batch(3)], ROWS)
@@ -163,9 +165,9 @@ def test_an_evaluation_is_within_the_limit_of_training() -> None:
 
 @pytest.mark.usefixtures("_alone")
 def test_an_evaluation_over_the_limit_is_told() -> None:
-    made = build(watch_memory="all")
+    made = build(watch="all")
     made.step(*batch(2 * ROWS))
-    limited = build(memory_limit_bytes=made.ledger.peak.total)
+    limited = build(limit=made.ledger.peak.total)
     limited.step(*batch(2 * ROWS))
     with pytest.raises(
         MemoryLimitError,
@@ -176,14 +178,14 @@ def test_an_evaluation_over_the_limit_is_told() -> None:
 
 def evaluate_under_limits(arguments: list[str]) -> None:
     """Train and evaluate under the limit that training alone needs, rank by rank, and some messages more."""
-    with process_group("gloo", 60) as group:
-        free = build("1f1b", watch_memory="all")
+    with World.join(timeout_seconds=60, backend="gloo") as group:
+        free = build("1f1b", watch="all")
         for _ in range(3):
             free.step(*batch(2 * ROWS))
         peaks = [torch.zeros(1, dtype=torch.int64) for _ in range(group.num_ranks)]
         torch.distributed.all_gather(peaks, torch.tensor([free.ledger.peak.total]))
         free.close()
-        limited = build("1f1b", memory_limit_bytes=[int(peak) + 4096 for peak in peaks])
+        limited = build("1f1b", limit=[int(peak) + 4096 for peak in peaks])
         for _ in range(3):
             limited.step(*batch(2 * ROWS))
             limited.evaluate([batch(64 * ROWS), batch(3), batch(64 * ROWS + 1)], ROWS)

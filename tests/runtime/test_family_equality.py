@@ -18,7 +18,7 @@ from test_equality import assert_bits_of_one_process
 
 from vpipe.errors import ScheduleError
 from vpipe.launch.local import launch_local
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.schedule.csv_form import to_csv
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 
@@ -63,7 +63,7 @@ def test_every_synchronous_family_is_among_them() -> None:
 def run_cases(arguments: Sequence[str]) -> None:
     """Run the cases of this number of ranks in one of them."""
     folder = Path(arguments[0])
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         for name, case in CASES.items():
             if case.ranks != group.num_ranks:
                 continue

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_pipeline import flat_pipeline
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from vpipe.errors import ConfigError, MemoryLimitError
 from vpipe.runtime import memory_watch
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.memory import swap
 from vpipe.runtime.pipeline import Pipeline
@@ -37,14 +38,14 @@ class Block(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    with process_group("gloo", 60):
+    with World.join(timeout_seconds=60, backend="gloo"):
         yield
 
 
 def pipeline(schedule: str = "gpipe", count: int = 4, **options: Any) -> Pipeline:
     torch.manual_seed(3)
     optimizer = options.pop("optimizer", lambda named: torch.optim.SGD(named, lr=0.1))
-    return Pipeline(
+    return flat_pipeline(
         [Block() for _ in range(BLOCKS)],
         nn.functional.mse_loss,
         optimizer=optimizer,
@@ -121,7 +122,7 @@ def test_what_is_moved_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("mode", "watched"), [("first", 2), ("all", 5)])
 def test_only_the_first_batches_are_watched_unless_asked(mode: Any, watched: int) -> None:
-    made = pipeline(watch_memory=mode)
+    made = pipeline(watch=mode)
     settled = []
     settle = made.ledger.settle
     made.ledger.settle = lambda action, workspace=0: (settled.append(action), settle(action, workspace))[1]  # type: ignore[method-assign,assignment]
@@ -148,10 +149,8 @@ def test_what_is_not_looked_at_closely_is_entered_as_it_was_seen(
         seen.append((name, dict(made.ledger.now.by_kind)))
 
     options: dict[str, Any] = {"depths": [2]} if schedule == "pipedream" else {}
-    made = pipeline(
-        schedule, watch_memory="all", hooks=Hooks(record=look), policies=["keep", "recompute"] * 2, **options
-    )
-    steady = made.programs.num_batches_until_steady
+    made = pipeline(schedule, watch="all", hooks=Hooks(record=look), policies=["keep", "recompute"] * 2, **options)
+    steady = made.plan.num_batches_until_steady
     train(made, steady + 3)
     assert looks == [True] * (4 * steady) + [False] * 12
     per_batch = len(seen) // (steady + 3)
@@ -165,7 +164,7 @@ def test_what_is_not_looked_at_closely_is_entered_as_it_was_seen(
 
 def test_one_batch_of_many_is_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_watch, "_LOOK_AGAIN", 4)
-    made = pipeline(watch_memory="all")
+    made = pipeline(watch="all")
     noting = []
     run = made._watch.run
     made._watch.run = lambda *arguments: (run(*arguments), noting.append(made._watch.is_noting))[0]  # type: ignore[method-assign,func-returns-value]
@@ -179,14 +178,14 @@ def test_a_limit_is_an_error_that_says_where_and_what_to_do() -> None:
     roomy = pipeline()
     train(roomy)
     peak = roomy.ledger.peak.total
-    exact = pipeline(memory_limit_bytes=peak)
+    exact = pipeline(limit=peak)
     train(exact, 3)
     with pytest.raises(MemoryLimitError, match=r"rank 0 held [\d,]+ bytes in 0\w+\d, 1 more than its memory limit"):
-        train(pipeline(memory_limit_bytes=peak - 1))
-    with pytest.raises(ConfigError, match="memory_limit_bytes has 2 entries for 1 ranks; give one, or one each"):
-        pipeline(memory_limit_bytes=[1, 2])
-    with pytest.raises(ConfigError, match="memory_limit_bytes is 0; give bytes above 0"):
-        pipeline(memory_limit_bytes=0)
+        train(pipeline(limit=peak - 1))
+    with pytest.raises(ConfigError, match="the memory limit has 2 entries for 1 ranks; give one, or one each"):
+        pipeline(limit=[1, 2])
+    with pytest.raises(ConfigError, match="the memory limit is 0; give bytes above 0"):
+        pipeline(limit=0)
 
 
 class LiveBytes(TorchDispatchMode):

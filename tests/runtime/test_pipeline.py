@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from flat_pipeline import flat_pipeline
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,7 +16,6 @@ from vpipe.model.chain import Block, Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.pipeline import Pipeline
 
 WIDTH = 4
 SCHEDULES = ("1f1b", "pipedream")
@@ -34,7 +34,7 @@ def build():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, 1)) if model is None else model
         options.setdefault("optimizer", sgd)
-        made.append(Pipeline(model, loss, **options))
+        made.append(flat_pipeline(model, loss, **options))
         return made[-1]
 
     yield make

@@ -11,7 +11,7 @@ from equality_cases import CLIP, Case, _run, result_path
 from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.memory import swap
 from vpipe.schedule.action import Action, Kind
 
@@ -50,7 +50,7 @@ CASES = {
 def run_cases(arguments: Sequence[str]) -> None:
     """Run all cases in one rank of two."""
     swap.SMALL_BYTES = 0
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         for name, case in CASES.items():
             torch.save(_run(case), result_path(Path(arguments[0]), name, group.rank))
 

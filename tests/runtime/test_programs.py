@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from vpipe.errors import ScheduleError
+from vpipe.plan.recipe import Recipe
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.registry import build_schedule
 
 
 def build(name="1f1b", num_ranks=3, rank=1, num_microbatches=4, **options):
-    arguments = {key: options.pop(key) for key in ("macrobatch", "stages_per_rank") if key in options}
-    return ProgramBuilder(name, num_ranks, rank, num_microbatches, options=options, **arguments)
+    return ProgramBuilder(Recipe(name, num_microbatches, num_ranks, **options), rank)
 
 
 def test_a_synchronous_program_is_one_batch_whatever_the_number():
@@ -21,7 +21,7 @@ def test_a_synchronous_program_is_one_batch_whatever_the_number():
     assert program.actions == lower(build_schedule("1f1b", 3, 4))[1]
     assert (program.num_serials, program.num_batches, program.first_iteration) == (4, 1, 7)
     assert program.window == 3
-    assert builder.microbatches_per_update == 4
+    assert builder.update_size == 4
 
 
 def test_an_asynchronous_program_is_all_batches():
@@ -30,7 +30,7 @@ def test_an_asynchronous_program_is_all_batches():
     assert program.actions == lower(build_schedule("pipedream", 3, 20, depths=[6, 4, 2]))[1]
     assert (program.num_serials, program.num_batches, program.first_iteration) == (20, 5, 7)
     assert program.window == 7
-    assert builder.microbatches_per_update == 1
+    assert builder.update_size == 1
     assert builder.training(2, 12).num_serials == 8
 
 
@@ -41,7 +41,7 @@ def test_programs_are_built_once_per_length():
 
 def test_a_macrobatch_is_one_update():
     builder = build("pipedream", macrobatch=True)
-    assert builder.microbatches_per_update == 4
+    assert builder.update_size == 4
     assert builder.training(2, 0).weights[0].update_of == (0, 0, 0, 0, 1, 1, 1, 1)
 
 
@@ -58,7 +58,7 @@ def test_ranks_compare_batches_ever_less_often(name, expected):
 
 
 def test_a_family_with_updates_of_its_own_size_is_understood():
-    assert build("pipedream-2bw", num_microbatches=6).microbatches_per_update == 3
+    assert build("pipedream-2bw", num_microbatches=6).update_size == 3
     with pytest.raises(ScheduleError, match=r"after every 3 microbatches.*num_microbatches=4; use a multiple of 3"):
         build("pipedream-2bw", num_microbatches=4)
 

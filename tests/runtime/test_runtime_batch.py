@@ -69,17 +69,21 @@ def test_a_batch_of_its_own_is_checked_too():
 
 
 def test_fields_are_described_by_the_first_batch_or_by_specs():
-    found = field_tensors(CHAIN, as_batch((X, Y.int()), CHAIN), None, 2)
+    found = field_tensors(CHAIN, as_batch((X, Y.int()), CHAIN), 2)
     assert {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in found.items()} == {
         "input": ((2, 2), torch.float32, "meta"),
         "target": ((2, 2), torch.int32, "meta"),
     }
     specs = {name: FieldSpec((7,), torch.int64) for name in ("input", "target", "more")}
-    assert {tensor.shape for tensor in field_tensors(CHAIN, Batch({}, 4), specs, 3).values()} == {(3, 7)}
+    assert {tensor.shape for tensor in field_tensors(CHAIN.with_field_specs(specs), Batch({}, 4), 3).values()} == {
+        (3, 7)
+    }
 
 
 def test_fields_that_nobody_describes_are_named():
     with pytest.raises(DataError, match=r"reads the field 'target'.*it has input: give all fields on every rank, or"):
-        field_tensors(CHAIN, Batch({"input": X}, 4), None, 2)
-    with pytest.raises(DataError, match=r"reads the field 'input'.*it has none: add it to the data or to field_specs"):
-        field_tensors(CHAIN, Batch({}, 4), {}, 2)
+        field_tensors(CHAIN, Batch({"input": X}, 4), 2)
+    with pytest.raises(
+        DataError, match=r"reads the field 'input'.*it has none: add it to the data or to the field_specs"
+    ):
+        field_tensors(CHAIN.with_field_specs({}), Batch({}, 4), 2)

@@ -11,7 +11,7 @@ from equality_cases import CLIP, Case, _run, result_path
 from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.registry import build_schedule
 from vpipe.schedule.schedule import uses_split_backward
@@ -22,15 +22,17 @@ TIMES = {"forward": [1.0, 1.6], "weight_grad": [0.7, 1.2]}
 CASES = {
     "default": Case("skipping", (4, 3), "searched", 6, {"stages_per_rank": 1, "recompute_ratio": 0.5}),
     "tight": Case(
-        "normalised", (3, 4), "searched", 5, CLIP | {"stages_per_rank": 1, "memory_limit": 1.5, "rank_times": TIMES}
+        "normalised", (3, 4), "searched", 5, CLIP | {"stages_per_rank": 1, "max_in_flight": 1.5, "rank_times": TIMES}
     ),
-    "v": Case("tied", (2, 1, 2, 2), "searched", 4, {"memory_limit": [2, 1.5], "rank_times": TIMES}, "sgd", num_ranks=2),
+    "v": Case(
+        "tied", (2, 1, 2, 2), "searched", 4, {"max_in_flight": [2, 1.5], "rank_times": TIMES}, "sgd", num_ranks=2
+    ),
 }
 
 
 def run_cases(arguments: Sequence[str]) -> None:
     """Run all cases in one rank of two."""
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         for name, case in CASES.items():
             torch.save(_run(case), result_path(Path(arguments[0]), name, group.rank))
 
@@ -44,7 +46,7 @@ def results(tmp_path_factory):
 
 
 def schedule(case: Case):
-    options = {key: case.options[key] for key in ("stages_per_rank", "memory_limit") if key in case.options}
+    options = {key: case.options[key] for key in ("stages_per_rank", "max_in_flight") if key in case.options}
     return build_schedule("searched", 2, case.num_microbatches, **options, **case.options.get("rank_times", {}))
 
 

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from flat_pipeline import flat_pipeline
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config
 
 from vpipe.model.families.gpt import build_gpt_chain
-from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.stage.split import DeferWeightGradients, run_deferred, tell_split
 
 
@@ -233,7 +233,7 @@ def test_a_pipeline_tells_it_once(caplog, tmp_path):
     order = tmp_path / "order.csv"
     order.write_text("0F0,0F1,0I0,0I1,0W0,0W1\n")
     batch = torch.randn(4, 6)
-    with Pipeline(
+    with flat_pipeline(
         [nn.LayerNorm(6), nn.LayerNorm(6)],
         nn.functional.mse_loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),

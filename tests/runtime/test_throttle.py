@@ -13,6 +13,9 @@ from vpipe.errors import ConfigError
 from vpipe.launch.local import launch_local
 from vpipe.runtime.comm import throttle as module
 from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links, throttle
+from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.comm.world import World
+from vpipe.schedule.placement import Placement
 
 MESSAGE = [torch.zeros(250)]  # 1000 bytes
 
@@ -117,8 +120,10 @@ def test_impossible_links_are_refused(numbers):
 
 
 def test_messages_that_are_matched_by_order_are_not_held_back():
-    with pytest.raises(ConfigError, match="with gloo only"):
-        emulate_slow_links(SimpleNamespace(_ordered=True), SlowLink(1.0))
+    with World.join() as world:
+        transport = Transport(Placement(1), world, ordered=True)
+        with pytest.raises(ConfigError, match="with gloo only"):
+            emulate_slow_links(transport, SlowLink(1.0))
 
 
 def test_slow_links_change_no_bit(tmp_path):

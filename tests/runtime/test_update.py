@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def build(starts=(1.0, 2.0), tied=(), *, synchronous=True, clip=None, rate=None,
         synchronous=synchronous,
         clip_grad_norm=clip,
         learning_rate=rate,
-        group=None,
+        world=SimpleNamespace(peers=None),
         hooks=hooks or Hooks(),
     )
     return weights, updater

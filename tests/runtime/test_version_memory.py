@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from flat_pipeline import flat_pipeline
 from torch import nn
 
 from vpipe.errors import MemoryLimitError, ScheduleError
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Pipeline
 
 WIDTH, BLOCKS, ROWS = 32, 3, 4
@@ -19,13 +20,13 @@ WEIGHTS = BLOCKS * (WIDTH * WIDTH + WIDTH) * 4
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    with process_group("gloo", 60):
+    with World.join(timeout_seconds=60, backend="gloo"):
         yield
 
 
 def train(num_batches: int = 6, **options: Any) -> tuple[Pipeline, list[float]]:
     torch.manual_seed(3)
-    made = Pipeline(
+    made = flat_pipeline(
         [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(BLOCKS)],
         nn.functional.mse_loss,
         optimizer=lambda named: torch.optim.Adam(named, lr=0.01),
@@ -60,7 +61,7 @@ def test_activations_are_counted_as_ever(policy: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("vpipe.runtime.memory.swap.SMALL_BYTES", 0)
     options = {
         "depths": [4],
-        "watch_memory": "all",
+        "watch": "all",
         "policies": [policy] * BLOCKS,
         "recompute_ahead": [0] if policy == "recompute" else [],
     }
@@ -73,11 +74,11 @@ def test_activations_are_counted_as_ever(policy: str, monkeypatch: pytest.Monkey
 
 
 def test_a_limit_that_needs_it_is_kept() -> None:
-    made, losses = train(depths=[5], swap_versions=True, watch_memory="all")
+    made, losses = train(depths=[5], swap_versions=True, watch="all")
     limit = made.ledger.peak.total
-    assert train(depths=[5], swap_versions=True, memory_limit_bytes=limit)[1] == losses
+    assert train(depths=[5], swap_versions=True, limit=limit)[1] == losses
     with pytest.raises(MemoryLimitError, match="rank 0 held"):
-        train(depths=[5], memory_limit_bytes=limit)
+        train(depths=[5], limit=limit)
 
 
 def test_stages_that_are_not_there_are_told() -> None:

@@ -12,7 +12,7 @@ from equality_cases import CLIP, Case, _run, result_path
 from test_equality import assert_bits_of_one_process
 
 from vpipe.launch.local import launch_local
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.memory import swap
 from vpipe.schedule.action import VERSION_MOVES, Action
 
@@ -44,7 +44,7 @@ MOVED_ON = {"moving-few": {1}, "moving-vertical": {0}, "moving-4-one": {1}, "mov
 def run_cases(arguments: Sequence[str]) -> None:
     """Run all cases of this number of ranks."""
     swap.SMALL_BYTES = 0
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         for name, case in CASES.items():
             if case.ranks == group.num_ranks:
                 torch.save(_run(case), result_path(Path(arguments[0]), name, group.rank))

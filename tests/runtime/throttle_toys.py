@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from flat_pipeline import flat_pipeline
 from toy_models import MODELS, make_batch
 
-from vpipe.runtime.comm.process_group import process_group
 from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links
-from vpipe.runtime.pipeline import Pipeline
+from vpipe.runtime.comm.world import World
 
 
 def run_both(arguments: Sequence[str]) -> None:
-    with process_group("gloo", 60.0) as group:
+    with World.join(timeout_seconds=60.0, backend="gloo") as group:
         found = {schedule: [train(schedule, link) for link in (None, SLOW)] for schedule in ("1f1b", "pipedream")}
         torch.save(found, Path(arguments[0]) / f"slow.{group.rank}.pt")
 
@@ -24,7 +24,7 @@ SLOW = SlowLink(latency_ms=2.0, bandwidth_bytes_per_ms=100.0)
 
 def train(schedule: str, link: SlowLink | None) -> tuple[list[float], list[torch.Tensor]]:
     chain = MODELS["plain"]()
-    pipeline = Pipeline(
+    pipeline = flat_pipeline(
         chain,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         schedule=schedule,

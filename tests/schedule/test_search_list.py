@@ -8,7 +8,7 @@ import pytest
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.proof.validate import check_schedule
-from vpipe.schedule.search.list import Policy, build_list_order
+from vpipe.schedule.search.list import ListPolicy, build_list_order
 from vpipe.schedule.search.problem import SearchProblem, capacities
 from vpipe.schedule.search.seeds import table_of_policies, vary
 from vpipe.schedule.simulate.costs import Costs
@@ -20,10 +20,10 @@ def _problem(placement: Placement, m: int, limit: float) -> SearchProblem:
     return SearchProblem(placement, m, Costs.from_rank_shares(placement), room)
 
 
-def _greedy(problem: SearchProblem) -> Policy:
+def _greedy(problem: SearchProblem) -> ListPolicy:
     """Gradients first, wait for nothing, run ahead as far as memory allows."""
     stages, ranks = problem.placement.num_stages, problem.placement.num_ranks
-    return Policy((1, 0, 2) * stages, (max(problem.capacity),) * stages, (0.0,) * ranks)
+    return ListPolicy((1, 0, 2) * stages, (max(problem.capacity),) * stages, (0.0,) * ranks)
 
 
 @pytest.mark.parametrize("p", [2, 3, 4, 8])
@@ -40,7 +40,7 @@ def test_a_rank_waits_for_what_comes_soon_if_it_is_patient() -> None:
     problem = SearchProblem(placement, 2, costs, (2, 2))
     makespans = []
     for patience in (0.0, 1.0):
-        policy = Policy((1, 0, 2) * 2, (2, 1), (0.0, patience))
+        policy = ListPolicy((1, 0, 2) * 2, (2, 1), (0.0, patience))
         orders = build_list_order(problem, policy)
         assert orders is not None
         makespans.append([operation - 6 for operation in orders[1]])

@@ -49,13 +49,13 @@ def _families(p: int, m: int, limit: float, times: dict[str, Any]) -> dict[str, 
 @pytest.mark.parametrize("number", range(40))
 def test_never_worse_than_the_best_family_that_fits(number: int) -> None:
     p, m, limit, times = _draw(number)
-    schedule = build_schedule("searched", p, m, memory_limit=limit, search_steps=300_000, **times)
+    schedule = build_schedule("searched", p, m, max_in_flight=limit, search_steps=300_000, **times)
     assert check_schedule(schedule) == []
     assert max(peak_activations(schedule)) <= limit
     makespan = simulate(schedule, Costs.from_rank_shares(schedule.placement, **times)).makespan
     families = _families(p, m, limit, times)
     assert makespan <= min(families.values())
-    result = search(make_request(p, m, memory_limit=limit, search_steps=300_000, **times))
+    result = search(make_request(p, m, max_in_flight=limit, search_steps=300_000, **times))
     assert (result.schedule, result.makespan) == (schedule, makespan)
     assert result.best_family_makespan == min(families.values())
     best = {name.split()[0] for name, time in families.items() if time == min(families.values())}
@@ -66,7 +66,7 @@ def test_never_worse_than_the_best_family_that_fits(number: int) -> None:
 
 def test_equal_costs_give_the_families_own_closed_forms() -> None:
     for p, m in [(2, 3), (4, 8), (8, 16)]:
-        line = search(make_request(p, m, stages_per_rank=1, memory_limit=2 * p - 1))
+        line = search(make_request(p, m, stages_per_rank=1, max_in_flight=2 * p - 1))
         assert (line.makespan, line.gap) == (3 * m + p - 1, 0)  # ZB-H2
         free = search(make_request(p, m))
         assert (free.makespan, free.gap) == (3 * m + (p - 1) / 2, 0)  # ZB-V
@@ -84,7 +84,7 @@ def test_placements_follow_stages_per_rank() -> None:
 
 def test_limits_may_differ_by_rank() -> None:
     limits = (4, 1, 3, 1.5)
-    schedule = build_schedule("searched", 4, 8, memory_limit=limits, search_steps=100_000)
+    schedule = build_schedule("searched", 4, 8, max_in_flight=limits, search_steps=100_000)
     assert all(peak <= limit for peak, limit in zip(peak_activations(schedule), limits, strict=True))
 
 
@@ -92,7 +92,7 @@ def test_more_memory_never_costs_and_its_worth_is_told() -> None:
     times = {"forward": (1, 2, 1, 1)}
     makespans = []
     for limit in (1, 2, 3, 4, 8):
-        request = make_request(4, 8, stages_per_rank=1, memory_limit=limit, **times)
+        request = make_request(4, 8, stages_per_rank=1, max_in_flight=limit, **times)
         report = report_search(request)
         makespans.append(report.result.makespan)
         assert report.more_makespan <= report.result.makespan
@@ -104,17 +104,17 @@ def test_more_memory_never_costs_and_its_worth_is_told() -> None:
 
 
 def test_no_memory_beyond_the_batch_is_asked_for() -> None:
-    report = report_search(make_request(3, 2, memory_limit=50))
+    report = report_search(make_request(3, 2, max_in_flight=50))
     assert (report.request.limits, report.saved) == ((2, 2, 2), 0)
     assert "memory is not the limit" in report.lines()[-1]
 
 
 def test_other_processes_find_the_same() -> None:
     times = {"forward": (1.1, 0.7, 1.3), "weight_grad": (0.6, 1.4, 0.9)}
-    here = build_schedule("searched", 3, 5, memory_limit=2, search_steps=50_000, **times).fingerprint()
+    here = build_schedule("searched", 3, 5, max_in_flight=2, search_steps=50_000, **times).fingerprint()
     code = (
         "from vpipe.schedule.registry import build_schedule\n"
-        f"print(build_schedule('searched', 3, 5, memory_limit=2, search_steps=50_000, **{times}).fingerprint())"
+        f"print(build_schedule('searched', 3, 5, max_in_flight=2, search_steps=50_000, **{times}).fingerprint())"
     )
     for seed in ("1", "2"):
         result = subprocess.run(
@@ -140,12 +140,12 @@ def test_overheads_and_slow_links_are_searched_for() -> None:
     ("options", "words"),
     [
         (
-            {"memory_limit": 0.5},
-            r"memory_limit 0\.5 is below one microbatch.*the smallest limit that an order fits is 1",
+            {"max_in_flight": 0.5},
+            r"max_in_flight 0\.5 is below one microbatch.*the smallest limit that an order fits is 1",
         ),
-        ({"memory_limit": (2, 2, 0.9, 2)}, r"memory_limit 0\.9 is below one microbatch"),
-        ({"memory_limit": (2, 2)}, "memory_limit has 2 numbers for 4 ranks; give one per rank"),
-        ({"memory_limit": float("nan")}, "memory_limit must be a number of microbatches, got nan"),
+        ({"max_in_flight": (2, 2, 0.9, 2)}, r"max_in_flight 0\.9 is below one microbatch"),
+        ({"max_in_flight": (2, 2)}, "max_in_flight has 2 numbers for 4 ranks; give one per rank"),
+        ({"max_in_flight": float("nan")}, "max_in_flight must be a number of microbatches, got nan"),
         ({"forward": (1, 2)}, "forward has 2 numbers for 4 ranks"),
         ({"forward": -1}, "forward must be a finite number from 0 on"),
     ],

@@ -10,13 +10,13 @@ from torch import nn
 from train_toys import write_chain_config
 
 from vpipe.config import load_config
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.train.trainer import Trainer
 
 
 def test_a_module_that_stands_twice_loads_what_was_saved(tmp_path: Path) -> None:
     overrides = ["model.entry=chain_toys.py:shared", "pipeline.num_ranks=1", "train.iterations=1"]
-    with process_group(None, 60) as group:
+    with World.join(timeout_seconds=60) as group:
         trainer = Trainer(load_config(write_chain_config(tmp_path), overrides), tmp_path, group)
         trainer.run()
         expected = trainer.pipeline.state_dict()

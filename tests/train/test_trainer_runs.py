@@ -18,7 +18,7 @@ from transformers import BertForPreTraining
 from vpipe.config import load_config
 from vpipe.errors import LaunchError
 from vpipe.launch.local import launch_local
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
 from vpipe.workload.setup import build_setup, build_training_pipeline
 
@@ -58,11 +58,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def one_process() -> Iterator[None]:
+def one_process() -> Iterator[World]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with process_group(None, 60):
-        yield
+    with World.join(timeout_seconds=60) as world:
+        yield world
     torch.set_num_threads(threads)
 
 
@@ -88,13 +88,12 @@ def test_losses_and_weights_do_not_depend_on_schedule_and_number_of_stages(folde
 
 
 @pytest.mark.parametrize("run", ["1f1b-3", "pipedream-2"])
-@pytest.mark.usefixtures("one_process")
-def test_the_evaluation_is_that_of_one_process(folder: Path, run: str) -> None:
+def test_the_evaluation_is_that_of_one_process(folder: Path, run: str, one_process: World) -> None:
     overrides = ["pipeline.num_ranks=1", f"model.init_from={folder / run / 'model'}"]
     setup = build_setup(load_config(folder / "run.yml", overrides))
     assert setup.held_out is not None
     assert setup.held_out.num_samples % 5
-    pipeline = build_training_pipeline(setup, torch.device("cpu"), Hooks())
+    pipeline = build_training_pipeline(setup, one_process, Hooks())
     losses = pipeline.evaluate(setup.evaluation_batches(pipeline.fields), setup.config.microbatch_size)
     found = [record for record in records(folder / run) if "eval_loss" in record][-1]
     assert found["eval_loss"] == losses["loss"]

@@ -15,7 +15,7 @@ from vpipe.data.bert.meta import BertOptions
 from vpipe.data.bert.prepare import prepare_bert
 from vpipe.launch.local import launch_local
 from vpipe.launch.run_directory import point_latest_to
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.train import trainer
 from vpipe.train.trainer import Trainer
 from vpipe.verify.verify import pipeline_directory, run_pipeline
@@ -69,7 +69,7 @@ def write_chain_config(folder: Path) -> Path:
 
 def verify_many(arguments: Sequence[str]) -> None:
     """Be one rank of the pipelines of several verifications: names with overrides in JSON."""
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         for name, (path, overrides) in json.loads(arguments[0]).items():
             directory = Path(path).parent / name
             pipeline_directory(directory).mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def launch_verifications(folder: Path, num_ranks: int, runs: Mapping[str, tuple[
 def train_many(arguments: Sequence[str]) -> None:
     """Be one rank of several runs, one after another: `arguments` are a YAML file and names with overrides in JSON."""
     path, runs = Path(arguments[0]), json.loads(arguments[1])
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         for name, overrides in runs.items():
             config = load_config(path, [*overrides, f"pipeline.num_ranks={group.num_ranks}"])
             directory = path.parent / name
@@ -102,7 +102,7 @@ def train_many(arguments: Sequence[str]) -> None:
 def begin_slowly(arguments: Sequence[str]) -> None:
     """Be one rank of a run, of which rank 0 takes its time to say what it is."""
     path = Path(arguments[0])
-    with process_group("gloo", 60) as group:
+    with World.join(timeout_seconds=60, backend="gloo") as group:
         if group.rank == 0:
             describe = trainer.describe_plan
             trainer.describe_plan = lambda *given: (time.sleep(1), describe(*given))[1]  # type: ignore[attr-defined]

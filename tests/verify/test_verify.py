@@ -13,7 +13,7 @@ from train_toys import launch_verifications, write_chain_config, write_config
 
 from vpipe.config import load_config
 from vpipe.errors import LaunchError
-from vpipe.runtime.comm.process_group import process_group
+from vpipe.runtime.comm.world import World
 from vpipe.verify.comparison import compare
 from vpipe.verify.verify import reference_directory, remove_computed, report_path, run_pipeline, run_reference
 
@@ -131,5 +131,5 @@ def test_results_that_cannot_be_kept(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "computed.0.pt").mkdir()  # in the way, as a full disk is
     message = r"cannot write what the pipeline computed, \d+ bytes, to .*computed.0.pt; free some space, verify fewer"
-    with process_group(None, 60) as group, pytest.raises(LaunchError, match=message):
+    with World.join(timeout_seconds=60) as group, pytest.raises(LaunchError, match=message):
         run_pipeline(config, 1, tmp_path, group)

@@ -14,10 +14,11 @@ import click
 from vpipe.cli.output import validate_output
 from vpipe.cli.shared import read_config_aloud, short
 from vpipe.config import RunConfig
-from vpipe.config.estimated import RunWishes, run_wishes
-from vpipe.config.planned import name_schedules
+from vpipe.config.planning.estimated import RunWishes, run_wishes
+from vpipe.config.planning.planned import name_schedules
 from vpipe.errors import PlanError
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import Recipe
 from vpipe.planner.estimate.analytic import Machine, ModelWork, Precision
 from vpipe.planner.estimate.devices import DEVICES, LINKS, find_device, find_link
 from vpipe.planner.estimate.estimate import Estimate, estimate
@@ -245,11 +246,11 @@ def _stages_per_rank(options: dict[str, Any], run: RunWishes | None) -> int | No
     return run.stages_per_rank
 
 
-def _schedule_options(run: RunWishes | None, num_ranks: int) -> dict[str, Any]:
-    """Return the run's options of schedules; depths are those of its own number of ranks."""
+def _schedule_options(run: RunWishes | None, num_ranks: int) -> Recipe:
+    """Return the run's options of schedules; those of each stage are for its own number of ranks."""
     if run is None:
-        return {}
-    return {name: value for name, value in run.options.items() if name != "depths" or num_ranks == run.num_ranks}
+        return Recipe()
+    return run.options if num_ranks == run.num_ranks else run.options.for_any_stages()
 
 
 def _taken(run: RunWishes | None, ranks: int | None, batch_size: int | None, options: dict[str, Any]) -> dict[str, str]:

@@ -13,17 +13,31 @@ from vpipe.cli.output import validate_output
 from vpipe.cli.profiling import obtain_profile, read_counts, read_profile_aloud
 from vpipe.cli.shared import read_config_aloud, set_option, short
 from vpipe.config import RunConfig
-from vpipe.config.planned import build_request, judge_by_hand, name_schedules, sizes_needed
-from vpipe.errors import PlanError
+from vpipe.config.original.files import read_partition_file
+from vpipe.config.planning.planned import build_request, judge_by_hand, name_schedules, sizes_needed
+from vpipe.config.text import parse_json, read_text
+from vpipe.errors import ConfigError, PlanError
+from vpipe.plan.shown import show_lines
 from vpipe.planner.explain.explain import compare_lines, explain_lines, plan_lines
 from vpipe.planner.profile.profile import Profile
-from vpipe.planner.search.plan_file import outcome_to_dict, plan_to_dict
+from vpipe.planner.search.candidate import Candidate
+from vpipe.planner.search.outcome_file import candidate_to_dict, outcome_to_dict
 from vpipe.planner.search.search import Outcome, Request, find_plan
-from vpipe.planner.search.situation import Plan
 from vpipe.schedule.registry import known_entry
 from vpipe.words.units import parse_bytes
 
 __all__ = ["command"]
+
+
+def _show(ctx: click.Context, param: click.Parameter, file: Path | None) -> None:
+    if file is None:
+        return
+    content = parse_json(read_text(file), str(file))
+    if not isinstance(content, dict) or "partition" not in content:
+        raise ConfigError(f"{file}: is no plan file: a JSON object with a 'partition', as `vpipe plan -o` writes one")
+    read_partition_file(file)  # tells every key that is wrong
+    click.echo("\n".join(show_lines(content)))
+    ctx.exit()
 
 
 @click.command(name="plan")
@@ -49,6 +63,14 @@ __all__ = ["command"]
 @click.option("--microbatches", metavar="N[,N...]|auto", help="Slices of a batch.  [default: the run's own]")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan, for plan.partition of a run.")
+@click.option(
+    "--show",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_show,
+    help="Show the plan in a file, such as a run's plan.json, and plan nothing.",
+)
 def command(
     config: Path,
     overrides: tuple[str, ...],
@@ -60,7 +82,7 @@ def command(
     form: str,
     output: Path | None,
 ) -> None:
-    """Plan the run of the YAML file CONFIG: cuts, policies, microbatches, depths, and the schedule with `auto`.
+    """Plan the run of the YAML file CONFIG: cuts, policies, microbatches, warmups, and the schedule with `auto`.
 
     Finds the plan with the least time per sample that every rank has the memory for, ranked by the simulator, and
     explains it. Another --partition is checked and simulated instead, as a run with it would run, and compared with
@@ -78,7 +100,7 @@ def command(
     outcome = find_plan(request)
     is_free = partition == "auto"
     plan = outcome.best if is_free else judge_by_hand(run, request, run.plan.partition, is_planned=run.needs_plan)
-    content = {**plan_to_dict(plan, profile, outcome.lower_bound_ms), **outcome_to_dict(outcome, plan)}
+    content = {**candidate_to_dict(plan, profile, outcome.lower_bound_ms), **outcome_to_dict(outcome, plan)}
     if form == "json":
         click.echo(json.dumps(content))
     else:
@@ -129,7 +151,7 @@ def _request(run: RunConfig, profile: Profile, counts: Sequence[int] | None, sch
     return replace(request, schedules=names, stages_per_rank=None if is_default else per_rank)
 
 
-def _lines(run: RunConfig, outcome: Outcome, plan: Plan, partition: str | None) -> list[str]:
+def _lines(run: RunConfig, outcome: Outcome, plan: Candidate, partition: str | None) -> list[str]:
     if partition is not None:
         return [*plan_lines(outcome.request, plan), "", *compare_lines(outcome, plan, f"Partition {partition}")]
     lines = explain_lines(outcome)

@@ -9,7 +9,7 @@ import click
 from vpipe.cli.output import validate_output
 from vpipe.cli.profiling import obtain_profile, read_counts
 from vpipe.cli.shared import read_config_aloud, set_option, short
-from vpipe.config.planned import sizes_needed
+from vpipe.config.planning.planned import sizes_needed
 from vpipe.planner.explain.profile_lines import profile_lines
 from vpipe.planner.profile.profile import write_profile
 

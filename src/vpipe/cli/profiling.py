@@ -13,8 +13,8 @@ import click
 from vpipe.cli.progress import show_progress
 from vpipe.cli.shared import threads_of, write_config
 from vpipe.config import RunConfig
-from vpipe.config.planned import own_counts
-from vpipe.config.profiled import check_profile_fits, profile_warnings
+from vpipe.config.planning.planned import own_counts
+from vpipe.config.planning.profiled import check_profile_fits, profile_warnings
 from vpipe.measure.cache import cache_words
 from vpipe.planner.profile.profile import Profile, read_profile
 

@@ -18,8 +18,8 @@ from vpipe.draw.chrome_trace import to_chrome_trace
 from vpipe.draw.compare import comparison_lines, text_grids
 from vpipe.draw.grid import Segment, legend, summary_lines, text_grid, to_dict
 from vpipe.draw.overview import overview, overview_lines
+from vpipe.draw.palette import TERMINAL_COLOURS
 from vpipe.draw.svg import to_svg
-from vpipe.schedule.action import Kind
 from vpipe.schedule.csv_form import from_csv, to_csv
 from vpipe.schedule.passes.offload import insert_offloads
 from vpipe.schedule.passes.version_moves import insert_version_moves
@@ -34,18 +34,11 @@ __all__ = ["command"]
 
 _MAX_DRAWN = 20_000  # actions; a picture of more is no picture
 _FORMATS = ["text", "json", "svg", "csv", "trace"]
-_COLOURS = {
-    Kind.F: "blue",
-    Kind.R: "cyan",
-    Kind.B: "green",
-    Kind.I: "green",
-    Kind.W: "magenta",
-    Kind.STEP: "yellow",
-    Kind.OFFLOAD: "red",
-    Kind.FETCH: "red",
-    Kind.OFFLOAD_V: "bright_red",
-    Kind.FETCH_V: "bright_red",
-}
+
+
+_TIMES = ("forward", "input_grad", "weight_grad", "step", "dispatch", "latency", "bandwidth", "message_bytes")
+_OPTIONS = tuple(dict.fromkeys(name for entry in SCHEDULES.values() for name in entry.parameters if name not in _TIMES))
+"""Of schedules' builders: all but the times, which the costs of any schedule have."""
 
 
 class _Times(click.ParamType[Any]):
@@ -116,10 +109,11 @@ def _parse_depths(ctx: click.Context, param: click.Parameter, value: str | None)
 )
 @click.option("--vertical-sync", is_flag=True, default=None, help="pipedream: one version number through all stages.")
 @click.option(
-    "--memory-limit",
+    "--max-in-flight",
     type=_Times(),
     help="searched: microbatches that a rank may hold, two stages on it counting a half each.  [default: --ranks]",
 )
+@click.option("--memory-limit", type=_Times(), hidden=True)
 @click.option("--search-steps", type=click.IntRange(min=0), help="searched: how long, at half a microsecond a step.")
 @click.option("--format", "form", type=click.Choice(_FORMATS), default="text", show_default=True)
 @click.option("--list", "list_all", is_flag=True, help="List the schedules, with numbers for the given sizes.")
@@ -134,17 +128,11 @@ def command(
     name: str | None,
     ranks: int,
     microbatches: int,
-    stages_per_rank: int | None,
-    depths: tuple[int, ...] | None,
-    microbatches_per_update: int | None,
-    vertical_sync: bool | None,
-    memory_limit: float | tuple[float, ...] | None,
-    search_steps: int | None,
     form: str,
     list_all: bool,
     compare: str | None,
     csv_file: Path | None,
-    **times: Any,
+    **given: Any,
 ) -> None:
     """Show the schedule NAME: order, bubble, memory.
 
@@ -154,6 +142,11 @@ def command(
     # Collecting garbage would walk through millions of actions again and again, and there is none.
     gc.disable()
     click.get_current_context().call_on_close(gc.enable)
+    if (old := given.pop("memory_limit")) is not None:
+        click.echo("warning: --memory-limit is called --max-in-flight now; memory limits are bytes", err=True)
+        given["max_in_flight"] = old
+    options = {option: value for option in _OPTIONS if (value := given.pop(option)) is not None}
+    times = given
     asked = [name is not None, list_all, compare is not None, csv_file is not None]
     if sum(asked) != 1:
         raise click.UsageError(
@@ -167,15 +160,6 @@ def command(
         reports: list[SearchReport | None] = [None]
         sentences = [f"read from {csv_file.name}."]
     else:
-        given = {
-            "stages_per_rank": stages_per_rank,
-            "depths": depths,
-            "microbatches_per_update": microbatches_per_update,
-            "vertical_sync": vertical_sync or None,
-            "memory_limit": memory_limit,
-            "search_steps": search_steps,
-        }
-        options = {option: value for option, value in given.items() if value is not None}
         names = [name] if name is not None else [part.strip() for part in str(compare).split(",")]
         built = [_build(each, ranks, microbatches, options, times, shared=name is None) for each in names]
         schedules, reports = [schedule for schedule, _ in built], [report for _, report in built]
@@ -267,4 +251,4 @@ def _print_pictures(simulations: Sequence[Simulation], num_actions: int) -> None
 
 def _coloured(segment: Segment) -> str:
     text, kind = segment
-    return text if kind is None else click.style(text, fg=_COLOURS[kind])
+    return text if kind is None else click.style(text, fg=TERMINAL_COLOURS[kind])

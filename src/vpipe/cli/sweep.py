@@ -173,8 +173,8 @@ def _simulation(profile: Profile | None, file: Path | None) -> Callable[[Combina
 
     def execute(combination: Combination, config: RunConfig) -> Result:
         from vpipe.cli.profiling import obtain_profile
-        from vpipe.config.planned import own_counts, sizes_needed
-        from vpipe.config.profiled import check_profile_fits, profile_warnings
+        from vpipe.config.planning.planned import own_counts, sizes_needed
+        from vpipe.config.planning.profiled import check_profile_fits, profile_warnings
         from vpipe.report.sweep.simulation import simulate_run
 
         found = profile or obtain_profile(config, sizes_needed(config, own_counts(config)))

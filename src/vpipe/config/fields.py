@@ -18,10 +18,10 @@ from vpipe.words.units import parse_bytes
 __all__ = [
     "Allowed",
     "Count",
-    "Depths",
     "Machine",
     "Natural",
     "NonNegative",
+    "PerStage",
     "Port",
     "Positive",
     "Ratio",
@@ -47,12 +47,12 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
-def _depths_to_list(value: object) -> object:
+def _stages_to_list(value: object) -> object:
     """Turn ``{"0": 3, "1": 2}`` (the original's form) into ``[3, 2]``; leave everything else to pydantic."""
     if not isinstance(value, Mapping):
         return value
-    depths = {int(stage): depth for stage, depth in value.items()}
-    return [depths[stage] for stage in range(len(depths))] if set(depths) == set(range(len(depths))) else value
+    values = {int(stage): each for stage, each in value.items()}
+    return [values[stage] for stage in range(len(values))] if set(values) == set(range(len(values))) else value
 
 
 def _size_to_bytes(value: object) -> object:
@@ -74,9 +74,9 @@ Share = Annotated[float, _NoBool, Field(ge=0, lt=1), Allowed("a number from 0 to
 Port = Annotated[int, _NoBool, Field(ge=1, le=65535), Allowed("a port number from 1 to 65535")]
 Size = Annotated[int, _NoBool, BeforeValidator(_size_to_bytes), Field(ge=1), Allowed("a size such as 4GiB, or bytes")]
 Machine = Annotated[str, Field(pattern=r"^[^\s:]+:\d+$"), Allowed("'host:device', e.g. 'localhost:0'")]
-Depths = Annotated[
+PerStage = Annotated[
     list[Natural],
-    BeforeValidator(_depths_to_list),
+    BeforeValidator(_stages_to_list),
     Allowed("a list with one whole number of at least 0 per stage, or a mapping from every stage to one"),
 ]
 

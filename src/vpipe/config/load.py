@@ -12,6 +12,7 @@ from vpipe.config.fields import show
 from vpipe.config.original.flat import FLAT_KEYS, Translation, translate
 from vpipe.config.paths import make_paths_absolute
 from vpipe.config.problems import Problem, raise_problems, sections, validate_tree, without
+from vpipe.config.renamed import take_old_names
 from vpipe.config.resolve import read_initial_model, read_partition, resolve_run
 from vpipe.config.run import RunConfig
 from vpipe.config.text import format_yaml, parse_yaml, read_text, with_text_keys
@@ -94,15 +95,16 @@ def _build(content: Mapping[Any, Any], folder: Path, overrides: Iterable[str], w
     for key, value in changes:
         if key not in FLAT_KEYS:
             set_key(tree, key, value)
+    old_problems, old_warnings = take_old_names(tree)
     make_paths_absolute(tree, folder)
     file_problems, file_warnings = read_partition(tree)
     file_problems += read_initial_model(tree)
     run, broken = validate_tree(tree, FLAT_KEYS, is_flat=bool(flat))
     run, run_warnings = resolve_run(run, tree, bool(flat))
-    problems += [*file_problems, *broken]
+    problems += [*old_problems, *file_problems, *broken]
     problems += without(check_config(run), problems)
     raise_problems(problems, where, translation.origins)
-    return LoadedConfig(run, (*translation.warnings, *file_warnings, *run_warnings))
+    return LoadedConfig(run, (*translation.warnings, *old_warnings, *file_warnings, *run_warnings))
 
 
 def _split(content: dict[str, Any]) -> tuple[dict[str, Any], Tree]:

@@ -10,8 +10,8 @@ from vpipe.config.fields import show
 from vpipe.config.model_sizes import BERT_SIZES
 from vpipe.config.original.files import read_partition_file
 from vpipe.config.paths import PARTITIONS, is_file_name
+from vpipe.config.planning.profiled import other_keys
 from vpipe.config.problems import Problem
-from vpipe.config.profiled import other_keys
 from vpipe.config.run import RunConfig
 from vpipe.config.taken_plan import take_plan
 from vpipe.config.text import parse_json, read_text

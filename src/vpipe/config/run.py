@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from pathlib import Path
-from typing import Any
 
 from vpipe.config.fields import Natural
 from vpipe.config.sections import (
@@ -18,6 +17,7 @@ from vpipe.config.sections import (
     TrainConfig,
 )
 from vpipe.errors import ConfigError
+from vpipe.plan.recipe import OPTIONS
 
 __all__ = ["RunConfig"]
 
@@ -49,7 +49,8 @@ class RunConfig(Section):
         """Count the ranks: as given, else the machines, else from whatever lists one value per stage, else 1."""
         if self.pipeline.num_ranks is not None:
             return self.pipeline.num_ranks
-        per_stage = (self.plan.partition, self.pipeline.recompute_ratio, self.pipeline.stage_to_depth_map)
+        options = [getattr(self.pipeline, option.key) for option in OPTIONS if option.per_stage]
+        per_stage = (self.plan.partition, self.pipeline.recompute_ratio, *options)
         lists: list[Sized] = [values for values in per_stage if isinstance(values, list)]
         num_stages = len(lists[0]) if lists else self.pipeline.stages_per_rank
         return len(self.launch.machines) or max(1, num_stages // self.pipeline.stages_per_rank)
@@ -99,17 +100,3 @@ class RunConfig(Section):
             return [0.0 if self.pipeline.recompute == "never" else 1.0] * self.num_stages
         ratio = self.pipeline.recompute_ratio
         return ratio if isinstance(ratio, list) else [ratio] * self.num_stages
-
-    @property
-    def schedule_options(self) -> dict[str, Any]:
-        """Options of `vpipe.schedule.build_schedule` that this run sets; those left out keep the schedule's default."""
-        options: dict[str, Any] = {}
-        if self.pipeline.stage_to_depth_map is not None:
-            options["depths"] = self.pipeline.stage_to_depth_map
-        if self.pipeline.macrobatch:
-            options["microbatches_per_update"] = self.num_microbatches
-        if self.pipeline.vertical_sync:
-            options["vertical_sync"] = True
-        if self.pipeline.memory_limit_microbatches is not None:
-            options["memory_limit"] = self.pipeline.memory_limit_microbatches
-        return options | {str(name): times for name, times in self.pipeline.rank_times.items()}

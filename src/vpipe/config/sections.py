@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue, StrictBool, model_validat
 from vpipe.config.fields import (
     Allowed,
     Count,
-    Depths,
     Machine,
     Natural,
     NonNegative,
+    PerStage,
     Port,
     Positive,
     Ratio,
@@ -154,14 +154,14 @@ class PipelineConfig(Section):
     """Instead of ratios: `always` is 1 on every stage, `never` is 0, `except_last` is 1 for all but a batch's last
     microbatch (gpipe only). true keeps given ratios, and without any is `always`, with `plan.partition: auto` what the
     planner chooses; false is `never`, whatever they are."""
-    stage_to_depth_map: Depths | None = None
+    stage_to_depth_map: PerStage | None = None
     """Warmup forwards of each stage, before a forward and a backward take turns; null is the least that keeps the
     pipeline full, `num_stages - 1 - stage`. More hides slow links at the price of memory. For 1f1b and pipedream."""
     macrobatch: bool = False
     """For pipedream: one update per batch instead of one per microbatch, with two weight versions (PipeDream-2BW)."""
     vertical_sync: bool = False
     """For pipedream: a microbatch uses, on every stage, the weight version that it met on stage 0."""
-    memory_limit_microbatches: Annotated[
+    max_in_flight: Annotated[
         Positive | list[Positive] | None, Allowed("a number above 0, or a list with one per rank, or null")
     ] = None
     """For searched: microbatches whose activations a rank may hold, one number or one per rank; of two stages on a

@@ -8,10 +8,11 @@ from typing import Any
 from vpipe.config.fields import show
 from vpipe.config.original.files import PartitionFile
 from vpipe.config.tree import Tree, get_key, set_key
+from vpipe.plan.recipe import BESIDES, OPTIONS
 
 __all__ = ["take_plan"]
 
-_OF_SCHEDULE = ("stages_per_rank", "stage_to_depth_map", "macrobatch", "vertical_sync")
+_OF_SCHEDULE = ("stages_per_rank", *(option.key for option in OPTIONS))
 _MAY_BE_AUTO = ("pipeline.schedule", "pipeline.num_microbatches")
 _SAYS_ALL = ("plan.policies", "pipeline.recompute_ratio")
 
@@ -25,9 +26,10 @@ def take_plan(tree: Tree, content: PartitionFile) -> list[str]:
     set_key(tree, "plan.partition", content.partition)
     other = _take_keys(tree, content.run)
     is_own_schedule = "pipeline.schedule" in other
-    if content.swap_versions is not None and get_key(tree, "plan.swap_versions") is None and not is_own_schedule:
-        set_key(tree, "plan.swap_versions", content.swap_versions)
-    replaced = _take_policies(tree, content, ahead=not is_own_schedule)
+    replaced = _take_policies(tree, content)
+    for key, value in () if is_own_schedule else content.besides.items():
+        if get_key(tree, f"plan.{key}") is None and not (replaced and BESIDES[key] == "activations"):
+            set_key(tree, f"plan.{key}", value)
     if content.predicted is not None and not other and not replaced:
         set_key(tree, "plan.predicted", content.predicted)
     warnings = [
@@ -59,7 +61,7 @@ def _take_keys(tree: Tree, planned: Mapping[str, Any]) -> dict[str, tuple[Any, A
     return other
 
 
-def _take_policies(tree: Tree, content: PartitionFile, *, ahead: bool) -> str | None:
+def _take_policies(tree: Tree, content: PartitionFile) -> str | None:
     """Do with activations what the file says, unless the run itself says something about that; return its key then."""
     mode = get_key(tree, "pipeline.recompute")
     if own := next((key for key in _SAYS_ALL if get_key(tree, key) is not None), None):
@@ -69,9 +71,10 @@ def _take_policies(tree: Tree, content: PartitionFile, *, ahead: bool) -> str | 
     if mode not in (None, True):
         keeps_all = isinstance(content.policies, list) and set(content.policies) == {"keep"}
         return None if keeps_all and mode in (False, "never") else "pipeline.recompute"
-    if content.policies is not None:
+    if content.recompute == "except_last":
+        set_key(tree, "pipeline.recompute", content.recompute)
+    elif content.policies is not None:
         set_key(tree, "plan.policies", content.policies)
-        set_key(tree, "plan.recompute_ahead", (content.recompute_ahead or []) if ahead else [])
         set_key(tree, "pipeline.recompute", None)
     elif content.recompute_ratio is not None:
         set_key(tree, "pipeline.recompute_ratio", content.recompute_ratio)

@@ -7,7 +7,7 @@ from typing import Any
 from vpipe.config.text import parse_yaml
 from vpipe.errors import ConfigError
 
-__all__ = ["Tree", "get_key", "parse_override", "set_key"]
+__all__ = ["Tree", "get_key", "parse_override", "remove_key", "set_key"]
 
 Tree = dict[str, Any]
 """Nested values; a key in it is written 'section.key'."""
@@ -29,6 +29,14 @@ def set_key(tree: Tree, key: str, value: Any) -> None:
             tree[parent] = {}
         tree = tree[parent]
     tree[leaf] = value
+
+
+def remove_key(tree: Tree, key: str) -> None:
+    """Take 'section.key' out, where it is there."""
+    section, _, leaf = key.rpartition(".")
+    parent = get_key(tree, section)
+    if isinstance(parent, dict):
+        parent.pop(leaf, None)
 
 
 def parse_override(override: str) -> tuple[str, Any]:

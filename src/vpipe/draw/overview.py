@@ -11,11 +11,11 @@ from vpipe.schedule.simulate.simulate import simulate
 from vpipe.schedule.traffic import traffic
 from vpipe.schedule.weights import weight_usage
 
-__all__ = ["Row", "overview", "overview_lines"]
+__all__ = ["OverviewRow", "overview", "overview_lines"]
 
 
 @dataclass(frozen=True)
-class Row:
+class OverviewRow:
     """A schedule family with its numbers on the worst rank; they are None where the family cannot run that size."""
 
     schedule: str
@@ -29,7 +29,7 @@ class Row:
     traffic: float | None = None
 
 
-def overview(num_ranks: int, num_microbatches: int) -> list[Row]:
+def overview(num_ranks: int, num_microbatches: int) -> list[OverviewRow]:
     """Build every family with its default options, with forward = input gradient = weight gradient, and compare."""
     rows = []
     for name, entry in SCHEDULES.items():
@@ -37,11 +37,11 @@ def overview(num_ranks: int, num_microbatches: int) -> list[Row]:
         try:
             schedule = build_schedule(name, num_ranks, num_microbatches)
         except ScheduleError:
-            rows.append(Row(*known))
+            rows.append(OverviewRow(*known))
             continue
         usage = weight_usage(schedule)
         rows.append(
-            Row(
+            OverviewRow(
                 *known,
                 bubble_fraction=simulate(schedule).bubble_fraction,
                 peak_activations=max(peak_activations(schedule)),
@@ -53,7 +53,7 @@ def overview(num_ranks: int, num_microbatches: int) -> list[Row]:
     return rows
 
 
-def overview_lines(rows: list[Row], num_ranks: int, num_microbatches: int) -> list[str]:
+def overview_lines(rows: list[OverviewRow], num_ranks: int, num_microbatches: int) -> list[str]:
     """Lay `rows` out as a table."""
     table: list[tuple[str, ...]] = [
         ("schedule", "update", "bubble", "peak", "versions", "stale", "traffic", "what it does")

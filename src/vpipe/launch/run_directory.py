@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import datetime
 from pathlib import Path
@@ -10,11 +9,9 @@ from pathlib import Path
 from vpipe.errors import LaunchError
 from vpipe.launch.environment import RUN_DIRECTORY
 from vpipe.launch.logs import add_log_file, log_path
-from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.world import World
 
 __all__ = ["agree_run_directory", "create_run_directory", "point_latest_to"]
-
-_KEY = "vpipe/run_directory"
 
 
 def create_run_directory(log_directory: Path) -> Path:
@@ -39,7 +36,7 @@ def create_run_directory(log_directory: Path) -> Path:
         return path
 
 
-def agree_run_directory(log_directory: Path, group: ProcessGroup) -> Path:
+def agree_run_directory(log_directory: Path, world: World) -> Path:
     """Return the run's directory: the launcher's if it made one, else one that rank 0 makes and tells the others.
 
     In the second case, which is a run started by torchrun itself, this rank's log lines are also copied there.
@@ -50,27 +47,21 @@ def agree_run_directory(log_directory: Path, group: ProcessGroup) -> Path:
     launched = os.environ.get(RUN_DIRECTORY)
     if launched:
         return Path(launched)
-    path = _create_and_tell(log_directory, group) if group.rank == 0 else _hear(group)
+    answers = world.gather(_create(log_directory) if world.rank == 0 else None, "rank 0 to make the run's directory")
+    if isinstance(answers[0], LaunchError):
+        raise answers[0]
+    path = Path(str(answers[0]))
     path.mkdir(parents=True, exist_ok=True)  # on another machine it may not be a shared directory
-    add_log_file(log_path(path, group.rank))
+    add_log_file(log_path(path, world.rank))
     return path
 
 
-def _create_and_tell(log_directory: Path, group: ProcessGroup) -> Path:
+def _create(log_directory: Path) -> str | LaunchError:
+    """Return a new directory, or why there can be none, for all ranks to say the same."""
     try:
-        path = create_run_directory(log_directory)
+        return str(create_run_directory(log_directory))
     except LaunchError as error:
-        group.store.set(_KEY, json.dumps({"error": str(error)}))
-        raise
-    group.store.set(_KEY, json.dumps({"path": str(path)}))
-    return path
-
-
-def _hear(group: ProcessGroup) -> Path:
-    answer = json.loads(group.store.get(_KEY))
-    if "error" in answer:
-        raise LaunchError(answer["error"])
-    return Path(answer["path"])
+        return error
 
 
 def point_latest_to(path: Path) -> None:

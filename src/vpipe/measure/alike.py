@@ -14,7 +14,7 @@ from torch import nn
 
 from vpipe.config import RunConfig
 from vpipe.config.fields import show
-from vpipe.config.profiled import describe_host, model_keys
+from vpipe.config.planning.profiled import describe_host, model_keys
 from vpipe.model.chain import Chain, ValueSpec
 from vpipe.model.infer import build_on_meta
 from vpipe.workload.setup import Setup

@@ -27,7 +27,7 @@ from vpipe.measure.trial import Sample, make_trial
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import seeded
 from vpipe.planner.profile.profile import BlockProfile, SizeProfile
-from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.world import World
 from vpipe.workload.setup import Setup
 
 __all__ = ["MeasuredSize", "host_share", "measure_size", "rank_speeds", "size_profile", "stage_overhead_ms"]
@@ -67,11 +67,11 @@ class MeasuredSize:
 
 
 def measure_size(
-    setup: Setup, size: int, group: ProcessGroup, progress: Progress, copier: Copier | None = None
+    setup: Setup, size: int, world: World, progress: Progress, copier: Copier | None = None
 ) -> MeasuredSize:
     """Measure every kind of block for microbatches of `size` samples, also beside copies by `copier`; collective."""
     chain = setup.chain
-    sample = _sample(setup, size, group.device)
+    sample = _sample(setup, size, world.device)
     specs = chain.infer(range(len(chain)), sample.fields)
     signatures = [block_signature(chain, index, specs) for index in range(len(chain))]
     step, num_kinds = f"measuring blocks, microbatches of {size}", len(set(signatures))
@@ -82,7 +82,7 @@ def measure_size(
             if signature not in known:
                 progress(step, len(known), num_kinds)
                 known[signature] = _measure(
-                    setup, index, specs, values, sample, group, copier, signatures.count(signature)
+                    setup, index, specs, values, sample, world, copier, signatures.count(signature)
                 )
             pairs = zip(chain.blocks[index].outputs, known[signature].written, strict=True)
             values |= {name: value for name, value in pairs if value is not None}
@@ -93,7 +93,7 @@ def measure_size(
         tuple(block.name for block in chain.blocks),
         tuple(signatures),
         {signature: kind.footprint for signature, kind in known.items()},
-        tuple(gather({signature: kind.timings for signature, kind in known.items()}, group)),
+        tuple(gather({signature: kind.timings for signature, kind in known.items()}, world)),
     )
 
 
@@ -110,7 +110,7 @@ def _measure(
     specs: Mapping[int, tuple[ValueSpec, ...]],
     values: Mapping[str, Tensor],
     sample: Sample,
-    group: ProcessGroup,
+    world: World,
     copier: Copier | None,
     num_alike: int,
 ) -> _Kind:
@@ -124,16 +124,16 @@ def _measure(
         sample,
         setup.optimizer,
         seed=setup.config.seed,
-        device=group.device,
+        device=world.device,
     )
     trial = make()
     footprint = asdict(measure_footprint(trial))
     copies = [trial, *(make() for _ in range(_num_copies(footprint, num_alike) - 1))]
-    agree = partial(slowest, group=group)
-    timings = take_rounds(copies, group.device, agree, _BUDGET_MS)
+    agree = partial(slowest, world=world)
+    timings = take_rounds(copies, world.device, agree, _BUDGET_MS)
     if copier is not None:
-        timings |= take_beside(copies, group.device, agree, copier, _COPYING_BUDGET_MS)
-    timings |= take_steps(trial, group.device)
+        timings |= take_beside(copies, world.device, agree, copier, _COPYING_BUDGET_MS)
+    timings |= take_steps(trial, world.device)
     written = trial.forward(trial.stage().stage)
     names = setup.chain.blocks[index].outputs
     return _Kind(

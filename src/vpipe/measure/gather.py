@@ -7,25 +7,23 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from vpipe.runtime.comm.process_group import ProcessGroup
 from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.comm.world import World
 
 __all__ = ["gather", "slowest"]
 
 T = TypeVar("T")
 
 
-def gather(mine: T, group: ProcessGroup) -> list[T]:
+def gather(mine: T, world: World) -> list[T]:
     """Return every rank's value, by rank; collective."""
-    everyone: list[T] = [mine] * group.num_ranks
-    with telling_losses("the measurements of all ranks"):
-        dist.all_gather_object(everyone, mine, group=group.control)
-    return everyone
+    return world.gather(mine, "the measurements of all ranks")
 
 
-def slowest(milliseconds: float, group: ProcessGroup) -> float:
+def slowest(milliseconds: float, world: World) -> float:
     """Return the largest of all ranks' times; collective, so that all ranks go on together."""
     time = torch.tensor(milliseconds, dtype=torch.float64)
-    with telling_losses("all ranks to measure the same block"):
-        dist.all_reduce(time, dist.ReduceOp.MAX, group=group.control)
+    if world.peers is not None:
+        with telling_losses("all ranks to measure the same block"):
+            dist.all_reduce(time, dist.ReduceOp.MAX, group=world.peers)
     return float(time)

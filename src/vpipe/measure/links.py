@@ -23,9 +23,10 @@ from vpipe.config import LaunchConfig
 from vpipe.errors import PlanError
 from vpipe.measure.gather import gather
 from vpipe.model.emulated import build_emulated_chain
+from vpipe.plan.plan import Plan
 from vpipe.planner.profile.profile import LinkProfile
 from vpipe.report.measured_costs import MeasuredCosts, measure_costs
-from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.trace import TraceRecorder
@@ -52,15 +53,15 @@ class RuntimeCosts:
     """Of each computation: getting from one action to the next, and its share of sending and taking messages."""
 
 
-def measure_runtime(launch: LaunchConfig, message_bytes: int, group: ProcessGroup) -> RuntimeCosts:
+def measure_runtime(launch: LaunchConfig, message_bytes: int, world: World) -> RuntimeCosts:
     """Measure messages of about `message_bytes` and small ones between neighbouring ranks; collective."""
     widths = _SMALL_WIDTH, max(4 * _SMALL_WIDTH, message_bytes // _FLOAT_BYTES)
-    small, large = (_run(launch, width, group) for width in widths)
+    small, large = (_run(launch, width, world) for width in widths)
     extra = small.overheads
-    if group.num_ranks == 1:
+    if world.num_ranks == 1:
         return RuntimeCosts(LinkProfile(), extra.gap_ms)
     # A stage in the middle receives and sends once for each computation, the first and the last one half as often.
-    crossing = (group.num_ranks - 1) / group.num_ranks
+    crossing = (world.num_ranks - 1) / world.num_ranks
     dispatch_ms = extra.gap_ms + crossing * (extra.send_ms + extra.receive_ms + 2 * extra.gap_ms)
     latency_ms, longer_ms = (_way_ms(costs, width) for costs, width in zip((small, large), widths, strict=True))
     more_ms = longer_ms - latency_ms + large.overheads.send_ms - extra.send_ms
@@ -74,30 +75,27 @@ def _way_ms(costs: MeasuredCosts, width: int) -> float:
     return fmean(times) if times else math.nan
 
 
-def _run(launch: LaunchConfig, width: int, group: ProcessGroup) -> MeasuredCosts:
-    count = 2 * group.num_ranks
-    recorder = TraceRecorder(group.rank, count, lambda: pipeline.iteration)
+def _run(launch: LaunchConfig, width: int, world: World) -> MeasuredCosts:
+    count = 2 * world.num_ranks
+    recorder = TraceRecorder(world.rank, count, lambda: pipeline.iteration)
     pipeline = Pipeline(
-        build_emulated_chain(group.num_ranks, _SLEEP_MS, _SLEEP_MS, width),
+        build_emulated_chain(world.num_ranks, _SLEEP_MS, _SLEEP_MS, width),
         optimizer=partial(torch.optim.SGD, lr=1e-6),
-        schedule="1f1b",
-        num_microbatches=count,
-        device=group.device,
+        plan=Plan("1f1b", num_microbatches=count),
+        world=world,
         hooks=Hooks(record=recorder, waited=recorder.waited),
-        shared_memory=launch.shared_memory,
-        timeout_seconds=launch.timeout_seconds,
     )
     slow_down(pipeline, launch)
     batch = {"input": torch.ones(count, width), "target": torch.ones(count, width)}
     for _ in pipeline.train([batch] * _NUM_BATCHES):
         pass
-    events = [event for rank in gather(recorder.events(), group) for event in rank if event.iteration]
+    events = [event for rank in gather(recorder.events(), world) for event in rank if event.iteration]
     kinds = (Kind.SEND_F, Kind.SEND_B)
-    sends = {Action(stage, kind, 0): width * _FLOAT_BYTES for stage in range(group.num_ranks) for kind in kinds}
+    sends = {Action(stage, kind, 0): width * _FLOAT_BYTES for stage in range(world.num_ranks) for kind in kinds}
     return measure_costs(events, sends)
 
 
-def measure_host_link(group: ProcessGroup, directory: Path | None) -> LinkProfile | None:
+def measure_host_link(world: World, directory: Path | None) -> LinkProfile | None:
     """Measure copies to where swapped activations go and back, on all ranks at once; None where there is no room.
 
     That is pinned memory for a GPU, and a memory-mapped file in `directory` for a CPU, by default where temporary files
@@ -106,7 +104,7 @@ def measure_host_link(group: ProcessGroup, directory: Path | None) -> LinkProfil
     Raises:
         PlanError: the directory is not there, or cannot be written to.
     """
-    rates = gather(_copy_rate(group.device, directory), group)
+    rates = gather(_copy_rate(world.device, directory), world)
     return LinkProfile(0.0, median(rates)) if all(rates) else None
 
 

@@ -32,9 +32,10 @@ from vpipe.measure.gather import gather
 from vpipe.measure.links import measure_host_link, measure_runtime
 from vpipe.planner.profile.profile import Profile, write_profile
 from vpipe.report.metrics import MetricsWriter
-from vpipe.runtime.comm.process_group import ProcessGroup, process_group, use_device
+from vpipe.runtime.comm.joining import use_device
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.memory.allocator import keep_freed_memory
-from vpipe.workload.device import device_of
+from vpipe.workload.device import device_of, join_world
 from vpipe.workload.setup import Setup, build_setup
 
 __all__ = ["find_profile", "obtain_profile", "profile_config", "profile_ranks"]
@@ -58,9 +59,8 @@ def profile_config(
         PlanError: a size is not one of a microbatch of the run's batch.
         ConfigError, DataError, ModelError: the run cannot be set up.
     """
-    launch = config.launch
-    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
-        return _measure(build_setup(config), _sizes(config, microbatch_sizes), group, progress)
+    with join_world(config) as world:
+        return _measure(build_setup(config), _sizes(config, microbatch_sizes), world, progress)
 
 
 def find_profile(config: RunConfig, microbatch_sizes: Sequence[int] | None, num_threads: int) -> Profile | None:
@@ -74,25 +74,23 @@ def find_profile(config: RunConfig, microbatch_sizes: Sequence[int] | None, num_
     return read_cached(profile_fingerprint(build_setup(config), sizes, device, num_threads))
 
 
-def obtain_profile(
-    setup: Setup, microbatch_sizes: Sequence[int] | None, group: ProcessGroup, progress: Progress
-) -> Profile:
+def obtain_profile(setup: Setup, microbatch_sizes: Sequence[int] | None, world: World, progress: Progress) -> Profile:
     """Return the cached profile, or measure it and keep it; collective.
 
     Raises:
         PlanError: a size is not one of a microbatch of the run's batch.
     """
     sizes = _sizes(setup.config, microbatch_sizes)
-    fingerprint = profile_fingerprint(setup, sizes, group.device, torch.get_num_threads())
-    cached = read_cached(fingerprint) if group.rank == 0 else None
+    fingerprint = profile_fingerprint(setup, sizes, world.device, torch.get_num_threads())
+    cached = read_cached(fingerprint) if world.rank == 0 else None
     # Other machines have caches of their own.
-    (found, *_) = gather(None if cached is None else cached.to_json(), group)
+    (found, *_) = gather(None if cached is None else cached.to_json(), world)
     if found is not None:
-        if group.rank == 0:
+        if world.rank == 0:
             _LOGGER.info("Profile: %s", cache_words(fingerprint))
         return Profile.from_json(found)
-    profile = _measure(setup, sizes, group, progress)
-    if group.rank == 0:
+    profile = _measure(setup, sizes, world, progress)
+    if world.rank == 0:
         write_cached(profile)
     return profile
 
@@ -104,13 +102,12 @@ def profile_ranks(arguments: Sequence[str]) -> None:
     """
     output, progress, sizes, path = arguments
     config = load_config(path)
-    launch = config.launch
-    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
+    with join_world(config) as world:
         setup = build_setup(config)
         with MetricsWriter(Path(progress)) as writer:
-            tell = partial(_tell, writer) if group.rank == 0 else no_progress
-            profile = _measure(setup, _sizes(config, json.loads(sizes)), group, tell)
-        if group.rank == 0:
+            tell = partial(_tell, writer) if world.rank == 0 else no_progress
+            profile = _measure(setup, _sizes(config, json.loads(sizes)), world, tell)
+        if world.rank == 0:
             write_cached(profile)
             write_profile(profile, Path(output))
 
@@ -126,24 +123,24 @@ def _sizes(config: RunConfig, asked: Sequence[int] | None) -> tuple[int, ...]:
     return sizes
 
 
-def _measure(setup: Setup, sizes: Sequence[int], group: ProcessGroup, progress: Progress) -> Profile:
+def _measure(setup: Setup, sizes: Sequence[int], world: World, progress: Progress) -> Profile:
     keep_freed_memory()
     progress(_HOST_STEP, 0, 1)
     directory = setup.config.plan.swap_directory
-    host = measure_host_link(group, directory)
+    host = measure_host_link(world, directory)
     progress(_HOST_STEP, 1, 1)
-    with nullcontext() if host is None else closing(Copier(group.device, host, directory)) as copier:
-        measured = [measure_size(setup, size, group, progress, copier) for size in sizes]
+    with nullcontext() if host is None else closing(Copier(world.device, host, directory)) as copier:
+        measured = [measure_size(setup, size, world, progress, copier) for size in sizes]
     speeds = rank_speeds(measured[-1])
     profiles = tuple(size_profile(each, speeds) for each in measured)
     crossing = [block.output_bytes for block in profiles[-1].blocks[:-1]]
     progress(_RUNTIME_STEP, 0, 1)
-    runtime = measure_runtime(setup.config.launch, int(median(crossing or [0])), group)
+    runtime = measure_runtime(setup.config.launch, int(median(crossing or [0])), world)
     progress(_RUNTIME_STEP, 1, 1)
     num_threads = torch.get_num_threads()
     return Profile(
-        profile_fingerprint(setup, sizes, group.device, num_threads),
-        describe_machine(setup.config, group.device, num_threads),
+        profile_fingerprint(setup, sizes, world.device, num_threads),
+        describe_machine(setup.config, world.device, num_threads),
         profiles,
         link=runtime.link,
         host=host,

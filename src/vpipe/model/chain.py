@@ -7,12 +7,14 @@ a cut: a stage that needs one reads it from the batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from vpipe.data.source import FieldSpec
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef, ValueSpec, call_block
 from vpipe.model.infer import build_on_meta, leaf_of, run_on_meta, spec_of
@@ -40,6 +42,8 @@ class Chain:
     fields: tuple[str, ...]
     loss: Loss
     tied: tuple[tuple[ParameterRef, ...], ...] = field(default=())
+    field_specs: Mapping[str, FieldSpec] | None = field(default=None, compare=False)
+    """What the batch's fields look like, where batches hold only the fields that a rank needs; None: they hold all."""
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -107,6 +111,10 @@ class Chain:
         blocks, tied = chain_modules(modules, fields[0])
         return cls(blocks, tuple(fields), loss, tied)
 
+    def with_field_specs(self, specs: Mapping[str, FieldSpec]) -> Chain:
+        """Return the chain with what its batch fields look like, so that a batch may hold only those a rank needs."""
+        return replace(self, field_specs=dict(specs))
+
     def crossing(self, cut: int) -> tuple[str, ...]:
         """Return the values alive between block `cut - 1` and block `cut`, in order of their first reader."""
         written = {name for block in self.blocks[:cut] for name in block.outputs}
@@ -128,6 +136,34 @@ class Chain:
     def count_parameters(self) -> tuple[int, ...]:
         """Return each block's number of parameter elements; a tied weight counts in every block that holds it."""
         return tuple(sum(p.numel() for p in build_on_meta(block).parameters()) for block in self.blocks)
+
+    def parameter_sizes(self) -> list[dict[str, int]]:
+        """Return for each block its trainable parameters' model-wide names and sizes, without allocating them.
+
+        Raises:
+            ModelError: two parameters have one name.
+        """
+        with torch.device("meta"):
+            modules = [block.build() for block in self.blocks]
+        sizes = [
+            {
+                block.global_name(name): parameter.numel()
+                for name, parameter in module.named_parameters()
+                if parameter.requires_grad
+            }
+            for block, module in zip(self.blocks, modules, strict=True)
+        ]
+        names = Counter(name for named in sizes for name in named)
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise ModelError(
+                f"two parameters of the model have the name '{repeated[0]}'; change the blocks' keys so that names "
+                "differ, and tie weights that are one with Chain(tied=...)"
+            )
+        return sizes
+
+    def trainable_sizes(self) -> list[int]:
+        """Return each block's number of trainable parameter elements; a tied weight counts wherever it is held."""
+        return [sum(named.values()) for named in self.parameter_sizes()]
 
     def materialise(self, index: int, seed: int, device: torch.device | str = "cpu") -> nn.Module:
         """Build block `index` with weights that depend on `seed` and `index` only, and move it to `device`.

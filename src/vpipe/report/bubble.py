@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.action import COMPUTE, Kind
 
-__all__ = ["PipelineTimes", "RankTimes", "StageTimes", "between_iterations", "clip_events", "measure_pipeline"]
+__all__ = ["PipelineTimes", "RankWork", "StageWork", "between_iterations", "clip_events", "measure_pipeline"]
 
 
 @dataclass(frozen=True)
-class RankTimes:
+class RankWork:
     """One rank's share of the makespan."""
 
     rank: int
@@ -31,7 +31,7 @@ class RankTimes:
 
 
 @dataclass(frozen=True)
-class StageTimes:
+class StageWork:
     """Mean times of one stage, for one microbatch or one update; 0 where there was none."""
 
     stage: int
@@ -47,8 +47,8 @@ class PipelineTimes:
     """Where the time of all ranks went, from the first start to the last end."""
 
     makespan_ms: float
-    ranks: tuple[RankTimes, ...]
-    stages: tuple[StageTimes, ...]
+    ranks: tuple[RankWork, ...]
+    stages: tuple[StageWork, ...]
 
     @property
     def bubble_fraction(self) -> float:
@@ -116,20 +116,20 @@ def _start(events: Sequence[TraceEvent], iteration: int) -> int | None:
     return min(starts, default=None)
 
 
-def _rank_times(rank: int, events: Sequence[TraceEvent]) -> RankTimes:
+def _rank_times(rank: int, events: Sequence[TraceEvent]) -> RankWork:
     span = max(event.end_ns for event in events) - min(event.start_ns for event in events)
     busy = sum(event.work_ns for event in events if event.action.kind in COMPUTE)
-    return RankTimes(rank, busy / 1e6, sum(event.wait_ns for event in events) / 1e6, span / 1e6)
+    return RankWork(rank, busy / 1e6, sum(event.wait_ns for event in events) / 1e6, span / 1e6)
 
 
-def _stage_times(stage: int, events: Sequence[TraceEvent]) -> StageTimes:
+def _stage_times(stage: int, events: Sequence[TraceEvent]) -> StageWork:
     total: dict[Kind, int] = defaultdict(int)
     count: dict[Kind, int] = defaultdict(int)
     for event in events:
         total[event.action.kind] += event.work_ns
         count[event.action.kind] += 1
     backward = total[Kind.B] + total[Kind.I] + total[Kind.W] + total[Kind.R]
-    return StageTimes(
+    return StageWork(
         stage,
         events[0].rank,
         _mean_ms(total[Kind.F], count[Kind.F]),

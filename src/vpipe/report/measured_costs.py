@@ -14,7 +14,7 @@ from operator import attrgetter
 
 from vpipe.report.link_fit import Delivery, expected_arrivals, fit_link
 from vpipe.runtime.trace import TraceEvent
-from vpipe.schedule.action import COMPUTE, Action, Kind
+from vpipe.schedule.action import COMPUTE, MOVES, Action, Kind
 from vpipe.schedule.passes.lower import counterpart
 from vpipe.schedule.simulate.costs import Link
 
@@ -51,7 +51,7 @@ class MeasuredCosts:
     """What a run's actions took."""
 
     work_ms: Mapping[tuple[int, Kind], float]
-    """Of one computation, by stage and kind."""
+    """Of one computation, by stage and kind; of a move to host memory or back, how long its rank is busy with it."""
     overheads: Overheads
     links: Mapping[tuple[int, int], Link]
     """By sending and receiving rank: from the end of a send until the rank that waits for the message has it, less
@@ -68,7 +68,7 @@ def measure_costs(events: Iterable[TraceEvent], message_bytes: Mapping[Action, f
     rows = _rows(events)
     work: dict[tuple[int, Kind], list[float]] = defaultdict(list)
     for event in (event for row in rows for event in row):
-        if event.action.kind in COMPUTE:
+        if event.action.kind in COMPUTE or event.action.kind in MOVES:
             work[event.action.stage, event.action.kind].append(event.work_ns / 1e6)
     sends = [event.duration_ns / 1e6 for row in rows for event in row if event.action.kind in _SENDS]
     receive_ms, links = _message_costs(_pairs(rows), _mean(sends), message_bytes or {})

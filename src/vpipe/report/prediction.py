@@ -9,26 +9,26 @@ single long schedule, of which the middle counts.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from vpipe.errors import ScheduleError
+from vpipe.plan.recipe import Recipe
 from vpipe.report.measured_costs import MeasuredCosts, Overheads
-from vpipe.schedule.action import Kind
-from vpipe.schedule.placement import Placement
+from vpipe.schedule.action import MOVES, Kind
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate.costs import Costs
 from vpipe.schedule.simulate.simulate import Simulation, simulate
 
-__all__ = ["Prediction", "build_costs", "predict_step"]
+__all__ = ["StepPrediction", "build_costs", "predict_step"]
 
 _CHAINED = 12
 """Batches that are simulated; the later half of them is looked at."""
 
 
 @dataclass(frozen=True)
-class Prediction:
+class StepPrediction:
     """What one batch takes in the steady state, in ms."""
 
     step_ms: float
@@ -39,17 +39,18 @@ class Prediction:
     num_batches: int
 
 
-def build_costs(
-    placement: Placement, measured: MeasuredCosts, message_bytes: Sequence[float], *, synchronous: bool
-) -> Costs:
-    """Turn measured costs into the simulator's.
+def build_costs(schedule: Schedule, measured: MeasuredCosts, message_bytes: Sequence[float]) -> Costs:
+    """Turn measured costs into the simulator's, for a schedule that was run.
 
     `message_bytes` are what each stage but the last sends on. Where a backward is only known whole, all of it counts as
-    its half for inputs: right for schedules that do not split it.
+    its half for inputs: right for schedules that do not split it. It has its recomputation inside, unless that is an
+    action of its own. Of a move there is what its rank is busy with it: the copy itself goes on beside computations,
+    and where one waited for it, that is in its measured time.
 
     Raises:
         ScheduleError: the work of a stage is not known.
     """
+    placement, synchronous = schedule.placement, schedule.synchronous
     extra, stages = measured.overheads, range(placement.num_stages)
     ranks = [placement.rank_of(stage) for stage in stages]
     crosses = [ranks[stage] != ranks[stage + 1] for stage in stages[:-1]]
@@ -63,6 +64,8 @@ def build_costs(
         input_grad=tuple(work[Kind.I] + take * after[s] + give * before[s] for s, work in enumerate(works)),
         weight_grad=tuple(work[Kind.W] for work in works),
         step=tuple(work[Kind.STEP] + turn for work in works),
+        recompute=tuple(work.get(Kind.R, 0.0) for work in works),
+        handling={kind: tuple(work.get(kind, 0.0) + extra.gap_ms for work in works) for kind in MOVES},
         message_bytes=tuple(message_bytes),
         dispatch=extra.gap_ms,
         links=measured.links,
@@ -78,36 +81,36 @@ def _work(measured: MeasuredCosts, stage: int) -> dict[Kind, float]:
     return {Kind.STEP: 0.0, **known, **halves}
 
 
-def predict_step(
-    build: Callable[[int], Schedule], measured: MeasuredCosts, message_bytes: Sequence[float], num_microbatches: int
-) -> Prediction:
-    """Predict the time of one batch of `num_microbatches`.
+def predict_step(recipe: Recipe, measured: MeasuredCosts, message_bytes: Sequence[float]) -> StepPrediction:
+    """Predict the time of one batch.
 
     Args:
-        build: makes the schedule of so many microbatches.
+        recipe: what was run.
         measured: costs, by stage and by rank.
         message_bytes: what each stage but the last sends to the next for one microbatch.
-        num_microbatches: of one batch.
 
     Raises:
         ScheduleError: the schedule cannot be built, or the costs do not fit it.
     """
-    one = build(num_microbatches)
-    costs = build_costs(one.placement, measured, message_bytes, synchronous=one.synchronous)
+    _, num_microbatches = recipe.sizes
+    one = recipe.build()
     if one.synchronous:
+        costs = build_costs(one, measured, message_bytes)
         simulation, num_batches = simulate(one, costs), 1
         step_ms = _chain_batches(one, costs, measured.overheads)
     else:
         num_batches = _CHAINED + -(-4 * one.num_stages // num_microbatches)
-        simulation = simulate(build(num_microbatches * num_batches), costs)
+        schedule = recipe.build(num_batches)
+        simulation = simulate(schedule, build_costs(schedule, measured, message_bytes))
         step_ms = _steady_period(simulation, num_microbatches, num_batches)
-    return Prediction(step_ms, _bubble(one, measured, step_ms), simulation, num_batches)
+    return StepPrediction(step_ms, _bubble(one, measured, step_ms), simulation, num_batches)
 
 
 def _bubble(one: Schedule, measured: MeasuredCosts, step_ms: float) -> float:
     work = [_work(measured, stage) for stage in range(one.num_stages)]
     whole = [times | {Kind.B: times[Kind.I] + times[Kind.W]} for times in work]
-    busy = sum(whole[action.stage][action.kind] for order in one.orders for action in order)
+    actions = [action for order in one.orders for action in order if action.kind not in MOVES]
+    busy = sum(whole[action.stage].get(action.kind, 0.0) for action in actions)
     return 1 - busy / (one.num_ranks * step_ms) if step_ms else 0.0
 
 

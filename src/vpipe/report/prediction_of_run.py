@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from vpipe.config import load_config
+from vpipe.config.planning.to_plan import to_plan
 from vpipe.errors import ConfigError
+from vpipe.plan.plan_file import plan_from_dict
 from vpipe.report.measured_costs import MeasuredCosts, measure_costs
-from vpipe.report.prediction import Prediction, predict_step
+from vpipe.report.prediction import StepPrediction, predict_step
 from vpipe.report.trace import read_timeline
 from vpipe.runtime.trace import TraceEvent
-from vpipe.schedule.action import COMPUTE, Action, Kind
-from vpipe.schedule.registry import build_schedule
+from vpipe.schedule.action import COMMUNICATION, COMPUTE, MOVES, Action, Kind
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate.critical_path import critical_path
 from vpipe.schedule.simulate.idle import CAUSES, idle_times
@@ -33,7 +34,7 @@ _FILES = ("config.yml", "plan.json", "summary.json", "timeline.json")
 class RunPrediction:
     """What the simulator says of a run, and what the run says of itself."""
 
-    prediction: Prediction
+    prediction: StepPrediction
     costs: MeasuredCosts
     num_microbatches: int
     measured_step_ms: float
@@ -128,7 +129,8 @@ class RunPrediction:
         simulation = self.prediction.simulation
         parts: defaultdict[str, float] = defaultdict(float)
         for action, start, end in critical_path(simulation):
-            place = f"rank {simulation.schedule.rank_of(action.stage)}" if action.kind in COMPUTE else "messages"
+            rank = f"rank {simulation.schedule.rank_of(action.stage)}"
+            place = rank if action.kind in COMPUTE else "moves" if action.kind in MOVES else "messages"
             parts[place] += end - start
         total = math.fsum(parts.values())
         return (
@@ -136,10 +138,14 @@ class RunPrediction:
         )
 
     def _stage_lines(self) -> list[str]:
-        kinds = [kind for kind in (Kind.F, Kind.B, Kind.I, Kind.W, Kind.STEP) if (0, kind) in self.costs.work_ms]
-        lines = [f"{'stage':<8}{'rank':<6}" + "".join(f"{f'{kind} ms':>10}" for kind in kinds)]
+        there = {kind for _, kind in self.costs.work_ms}
+        kinds = [kind for kind in Kind if kind in there]
+        widths = [max(10, len(kind) + 5) for kind in kinds]
+        heads = [f"{f'{kind} ms':>{width}}" for kind, width in zip(kinds, widths, strict=True)]
+        lines = [f"{'stage':<8}{'rank':<6}" + "".join(heads)]
         for row in self._stages():
-            cells = "".join(f"{row.get(f'{kind}_ms', 0.0):>10.3f}" for kind in kinds)
+            times = [row.get(f"{kind}_ms", 0.0) for kind in kinds]
+            cells = "".join(f"{time:>{width}.3f}" for time, width in zip(times, widths, strict=True))
             lines.append(f"{row['stage']:<8}{row['rank']:<6}{cells}")
         return lines
 
@@ -165,29 +171,31 @@ def predict_run(directory: Path) -> RunPrediction:
         raise ConfigError(
             f"'{directory}' has no {', '.join(missing)}; give the directory of a finished run, such as runs/latest"
         )
-    plan, summary = (_read(directory / name) for name in ("plan.json", "summary.json"))
-    if missing := [key for key in ("stages", "cuts", "num_microbatches") if key not in plan]:
+    content, summary = (_read(directory / name) for name in ("plan.json", "summary.json"))
+    if missing := [key for key in ("stages", "cuts", "num_microbatches") if key not in content]:
         raise ConfigError(
             f"'{directory / 'plan.json'}' has no {', '.join(missing)}; it is of an older version of VPipe"
         )
     events = read_timeline(directory / "timeline.json")
-    ranks = [stage["rank"] for stage in plan["stages"]]
-    num_ranks, num_microbatches = max(ranks) + 1, plan["num_microbatches"]
-    options = load_config(directory / "config.yml").schedule_options
-
-    def build(count: int) -> Schedule:
-        return build_schedule(plan["schedule"], num_ranks, count, stages_per_rank=len(ranks) // num_ranks, **options)
-
-    _check_same(build(num_microbatches), events)
-    message_bytes = [float(cut["forward_bytes"]) for cut in plan["cuts"]]
+    plan = plan_from_dict(_with_ranks(content), to_plan(load_config(directory / "config.yml")))
+    _, num_microbatches = plan.sizes
+    _check_same(plan.build(), events)
+    message_bytes = [float(cut["forward_bytes"]) for cut in content["cuts"]]
     costs = measure_costs(events, _bytes_by_send(message_bytes))
     return RunPrediction(
-        predict_step(build, costs, message_bytes, num_microbatches),
+        predict_step(plan, costs, message_bytes),
         costs,
         num_microbatches,
         _measured_step_ms(events, summary),
         summary["bubble_fraction"],
     )
+
+
+def _with_ranks(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan file's content with its ranks, which older files do not count."""
+    ranks = [stage["rank"] for stage in content["stages"]]
+    num_ranks = max(ranks) + 1
+    return {"num_ranks": num_ranks, "stages_per_rank": len(ranks) // num_ranks, **content}
 
 
 def _read(path: Path) -> Any:
@@ -204,7 +212,7 @@ def _check_same(schedule: Schedule, events: Sequence[TraceEvent]) -> None:
     first = min((event.iteration for event in events), default=0)
     for rank, order in enumerate(schedule.orders):
         seen = [event for event in events if event.rank == rank and event.iteration == first]
-        ran = dict.fromkeys(event.action for event in seen if event.action.kind in COMPUTE)
+        ran = dict.fromkeys(event.action for event in seen if event.action.kind not in COMMUNICATION)
         if tuple(ran) != order:
             raise ConfigError(
                 f"rank {rank} ran {len(ran)} computations of iteration {first + 1} in another order than schedule "

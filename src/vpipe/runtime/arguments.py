@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import get_args
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from vpipe.errors import ConfigError, PlanError
+from vpipe.errors import ConfigError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.model.modules import Modules
-from vpipe.plan.policy import Policy, check_ratios, trailing_policies
-from vpipe.runtime.assembly import RecomputeMode
-from vpipe.runtime.comm.process_group import use_device
+from vpipe.plan.plan import Plan
+from vpipe.runtime.memory_watch import WatchMode
+from vpipe.runtime.weights.update import LearningRate
+from vpipe.words.near import did_you_mean
 
 __all__ = [
+    "MEMORY",
+    "UPDATE",
+    "Memory",
+    "Update",
     "as_chain",
-    "as_device",
-    "check_training_arguments",
+    "as_plan",
+    "check_optimizer",
     "count_batches",
-    "limit_of",
-    "policy_per_block",
-    "ratio_per_stage",
-    "schedule_options",
+    "refuse_moved",
 ]
 
 
@@ -50,97 +52,117 @@ def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chai
     return Chain.from_modules(model, loss if isinstance(loss, CallableLoss) else CallableLoss(loss))
 
 
-def as_device(device: torch.device | str) -> torch.device:
-    """Return the device that is meant, and make it the one that torch takes when none is named.
-
-    Raises:
-        ConfigError: torch knows no such device, or it is not there.
-    """
-    try:
-        return use_device(torch.device(device))
-    except RuntimeError as error:
-        raise ConfigError(f"device is '{device}', which torch does not know; use cpu, cuda or cuda:<index>") from error
-
-
-def check_training_arguments(
-    optimizer: object, recompute: str, clip_grad_norm: float | None, learning_rate: object
-) -> None:
-    """Raise ConfigError for arguments that would only be found out about in the middle of a training step."""
+def check_optimizer(optimizer: object) -> None:
+    """Raise ConfigError for what makes no optimizer."""
     if not callable(optimizer):
         raise ConfigError(
             f"optimizer is of type {type(optimizer).__name__}; give a function that makes one of a stage's parameters, "
             "e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         )
-    if learning_rate is not None and not callable(learning_rate):
-        raise ConfigError(
-            f"learning_rate is {learning_rate!r}; give a function of the iterations done, or set a constant rate in "
-            "the optimizer"
-        )
-    if recompute not in get_args(RecomputeMode):
-        raise ConfigError(f"recompute is '{recompute}'; choose one of {', '.join(get_args(RecomputeMode))}")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ConfigError(f"clip_grad_norm is {clip_grad_norm}; give a number above 0, or None for no clipping")
 
 
-def ratio_per_stage(ratio: float | Sequence[float], num_stages: int) -> list[float]:
-    """Return one recompute ratio per stage.
+@dataclass(frozen=True)
+class Update:
+    """What an update does beside the optimizer.
+
+    Args:
+        clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
+        learning_rate: the rate as a function of iterations done, instead of the optimizer's own.
 
     Raises:
-        PlanError: another number of ratios than stages, or one outside 0 to 1.
+        ConfigError: a norm that is not above 0, or a rate that is no function.
     """
-    ratios = [float(item) for item in ratio] if isinstance(ratio, Sequence) else [float(ratio)] * num_stages
-    if reasons := check_ratios(ratios, num_stages):
-        raise PlanError(f"recompute_ratio {ratios} " + "; it ".join(reasons))
-    return ratios
+
+    clip_grad_norm: float | None = None
+    learning_rate: LearningRate | None = None
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and not callable(self.learning_rate):
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate!r}; give a function of the iterations done, or set a constant "
+                "rate in the optimizer"
+            )
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ConfigError(
+                f"clip_grad_norm is {self.clip_grad_norm}; give a number above 0, or None for no clipping"
+            )
 
 
-def policy_per_block(
-    policies: Sequence[Policy | str] | None, ratio: float | Sequence[float], partition: Sequence[int]
-) -> tuple[Policy, ...]:
-    """Return what every block does with its activations: as `policies` says, or else as the recompute ratio does.
+@dataclass(frozen=True)
+class Memory:
+    """What a rank may hold, and where the rest goes.
+
+    Args:
+        limit: bytes that a rank may hold by its `ledger`, one number or one per rank; more is an error.
+        watch: which batches the `ledger` looks at: the `first` ones, or `all` (slower; so does a limit).
+        swap_directory: where what is swapped goes on a CPU, a fast disk; None: where temporary files are.
+    """
+
+    limit: int | Sequence[int] | None = None
+    watch: WatchMode = "first"
+    swap_directory: Path | None = None
+
+    def limit_of(self, rank: int, num_ranks: int) -> int | None:
+        """Return the bytes that `rank` may hold.
+
+        Raises:
+            ConfigError: another number of limits than ranks, or one that is no size.
+        """
+        limits = list(self.limit) if isinstance(self.limit, Sequence) else [self.limit]
+        if len(limits) == 1:
+            limits *= num_ranks
+        if len(limits) != num_ranks:
+            raise ConfigError(
+                f"the memory limit has {len(limits)} entries for {num_ranks} ranks; give one, or one each"
+            )
+        if any(item is not None and item < 1 for item in limits):
+            raise ConfigError(f"the memory limit is {self.limit}; give bytes above 0, or None for no limit")
+        return limits[rank]
+
+
+UPDATE, MEMORY = Update(), Memory()
+"""What holds where nothing is said."""
+
+
+def as_plan(plan: Plan | str) -> Plan:
+    """Return the plan that is meant: a schedule's name stands for its plan with everything else left open.
 
     Raises:
-        PlanError: both are given, or not one known policy per block.
+        ConfigError: it is neither.
     """
-    ratios = ratio_per_stage(ratio, len(partition))
-    if policies is None:
-        return trailing_policies(partition, ratios)
-    if any(ratios):
-        raise PlanError(f"recompute_ratio {ratios} and policies say the same thing twice; keep one")
-    known, count = [policy.value for policy in Policy], sum(partition)
-    if isinstance(policies, str) or len(policies) != count:
-        raise PlanError(f"policies {list(policies)} has {len(policies)} entries for {count} blocks; give one per block")
-    for block, policy in enumerate(policies):
-        if policy not in known:
-            raise PlanError(f"policies has {policy!r} for block {block}; use one of {', '.join(known)}")
-    return tuple(map(Policy, policies))
+    if isinstance(plan, str):
+        return Plan(plan)
+    if not isinstance(plan, Plan):
+        raise ConfigError(f"plan is of type {type(plan).__name__}; give a vpipe.Plan, or the name of a schedule")
+    return plan
 
 
-def schedule_options(
-    depths: Sequence[int] | None,
-    vertical_sync: bool,
-    memory_limit: float | Sequence[float] | None,
-    rank_times: Mapping[str, Sequence[float]] | None,
-) -> dict[str, object]:
-    """Return the options of the schedule's builder that were given: a family refuses those that it does not have."""
-    given = {"depths": depths, "vertical_sync": vertical_sync or None, "memory_limit": memory_limit}
-    return {**{name: value for name, value in given.items() if value is not None}, **(rank_times or {})}
+_MOVED = {
+    "schedule": "plan=vpipe.Plan('1f1b', ...)",
+    **{name: f"plan=vpipe.Plan('1f1b', {name}=...)" for name in [item.name for item in fields(Plan)][1:]},
+    "memory_limit": "plan=vpipe.Plan('searched', max_in_flight=...)",
+    "memory_limit_bytes": "memory=vpipe.Memory(limit=...)",
+    "watch_memory": "memory=vpipe.Memory(watch=...)",
+    "swap_directory": "memory=vpipe.Memory(swap_directory=...)",
+    "clip_grad_norm": "update=vpipe.Update(clip_grad_norm=...)",
+    "learning_rate": "update=vpipe.Update(learning_rate=...)",
+    "device": "world=vpipe.World.join(device=...)",
+    "shared_memory": "world=vpipe.World.join(shared_memory=...)",
+    "timeout_seconds": "world=vpipe.World.join(timeout_seconds=...)",
+    "field_specs": "model=chain.with_field_specs(...)",
+}
+"""Where what was an argument of `Pipeline` is said now."""
 
 
-def limit_of(limit: int | Sequence[int] | None, rank: int, num_ranks: int) -> int | None:
-    """Return the bytes that `rank` may hold, of one limit for all or one for each.
-
-    Raises:
-        ConfigError: another number of limits than ranks, or one that is no size.
-    """
-    limits = list(limit) if isinstance(limit, Sequence) else [limit]
-    if len(limits) == 1:
-        limits *= num_ranks
-    if len(limits) != num_ranks:
-        raise ConfigError(f"memory_limit_bytes has {len(limits)} entries for {num_ranks} ranks; give one, or one each")
-    if any(item is not None and item < 1 for item in limits):
-        raise ConfigError(f"memory_limit_bytes is {limit}; give bytes above 0, or None for no limit")
-    return limits[rank]
+def refuse_moved(given: Iterable[str]) -> None:
+    """Raise ConfigError for arguments that `Pipeline` does not have; what it had once, with its new place."""
+    known = ("model", "loss", "plan", "optimizer", "update", "memory", "world", "seed", "hooks")
+    for name in given:
+        if name in known:
+            continue
+        if name in _MOVED:
+            raise ConfigError(f"Pipeline has no argument '{name}' any more; say it as {_MOVED[name]}")
+        raise ConfigError(f"Pipeline has no argument '{name}'{did_you_mean(name, known)}; it has {', '.join(known)}")
 
 
 def count_batches(batches: Iterable[object], num_batches: int | None, *, synchronous: bool) -> int | None:

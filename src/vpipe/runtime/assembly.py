@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Chain, ValueSpec
 from vpipe.plan.partition import Partition
+from vpipe.plan.plan import Plan
 from vpipe.plan.policy import Policy
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.memory.host_link import HostLink, Moved, open_host_link
 from vpipe.runtime.stage.stage import Stage
@@ -25,70 +23,12 @@ from vpipe.runtime.weights.weights import OptimizerFactory, WeightVersions
 from vpipe.schedule.placement import Placement
 
 __all__ = [
-    "RecomputeMode",
     "build_stages",
     "connect",
     "crossing_specs",
     "named_state",
-    "parameter_sizes",
-    "plan_facts",
-    "resolve_partition",
     "tied_groups",
 ]
-
-RecomputeMode = Literal["always", "except_last", "never"]
-
-
-def parameter_sizes(chain: Chain) -> list[dict[str, int]]:
-    """Return for each block its trainable parameters' model-wide names and sizes, without allocating them.
-
-    Raises:
-        ModelError: two parameters have one name.
-    """
-    with torch.device("meta"):
-        modules = [block.build() for block in chain.blocks]
-    sizes = [
-        {
-            block.global_name(name): parameter.numel()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
-        for block, module in zip(chain.blocks, modules, strict=True)
-    ]
-    names = Counter(name for named in sizes for name in named)
-    if repeated := [name for name, count in names.items() if count > 1]:
-        raise ModelError(
-            f"two parameters of the model have the name '{repeated[0]}'; change the blocks' keys so that names differ, "
-            "and tie weights that are one with Chain(tied=...)"
-        )
-    return sizes
-
-
-def resolve_partition(partition: Sequence[int] | str | None, chain: Chain, num_stages: int) -> Partition:
-    """Turn a partition given by hand, `uniform` or `parameters` into blocks per stage.
-
-    Raises:
-        PlanError: the partition does not fit the model or the number of stages.
-    """
-    if partition is None or partition == "uniform":
-        return Partition.uniform(len(chain), num_stages)
-    if partition == "parameters":
-        return Partition.by_weight([sum(sizes.values()) for sizes in parameter_sizes(chain)], num_stages)
-    if isinstance(partition, str):
-        raise PlanError(f"partition '{partition}' is unknown; give blocks per stage, 'uniform' or 'parameters'")
-    return Partition.checked(partition, len(chain), num_stages)
-
-
-def plan_facts(chain: Chain, partition: Sequence[int], policies: Sequence[Policy]) -> dict[str, object]:
-    """Return what ranks must agree on about a model and how it is cut."""
-    return {
-        "partition": list(partition),
-        "policies": " ".join(policies),
-        "blocks": " ".join(block.name for block in chain.blocks),
-        "batch fields": chain.fields,
-        "parts of the loss": chain.loss.parts,
-        "tied weights": chain.tied,
-    }
 
 
 def crossing_specs(
@@ -101,23 +41,22 @@ def crossing_specs(
 
 def build_stages(
     chain: Chain,
-    partition: Partition,
+    plan: Plan,
     stages: Sequence[int],
     optimizer: OptimizerFactory,
     *,
     seed: int,
     device: torch.device,
-    policies: Sequence[Policy],
-    recompute: RecomputeMode,
-    num_microbatches: int,
     swapping: Container[int] = (),
     moving: Container[int] = (),
 ) -> dict[int, HeldStage]:
     """Materialise the blocks of `stages`, and nothing else.
 
-    `policies` are of all blocks; `swapping` names the stages that move activations, `moving` those that move weights.
+    `swapping` names the stages that move activations, `moving` those that move weights.
     """
-    spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[recompute]
+    _, num_microbatches = plan.sizes
+    policies = plan.block_policies
+    spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[plan.recompute]
     swaps = {block for block, policy in enumerate(policies) if policy is Policy.SWAP}
 
     def recomputes(block: int, microbatch: int) -> bool:
@@ -125,7 +64,7 @@ def build_stages(
 
     held: dict[int, HeldStage] = {}
     for index in stages:
-        start, stop = partition.ranges[index]
+        start, stop = plan.cut.ranges[index]
         modules = [chain.materialise(block, seed, device) for block in range(start, stop)]
         names = _trainable_names(chain, start, modules)
         stage = Stage(chain, start, stop, recomputes, swaps if index in swapping else ())
@@ -181,7 +120,7 @@ def tied_groups(
     trainable: Sequence[Mapping[str, int]],
     *,
     synchronous: bool,
-    timeout: timedelta,
+    world: World,
 ) -> list[TiedGroup]:
     """Return the chain's tied weights that are trained, by stage and rank; collective, because groups are made.
 
@@ -211,5 +150,5 @@ def tied_groups(
                 "times; untie them (model.tie_weights: false, or two modules) or use a synchronous schedule"
             )
         ranks = sorted({copy.rank for copy in copies})
-        groups.append(TiedGroup(copies, dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None))
+        groups.append(TiedGroup(copies, world.new_group(ranks) if len(ranks) > 1 else None))
     return groups

@@ -78,19 +78,18 @@ def _in_order(tensors: Sequence[Tensor], chain: Chain) -> list[tuple[str, Tensor
     return list(zip(chain.fields, tensors, strict=True))
 
 
-def field_tensors(
-    chain: Chain, batch: Batch, specs: Mapping[str, FieldSpec] | None, num_samples: int
-) -> dict[str, Tensor]:
-    """Return meta tensors like `num_samples` rows of the model's fields, from `specs` or else from `batch`.
+def field_tensors(chain: Chain, batch: Batch, num_samples: int) -> dict[str, Tensor]:
+    """Return meta tensors like `num_samples` rows of the model's fields: as the chain has them, or else as `batch`.
 
     Raises:
         DataError: a field that the model reads is missing.
     """
+    specs = chain.field_specs
     if specs is None:
         specs = {name: FieldSpec(tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in batch.fields.items()}
-        hint = "give all fields on every rank, or describe them with field_specs"
+        hint = "give all fields on every rank, or describe them with chain.with_field_specs"
     else:
-        hint = "add it to the data or to field_specs"
+        hint = "add it to the data or to the field_specs of the chain"
     if missing := [name for name in chain.fields if name not in specs]:
         raise DataError(
             f"the model reads the field '{missing[0]}', which the data does not have; it has "

@@ -8,12 +8,11 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vpipe.errors import ConfigError, DataError
 from vpipe.runtime.batch import Batch
-from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.programs import ProgramBuilder
 
 __all__ = ["LossSums", "Piece", "pieces_alike"]
@@ -90,17 +89,15 @@ class LossSums:
                 values.append(parts[name].item())
                 self._counts[name].append(own[name])
 
-    def means(self, source: int, group: dist.ProcessGroup | None) -> dict[str, float]:
-        """Return the loss and its parts as rank `source` has them, on every rank of `group`; collective.
+    def means(self, source: int, world: World) -> dict[str, float]:
+        """Return the loss and its parts as rank `source` has them, on every rank of `world`; collective.
 
         A part of which there are no targets is NaN.
         """
         totals = torch.tensor(
             [math.fsum(values) for values in (*self._losses.values(), *self._counts.values())], dtype=torch.float64
         )
-        if group is not None:
-            with telling_losses("the held-out loss"):
-                dist.broadcast(totals, source, group=group)
+        world.broadcast(totals, source, "the held-out loss")
         values, num_parts = totals.tolist(), len(self._losses)
         means = [
             total / targets if targets else math.nan

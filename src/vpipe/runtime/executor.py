@@ -30,7 +30,7 @@ __all__ = ["Executor", "HeldStage", "Program"]
 class Program:
     """What one rank does from one drained pipeline to the next.
 
-    `num_microbatches` is a batch's, and `microbatches_per_update`, which divides it, an update's. A program that only
+    `num_microbatches` is a batch's, and `update_size`, which divides it, an update's. A program that only
     evaluates has forwards alone, and keeps nothing. Microbatches are numbered through all batches of the program,
     `num_serials` in all, of which at most `window` are in flight on any stage.
     """
@@ -38,7 +38,7 @@ class Program:
     actions: tuple[Action, ...]
     weights: Mapping[int, StageWeights]
     num_microbatches: int
-    microbatches_per_update: int
+    update_size: int
     first_iteration: int
     num_serials: int
     window: int
@@ -247,7 +247,7 @@ class Executor:
 
     def _totals_of(self, serial: int, stage: Stage) -> dict[str, float]:
         """Return the target counts of all microbatches whose gradients go into the same update."""
-        size = self._program.microbatches_per_update
+        size = self._program.update_size
         update = serial // size
         if self._totals is None or self._totals[0] != update:
             totals: dict[str, float] = {}

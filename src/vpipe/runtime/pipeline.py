@@ -4,53 +4,35 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from datetime import timedelta
 from operator import methodcaller
-from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vpipe.data.batches import microbatch_rows
-from vpipe.data.source import FieldSpec
 from vpipe.errors import DataError, ExecutionError
 from vpipe.model.chain import Chain
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
-from vpipe.plan.policy import Policy, stages_with
+from vpipe.plan.plan import Plan
 from vpipe.runtime.arguments import (
+    MEMORY,
+    UPDATE,
+    Memory,
+    Update,
     as_chain,
-    as_device,
-    check_training_arguments,
+    as_plan,
+    check_optimizer,
     count_batches,
-    limit_of,
-    policy_per_block,
-    schedule_options,
+    refuse_moved,
 )
-from vpipe.runtime.assembly import (
-    RecomputeMode,
-    build_stages,
-    connect,
-    named_state,
-    parameter_sizes,
-    plan_facts,
-    resolve_partition,
-    tied_groups,
-)
+from vpipe.runtime.assembly import build_stages, connect, named_state, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
 from vpipe.runtime.comm.agreement import agree
 from vpipe.runtime.comm.board import LossBoard
-from vpipe.runtime.comm.failure import report_failure
-from vpipe.runtime.comm.process_group import (
-    ProcessGroup,
-    control_group,
-    destroy_process_group,
-    initialise_process_group,
-)
 from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.crossings import Crossings
 from vpipe.runtime.evaluation import LossSums, Piece, pieces_alike
 from vpipe.runtime.executor import Executor, Program
@@ -59,10 +41,10 @@ from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.memory.allocator import keep_freed_memory
 from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.memory.ledger import Ledger
-from vpipe.runtime.memory_watch import MemoryWatch, WatchMode
+from vpipe.runtime.memory_watch import MemoryWatch
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.result import StepResult
-from vpipe.runtime.weights.update import LearningRate, Updater
+from vpipe.runtime.weights.update import Updater
 from vpipe.runtime.weights.weights import OptimizerFactory
 
 __all__ = ["Hooks", "Pipeline", "StepResult"]
@@ -78,152 +60,101 @@ class Pipeline:
     Args:
         model: a `Chain`, or modules that each take the previous one's tensor; these keep the weights that they have.
         loss: for modules alone: a function of the last one's output and the batch's target, the mean over samples.
+        plan: a `vpipe.Plan`, of which ranks and cuts may be open, or the name of a schedule.
         optimizer: makes the optimizer of one stage from its (name, parameter) pairs, which torch's optimizers take.
-        schedule: a name from `vpipe schedule --list`, or a CSV file with an order of these sizes.
-        num_microbatches: slices of a batch, by default two per rank; in `pipedream` each one is an update of its own.
-        partition: blocks per stage, `uniform` (default) or `parameters`.
-        stages_per_rank: stages that each rank holds; None: as the schedule has it, mostly 1.
-        recompute_ratio: per stage or for all, the trailing share of blocks that keep no activations.
-        recompute: for which microbatches: `always`, `except_last` of a batch, `never`.
-        policies: instead of ratios, what each block does with its activations: `keep`, `recompute` or `swap`.
-        recompute_ahead: stages that compute again before the gradient arrives (R actions).
-        swap_versions: in asynchronous schedules, move weight versions that wait; for all stages, or those listed.
-        swap_directory: where what is swapped goes on a CPU, a fast disk; None: where temporary files are.
-        memory_limit_bytes: what a rank may hold by its `ledger`, one number or one per rank; more is an error.
-        watch_memory: which batches the `ledger` looks at: the `first` ones, or `all` (slower; so does a limit).
-        depths: warmup forwards per stage, more than the schedule's own hide latency (`stage_to_depth_map`).
-        macrobatch: asynchronous, but one update per batch and two weight versions (PipeDream-2BW).
-        vertical_sync: asynchronous with one weight version per microbatch on all stages.
-        memory_limit: for `searched`, microbatches that a rank may hold, one number or one per rank.
-        rank_times: for `searched`, `forward`, `input_grad` and `weight_grad` times of each rank.
-        clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
-        learning_rate: the rate as a function of iterations done, instead of the optimizer's own.
+        update: what an update does beside the optimizer, a `vpipe.Update`.
+        memory: what a rank may hold, a `vpipe.Memory`.
+        world: the ranks that this one works with, a `vpipe.World`; None joins them, and leaves them at the end.
         seed: for dropout, and for initial weights that the blocks draw when they are built.
-        device: where this rank computes.
-        field_specs: what the batch's fields look like, where batches hold only the fields that a rank needs.
-        shared_memory: let ranks of one machine exchange messages in memory that both see, not through sockets.
         hooks: what the caller wants to watch.
-        timeout_seconds: how long a rank waits for another before it gives up.
 
     Raises:
         ConfigError, PlanError, ScheduleError, ModelError: what was given does not fit together, or ranks disagree.
     """
+
+    def __new__(cls, *arguments: object, **given: object) -> Pipeline:
+        """Refuse what is no argument, and tell where what once was one is said now."""
+        refuse_moved(given.keys())
+        return super().__new__(cls)
 
     def __init__(
         self,
         model: Chain | Modules,
         loss: Callable[..., Tensor] | None = None,
         *,
+        plan: Plan | str = "1f1b",
         optimizer: OptimizerFactory,
-        schedule: str = "1f1b",
-        num_microbatches: int | None = None,
-        partition: Sequence[int] | str | None = None,
-        stages_per_rank: int | None = None,
-        recompute_ratio: float | Sequence[float] = 0.0,
-        recompute: RecomputeMode = "always",
-        policies: Sequence[Policy | str] | None = None,
-        recompute_ahead: Sequence[int] = (),
-        swap_versions: bool | Sequence[int] = False,
-        swap_directory: Path | None = None,
-        memory_limit_bytes: int | Sequence[int] | None = None,
-        watch_memory: WatchMode = "first",
-        depths: Sequence[int] | None = None,
-        macrobatch: bool = False,
-        vertical_sync: bool = False,
-        memory_limit: float | Sequence[float] | None = None,
-        rank_times: Mapping[str, Sequence[float]] | None = None,
-        clip_grad_norm: float | None = None,
-        learning_rate: LearningRate | None = None,
+        update: Update = UPDATE,
+        memory: Memory = MEMORY,
+        world: World | None = None,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        field_specs: Mapping[str, FieldSpec] | None = None,
-        shared_memory: bool = True,
         hooks: Hooks | None = None,
-        timeout_seconds: float = 300.0,
     ) -> None:
         self.chain = as_chain(model, loss)
-        check_training_arguments(optimizer, recompute, clip_grad_norm, learning_rate)
+        open_plan = as_plan(plan)
+        check_optimizer(optimizer)
         self.hooks = hooks or Hooks()
         self._is_busy, self.iteration = False, 0
         self.host_link: HostLink | None = None
-        timeout = timedelta(seconds=timeout_seconds)
-        self._join(device, timeout)
+        self._owns_world = world is None
+        self.world = World.join() if world is None else world
+        self.device, self.rank, self.num_ranks = self.world.device, self.world.rank, self.world.num_ranks
+        keep_freed_memory()
         with ExitStack() as leaving:
             leaving.push(self)  # what fails here fails inside of the group that was joined
-            self.programs = ProgramBuilder(
-                schedule,
-                self.num_ranks,
-                self.rank,
-                2 * self.num_ranks if num_microbatches is None else num_microbatches,
-                stages_per_rank=stages_per_rank,
-                macrobatch=macrobatch,
-                options=schedule_options(depths, vertical_sync, memory_limit, rank_times),
-            )
+            self.plan = open_plan.resolve(self.chain, self.world)
+            self.programs = ProgramBuilder(self.plan, self.rank)
+            agree(self._facts() | {"clip_grad_norm": update.clip_grad_norm, "seed": seed}, self.world)
+            self._crossings = Crossings(self.chain, self.plan.cut, self.world)
             placement = self.programs.sample.placement
-            self.partition = resolve_partition(partition, self.chain, placement.num_stages)
-            self.policies = policy_per_block(policies, recompute_ratio, self.partition)
-            self.programs.insert(
-                recompute_ahead, stages_with(Policy.SWAP, self.partition, self.policies), swap_versions
-            )
-            facts = self.programs.facts() | plan_facts(self.chain, self.partition, self.policies)
-            agree(facts | {"clip_grad_norm": clip_grad_norm, "seed": seed}, self._control)
-            self._crossings = Crossings(self.chain, self.partition, field_specs, self._control)
             self.held = build_stages(
                 self.chain,
-                self.partition,
+                self.plan,
                 placement.stages_of(self.rank),
                 optimizer,
                 seed=seed,
                 device=self.device,
-                policies=self.policies,
-                recompute=recompute,
                 swapping=self.programs.swapping,
                 moving=self.programs.moving,
-                num_microbatches=self.programs.num_microbatches,
             )
-            self.transport = Transport(
-                placement, self.device, self._control, self.hooks.announce, timeout=timeout, shared_memory=shared_memory
-            )
-            self._watch_memory(memory_limit_bytes, watch_memory, swap_directory)
-            self._assemble(timeout, seed, clip_grad_norm, learning_rate)
+            self.transport = Transport(placement, self.world, self.hooks.announce)
+            self._watch_memory(memory)
+            self._assemble(update, seed)
             leaving.pop_all()
 
-    def _join(self, device: torch.device | str, timeout: timedelta) -> None:
-        self.device = as_device(device)
-        self._membership: ProcessGroup | None = None
-        if not dist.is_initialized():
-            self._membership = initialise_process_group(None, timeout.total_seconds(), device=device)
-            self.device = self._membership.device
-        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
-        keep_freed_memory()
-        self._control = control_group(self._membership, timeout)
+    def _facts(self) -> dict[str, object]:
+        """Return what ranks must agree on about the model and the plan."""
+        return self.plan.facts() | {
+            "blocks": " ".join(block.name for block in self.chain.blocks),
+            "batch fields": self.chain.fields,
+            "parts of the loss": self.chain.loss.parts,
+            "tied weights": self.chain.tied,
+        }
 
-    def _watch_memory(self, limit: int | Sequence[int] | None, mode: WatchMode, directory: Path | None) -> None:
+    def _watch_memory(self, memory: Memory) -> None:
         """Open the account of what the rank holds, and the way to host memory."""
-        self.ledger = Ledger(self.rank, limit_of(limit, self.rank, self.num_ranks))
+        self.ledger = Ledger(self.rank, memory.limit_of(self.rank, self.num_ranks))
         stages = {index: (item.stage, item.weights) for index, item in self.held.items()}
-        steady = self.programs.num_batches_until_steady
-        self._watch = MemoryWatch(self.ledger, stages, self.transport, self.device, steady, for_ever=mode == "all")
-        self.host_link = connect(self.held, self.programs.swapping, self.device, directory, self._watch.moved)
+        steady = self.plan.num_batches_until_steady
+        self._watch = MemoryWatch(
+            self.ledger, stages, self.transport, self.device, steady, for_ever=memory.watch == "all"
+        )
+        self.host_link = connect(
+            self.held, self.programs.swapping, self.device, memory.swap_directory, self._watch.moved
+        )
 
-    def _assemble(
-        self,
-        timeout: timedelta,
-        seed: int,
-        clip_grad_norm: float | None,
-        learning_rate: LearningRate | None,
-    ) -> None:
+    def _assemble(self, update: Update, seed: int) -> None:
         """Make what moves values, steps and tells the loss, around the stages; collective."""
         placement, synchronous = self.programs.sample.placement, self.programs.synchronous
-        sizes = parameter_sizes(self.chain)
+        sizes = self.chain.parameter_sizes()
         self._updater = Updater(
             {index: item.weights for index, item in self.held.items()},
             [name for named in sizes for name in named],
-            tied_groups(self.chain, self.partition, placement, sizes, synchronous=synchronous, timeout=timeout),
+            tied_groups(self.chain, self.plan.cut, placement, sizes, synchronous=synchronous, world=self.world),
             synchronous=synchronous,
-            clip_grad_norm=clip_grad_norm,
-            learning_rate=learning_rate,
-            group=self._control,
+            clip_grad_norm=update.clip_grad_norm,
+            learning_rate=update.learning_rate,
+            world=self.world,
             hooks=self.hooks,
         )
         self._executor = Executor(
@@ -238,8 +169,8 @@ class Pipeline:
             synchronise=self.device.type == "cuda",
         )
         self._last_rank = placement.rank_of(placement.num_stages - 1)
-        num_parts, sharing = len(self.chain.loss.parts), self.transport.shared_memory
-        self._board = LossBoard(self._last_rank, num_parts, self._control, timeout=timeout, shared_memory=sharing)
+        num_parts, sharing = len(self.chain.loss.parts), self.world.shared_memory
+        self._board = LossBoard(self._last_rank, num_parts, self.world, shared_memory=sharing)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -280,7 +211,7 @@ class Pipeline:
             raise DataError(f"batch {done} was expected but the data ended; give a num_batches that exists")
 
     def _train_all(self, batches: Iterator[Batch], count: int) -> Iterator[StepResult]:
-        agree({"number of batches": count}, self._control)
+        agree({"number of batches": count}, self.world)
         if count:
             yield from self._run(self.programs.training(count, self.iteration), batches)
 
@@ -312,7 +243,7 @@ class Pipeline:
         if self.rank == self._last_rank:
             shares = [self._executor.losses.pop(batch * size + index) for index in range(size)]
             # Where a batch is several updates, each normalised by itself, the batch's loss is their mean.
-            scale = program.microbatches_per_update / size
+            scale = program.update_size / size
             self._board.publish([math.fsum(share[name].item() for share in shares) * scale for name in names])
         parts = dict(zip(names, self._board.collect(), strict=True))
         result = StepResult(iteration, math.fsum(parts.values()), parts, self._updater.gradient_norm)
@@ -325,7 +256,7 @@ class Pipeline:
 
     def _update(self, stage: int, microbatch: int) -> None:
         program = self._program
-        share = program.microbatches_per_update / program.num_microbatches
+        share = program.update_size / program.num_microbatches
         progress = program.first_iteration + program.weights[stage].update_of[microbatch] * share
         self._updater.step(stage, microbatch, progress)
 
@@ -343,11 +274,11 @@ class Pipeline:
         with evaluating([item.weights.newest for item in self.held.values()]):
             for alike in pieces_alike(stream, microbatch_size, self.programs, self.ledger.limit):
                 self._evaluate(alike, sums)
-        return sums.means(self._last_rank, self._control)
+        return sums.means(self._last_rank, self.world)
 
     def _evaluate(self, pieces: list[Piece], sums: LossSums) -> None:
         program = self.programs.evaluation([piece.number for piece in pieces])
-        agree({"microbatches to evaluate": len(pieces)}, self._control)  # whoever is ahead waits here
+        agree({"microbatches to evaluate": len(pieces)}, self.world)  # whoever is ahead waits here
         for _ in self._executor.run(program, self._start(program, (piece.batch for piece in pieces))):
             raise AssertionError("an evaluation has no updates")
         self.transport.finish()
@@ -383,9 +314,8 @@ class Pipeline:
         """Leave the process group, if this pipeline joined it."""
         if self.host_link is not None:
             self.host_link.close()
-        if self._membership is not None:
-            membership, self._membership = self._membership, None
-            destroy_process_group(membership)
+        if self._owns_world:
+            self.world.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -393,6 +323,5 @@ class Pipeline:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or self.num_ranks == 1:
             self.close()
-        elif self._membership is not None and isinstance(error, Exception):
-            # The others learn why; leaving together is no longer possible.
-            report_failure(error)
+        elif self._owns_world:
+            self.world.__exit__(kind, error, traceback)  # the others learn why; leaving together is impossible now

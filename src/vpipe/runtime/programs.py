@@ -1,21 +1,17 @@
-"""From a schedule's name and options to the programs that a rank executes."""
+"""From a recipe to the programs that a rank executes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vpipe.errors import ScheduleError
+from vpipe.plan.recipe import Recipe, build_evaluation
 from vpipe.runtime.executor import Program
-from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.csv_file import check_csv_run
+from vpipe.schedule.action import Kind
 from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.passes.lower import lower
-from vpipe.schedule.passes.offload import insert_offloads
-from vpipe.schedule.passes.recompute_ahead import insert_recomputes
-from vpipe.schedule.passes.version_moves import insert_version_moves
 from vpipe.schedule.proof.validate import validate_schedule
-from vpipe.schedule.registry import build_schedule, find_entry
 from vpipe.schedule.schedule import Schedule, uses_split_backward
 from vpipe.schedule.weights import weight_usage
 
@@ -25,100 +21,31 @@ __all__ = ["ProgramBuilder"]
 class ProgramBuilder:
     """Builds what `rank` does for one batch (synchronous) or for all batches until the pipeline drains (asynchronous).
 
-    `macrobatch` makes one update of each batch in an asynchronous schedule, instead of one per microbatch.
-    `stages_per_rank` is the schedule's own where it is None.
+    `recipe` has all of its sizes.
 
     Raises:
         ScheduleError: the schedule cannot be built for these sizes and options, or would not be legal.
     """
 
-    def __init__(
-        self,
-        name: str,
-        num_ranks: int,
-        rank: int,
-        num_microbatches: int,
-        *,
-        stages_per_rank: int | None = None,
-        macrobatch: bool = False,
-        options: Mapping[str, object],
-    ) -> None:
-        self.synchronous = find_entry(name).synchronous
-        if reasons := check_csv_run(name, synchronous=self.synchronous):
-            raise ScheduleError(reasons[0])
-        self.num_microbatches = num_microbatches
-        self._name = name
-        self._num_ranks = num_ranks
+    def __init__(self, recipe: Recipe, rank: int) -> None:
+        self.recipe = recipe
+        _, self.num_microbatches = recipe.sizes
+        self.synchronous = recipe.synchronous
         self._rank = rank
-        self._stages_per_rank = stages_per_rank
-        self._options = dict(options)
-        if macrobatch and self.synchronous:
-            raise ScheduleError(
-                f"macrobatch makes an asynchronous schedule update once per batch, which '{name}' does anyway; "
-                "leave it out"
-            )
-        if macrobatch:
-            self._options["microbatches_per_update"] = num_microbatches
-        self._ahead: frozenset[int] = frozenset()
-        self._moved: frozenset[int] = frozenset()
-        self._versions: frozenset[int] = frozenset()
         self._latest: tuple[int, Program] | None = None
-        self.sample = self.schedule(1)
-        """A schedule of one batch, or of enough batches to show an asynchronous schedule's steady state."""
-        if not self.synchronous:
-            self.sample = self.schedule(self.num_batches_until_steady)
+        self.sample = recipe.sample
         # A longer asynchronous schedule repeats the steady state of this one.
         validate_schedule(self.sample)
-        self.microbatches_per_update = self._count_microbatches_per_update()
+        self.update_size = self._count_update_size()
 
-    @property
-    def num_batches_until_steady(self) -> int:
-        """Count enough batches that every stage has more forwards than it runs ahead, and a few pairs."""
-        if self.synchronous:
-            return 2
-        depths = self._options.get("depths")
-        deepest: int = max([self.sample.num_stages, *(depths if isinstance(depths, list | tuple) else ())])
-        return 2 + -(-2 * deepest // self.num_microbatches)
-
-    def _count_microbatches_per_update(self) -> int:
+    def _count_update_size(self) -> int:
         count = weight_usage(self.sample)[0].update_of.count(0)
         if self.num_microbatches % count:
             raise ScheduleError(
-                f"schedule '{self._name}' updates after every {count} microbatches, which do not divide a batch of "
-                f"num_microbatches={self.num_microbatches}; use a multiple of {count}"
+                f"schedule '{self.recipe.schedule}' updates after every {count} microbatches, which do not divide a "
+                f"batch of num_microbatches={self.num_microbatches}; use a multiple of {count}"
             )
         return count
-
-    def schedule(self, num_batches: int) -> Schedule:
-        """Build the schedule of `num_batches` batches."""
-        count = self.num_microbatches * num_batches
-        schedule = build_schedule(
-            self._name, self._num_ranks, count, stages_per_rank=self._stages_per_rank, **self._options
-        )
-        moving = insert_version_moves(schedule, self._versions)
-        return insert_offloads(insert_recomputes(moving, self._ahead), self._moved)
-
-    def insert(self, ahead: Collection[int], swapping: Collection[int], versions: Collection[int] | bool) -> None:
-        """From now on recompute ahead of the backwards of the stages `ahead`, and move what those `swapping` hold.
-
-        Of the stages `versions` (True: of all) move those weight versions that wait.
-
-        Raises:
-            ScheduleError: there is no such stage.
-        """
-        if isinstance(versions, bool):
-            versions = range(self.sample.num_stages) if versions else ()
-        if not ahead and not swapping and not versions:
-            return
-        self._ahead, self._moved, self._versions = frozenset(ahead), frozenset(swapping), frozenset(versions)
-        self._latest = None
-        self.sample = self.schedule(self.sample.num_microbatches // self.num_microbatches)
-        validate_schedule(self.sample)
-
-    def facts(self) -> dict[str, object]:
-        """Return what ranks must agree on."""
-        name, fingerprint = self.sample.name, self.sample.fingerprint()
-        return {"schedule": f"{name} with {self.num_microbatches} microbatches ({fingerprint})"}
 
     @property
     def swapping(self) -> frozenset[int]:
@@ -136,7 +63,7 @@ class ProgramBuilder:
     def training(self, num_batches: int, first_iteration: int) -> Program:
         """Return the program of `num_batches` batches; a synchronous one is of a single batch."""
         if self._latest is None or self._latest[0] != num_batches:
-            self._latest = num_batches, self._program(self.schedule(1 if self.synchronous else num_batches))
+            self._latest = num_batches, self._program(self.recipe.build(1 if self.synchronous else num_batches))
         return replace(self._latest[1], first_iteration=first_iteration)
 
     def _program(self, schedule: Schedule) -> Program:
@@ -144,7 +71,7 @@ class ProgramBuilder:
             actions=lower(schedule)[self._rank],
             weights=dict(enumerate(weight_usage(schedule))),
             num_microbatches=self.num_microbatches,
-            microbatches_per_update=self.microbatches_per_update,
+            update_size=self.update_size,
             first_iteration=0,
             num_serials=schedule.num_microbatches,
             window=_window(schedule),
@@ -158,22 +85,15 @@ class ProgramBuilder:
 
     def evaluation(self, numbers: Sequence[int]) -> Program:
         """Return a program of forwards only, for microbatches that have `numbers` in the whole evaluation."""
-        placement, num_microbatches = self.sample.placement, len(numbers)
-        orders = tuple(
-            tuple(
-                Action(stage, Kind.F, index) for index in range(num_microbatches) for stage in placement.stages_of(rank)
-            )
-            for rank in range(self._num_ranks)
-        )
-        schedule = Schedule("evaluation", num_microbatches, placement, orders)
+        schedule = build_evaluation(self.sample, len(numbers))
         return Program(
             actions=lower(schedule)[self._rank],
             weights={},
             num_microbatches=1,
-            microbatches_per_update=1,
+            update_size=1,
             first_iteration=0,
-            num_serials=num_microbatches,
-            window=placement.num_stages,
+            num_serials=len(numbers),
+            window=schedule.num_stages,
             training=False,
             numbers=tuple(numbers),
         )

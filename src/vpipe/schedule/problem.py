@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from vpipe.schedule.schedule import Schedule
 
-__all__ = ["Problem", "marked_orders"]
+__all__ = ["Violation", "marked_orders"]
 
 _MARGIN = 6  # cells shown before and after the marked ones
 _MAX_RANKS = 24
 
 
 @dataclass(frozen=True)
-class Problem:
+class Violation:
     """A reason why a schedule is not legal, with the cells (rank, index in its order) that show it."""
 
     reason: str

@@ -36,7 +36,7 @@ def build_schedule(
         num_ranks: ranks in the pipeline.
         num_microbatches: microbatches of one batch; in an asynchronous schedule, all until the pipeline drains.
         stages_per_rank: stages that each rank holds; None: what the family holds by default, mostly 1.
-        options: keyword parameters of the family's builder, e.g. `depths`.
+        options: keyword parameters of the family's builder, e.g. `search_steps`.
 
     Raises:
         ScheduleError: unknown name or option, or a size that the family cannot run; the text says what is legal.

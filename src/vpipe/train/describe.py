@@ -6,80 +6,50 @@ from typing import Any
 
 import torch
 
-from vpipe.config import RunConfig
-from vpipe.plan.partition import Partition
-from vpipe.plan.policy import Policy, ratios_of
-from vpipe.runtime.pipeline import Pipeline
-from vpipe.schedule.action import Kind
-from vpipe.schedule.schedule import Schedule
+from vpipe.plan.plan import Plan
+from vpipe.plan.plan_file import plan_to_dict
+from vpipe.plan.prediction import Prediction
 from vpipe.workload.setup import Setup
 
 __all__ = ["describe_plan"]
 
-_OPTIONS = ("stage_to_depth_map", "macrobatch", "vertical_sync")
 
+def describe_plan(plan: Plan, setup: Setup, prediction: Prediction | None = None) -> dict[str, Any]:
+    """Return the plan as a plan file, with its stages and cuts; it can be the `plan.partition` of another run.
 
-def describe_plan(pipeline: Pipeline, setup: Setup) -> dict[str, Any]:
-    """Return the plan in the original's keys, `partition` and `recompute_ratio`, with more beside them.
-
-    A file with it can be the `plan.partition` of another run. Bytes are those of one microbatch.
+    Bytes are those of one microbatch.
     """
-    config, schedule = setup.config, pipeline.programs.sample
-    return {
-        "partition": list(pipeline.partition),
-        **_activations(setup.config, pipeline.partition),
-        "schedule": config.pipeline.schedule,
-        "synchronous": pipeline.programs.synchronous,
-        "num_microbatches": config.num_microbatches,
-        "microbatch_size": config.microbatch_size,
-        "stages_per_rank": config.pipeline.stages_per_rank,
-        **{key: value for key in _OPTIONS if (value := getattr(config.pipeline, key))},
-        "depths": [_depth(schedule, stage) for stage in range(schedule.num_stages)],
-        "stages": _stages(pipeline, setup),
-        "cuts": _cuts(pipeline, setup),
-        **({"swap_versions": sorted(pipeline.programs.moving)} if pipeline.programs.moving else {}),
-        "fingerprint": schedule.fingerprint(),
-    }
+    return plan_to_dict(
+        plan,
+        microbatch_size=setup.config.microbatch_size,
+        prediction=prediction,
+        by_ratio=setup.config.plan.policies is None,
+        stages=_stages(plan, setup),
+        cuts=_cuts(plan, setup),
+    )
 
 
-def _activations(config: RunConfig, partition: Partition) -> dict[str, Any]:
-    """Say what is recomputed: by ratio, which is exact without policies per block, and these where there are any."""
-    policies = config.plan.policies
-    if policies is None:
-        return {"recompute_ratio": config.recompute_ratios}
-    ratios = ratios_of(partition, [Policy(name) for name in policies])
-    return {"recompute_ratio": list(ratios), "policies": policies, "recompute_ahead": config.plan.recompute_ahead}
-
-
-def _depth(schedule: Schedule, stage: int) -> int:
-    """Count the forwards of a stage ahead of the one that its first backward follows."""
-    kinds = [action.kind for action in schedule.stage_order(stage)]
-    first = min(kinds.index(kind) for kind in (Kind.B, Kind.I) if kind in kinds)
-    return kinds[:first].count(Kind.F) - 1
-
-
-def _stages(pipeline: Pipeline, setup: Setup) -> list[dict[str, Any]]:
+def _stages(plan: Plan, setup: Setup) -> list[dict[str, Any]]:
     counts = setup.chain.count_parameters()
     return [
         {
             "stage": stage,
-            "rank": pipeline.programs.sample.rank_of(stage),
+            "rank": plan.sample.rank_of(stage),
             "first_block": start,
             "blocks": [block.name for block in setup.chain.blocks[start:stop]],
             "parameters": sum(counts[start:stop]),
         }
-        for stage, (start, stop) in enumerate(pipeline.partition.ranges)
+        for stage, (start, stop) in enumerate(plan.cut.ranges)
     ]
 
 
-def _cuts(pipeline: Pipeline, setup: Setup) -> list[dict[str, Any]]:
+def _cuts(plan: Plan, setup: Setup) -> list[dict[str, Any]]:
     size = setup.config.microbatch_size
     fields = {
         name: torch.empty((size, *spec.shape_per_sample), dtype=spec.dtype, device="meta")
         for name, spec in setup.source.fields.items()
     }
-    cuts = pipeline.partition.cuts
-    crossing = setup.chain.infer(cuts, fields)
+    crossing = setup.chain.infer(plan.cut.cuts, fields)
     return [
         {
             "before_stage": stage,
@@ -87,5 +57,5 @@ def _cuts(pipeline: Pipeline, setup: Setup) -> list[dict[str, Any]]:
             "forward_bytes": sum(value.num_bytes for value in crossing[cut]),
             "backward_bytes": sum(value.num_bytes for value in crossing[cut] if value.requires_grad),
         }
-        for stage, cut in enumerate(cuts, start=1)
+        for stage, cut in enumerate(plan.cut.cuts, start=1)
     ]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from vpipe.plan.prediction import Prediction
 from vpipe.report.bubble import between_iterations
 from vpipe.report.metrics import finite
 from vpipe.report.summary import summarize_trace
 from vpipe.report.trace import write_timeline
-from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.trace import TraceEvent
 from vpipe.schedule.memory import peak_activations
@@ -24,11 +23,11 @@ from vpipe.train.prediction import compare_prediction
 from vpipe.train.stretches import Stretch, choose_measured
 from vpipe.workload.setup import Setup
 
-__all__ = ["Outcome", "count_filling", "summarize_run"]
+__all__ = ["RankOutcome", "count_filling", "summarize_run"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RankOutcome:
     """What one rank knows at the end.
 
     `iteration_ms` is None where no iteration was followed by another one that counts; `events` are this rank's.
@@ -44,14 +43,14 @@ class Outcome:
 def summarize_run(
     pipeline: Pipeline,
     setup: Setup,
-    group: ProcessGroup,
-    outcome: Outcome,
+    world: World,
+    outcome: RankOutcome,
     run_directory: Path,
-    plan: Mapping[str, Any] | None = None,
+    prediction: Prediction | None = None,
 ) -> dict[str, Any]:
     """Join what all ranks know and return it as the summary; rank 0 writes the files. Collective.
 
-    `plan` is what was predicted of the run, as in a plan file.
+    `prediction` is what was expected of the run.
     """
     filling = count_filling(pipeline)
     stretch, measured = choose_measured(outcome.stretches, filling)
@@ -59,7 +58,7 @@ def summarize_run(
     mine = {
         "bytes_sent": pipeline.transport.bytes_sent,
         "bytes_received": pipeline.transport.bytes_received,
-        "peak_memory_bytes": peak_memory_bytes(group.device),
+        "peak_memory_bytes": peak_memory_bytes(world.device),
         "memory_by_kind": dict(pipeline.ledger.peak.by_kind),
         "peak_ledger_bytes": pipeline.ledger.peak.total,
         "bytes_offloaded": pipeline.host_link.bytes_offloaded if pipeline.host_link else 0,
@@ -67,8 +66,7 @@ def summarize_run(
         "iteration_ms": outcome.iteration_ms,
         "events": [event for event in outcome.events if first <= event.iteration < stop],
     }
-    everyone: list[dict[str, Any]] = [{} for _ in range(group.num_ranks)]
-    dist.all_gather_object(everyone, mine, group=group.control)
+    everyone: list[dict[str, Any]] = world.gather(mine, "all ranks to tell what they measured")
     around = [event for rank in everyone for event in rank.pop("events")]
     inside = between_iterations(around, *measured)
     drawn = [event for event in around if measured.start <= event.iteration < measured.stop]
@@ -86,12 +84,12 @@ def summarize_run(
         "iteration_ms": iteration_ms,
         "measured_iterations": [measured.start + 1, measured.stop],
         **{key: [rank[key] for rank in everyone] for key in everyone[0]},
-        **compare_prediction(plan, iteration_ms, [rank["peak_ledger_bytes"] for rank in everyone]),
+        **compare_prediction(prediction, iteration_ms, [rank["peak_ledger_bytes"] for rank in everyone]),
         **summarize_trace(drawn, inside),
     }
     for row in summary["ranks"]:
-        row["blocks"] = [block for stage in row["stages"] for block in pipeline.partition.range_of(stage)]
-    if group.rank == 0:
+        row["blocks"] = [block for stage in row["stages"] for block in pipeline.plan.cut.range_of(stage)]
+    if world.rank == 0:
         write_timeline(run_directory / "timeline.json", drawn)
         (run_directory / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary

@@ -7,19 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from vpipe.config import RunConfig
-from vpipe.config.planned import decide, own_counts, sizes_needed, with_plan
+from vpipe.config.planning.planned import decide, own_counts, sizes_needed
+from vpipe.config.planning.to_plan import with_plan
 from vpipe.data.progress import no_progress
 from vpipe.errors import PlanError, VPipeError
 from vpipe.measure.gather import gather
 from vpipe.measure.profile import obtain_profile
+from vpipe.plan.prediction import Prediction
 from vpipe.planner.explain.explain import brief_lines, plan_lines
 from vpipe.planner.profile.profile import Profile
-from vpipe.planner.search.plan_file import plan_to_dict
 from vpipe.report.metrics import MetricsWriter
-from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.world import World
 from vpipe.workload.setup import build_setup
 
 __all__ = ["PlannedRun", "plan_run"]
@@ -31,13 +31,13 @@ _FILE = "planning.jsonl"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run with nothing left open, and its plan as in a plan file; None where nothing was predicted."""
+    """A run with nothing left open, and what is expected of it; None where nothing was predicted."""
 
     config: RunConfig
-    plan: dict[str, Any] | None = None
+    prediction: Prediction | None = None
 
 
-def plan_run(config: RunConfig, group: ProcessGroup, run_directory: Path) -> PlannedRun:
+def plan_run(config: RunConfig, world: World, run_directory: Path) -> PlannedRun:
     """Measure the model and plan the run, if it leaves anything to the planner; collective.
 
     Raises:
@@ -46,16 +46,16 @@ def plan_run(config: RunConfig, group: ProcessGroup, run_directory: Path) -> Pla
     """
     if not config.needs_plan:
         predicted = config.plan.predicted
-        return PlannedRun(config, None if predicted is None else {"predicted": predicted})
+        return PlannedRun(config, None if predicted is None else Prediction.from_dict(predicted))
     setup, sizes = build_setup(config), sizes_needed(config, own_counts(config))
-    if group.rank > 0:
-        obtain_profile(setup, sizes, group, no_progress)
+    if world.rank > 0:
+        obtain_profile(setup, sizes, world, no_progress)
         decided: PlannedRun | str = ""
     else:
         with MetricsWriter(run_directory / _FILE) as notes:
-            profile = obtain_profile(setup, sizes, group, partial(_note_progress, notes))
+            profile = obtain_profile(setup, sizes, world, partial(_note_progress, notes))
             decided = _decide(config, profile, lambda text: notes.write({"text": text}))
-    (answer, *_) = gather(decided, group)
+    (answer, *_) = gather(decided, world)
     if isinstance(answer, str):
         raise PlanError(answer)
     return answer
@@ -72,9 +72,8 @@ def _decide(config: RunConfig, profile: Profile, show: Callable[[str], None]) ->
     except VPipeError as error:
         return str(error)
     found = decision.found
-    lines = plan_lines(decision.request, decision.plan) if found is None else brief_lines(found)
+    lines = plan_lines(decision.request, decision.chosen) if found is None else brief_lines(found)
     for line in lines:
         show(line)
         _LOGGER.info("%s", line)
-    bound = None if found is None else found.lower_bound_ms
-    return PlannedRun(with_plan(config, decision.plan), plan_to_dict(decision.plan, profile, bound))
+    return PlannedRun(with_plan(config, decision.plan), decision.prediction)

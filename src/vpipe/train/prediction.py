@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["compare_prediction", "keep_prediction"]
+from vpipe.plan.prediction import Prediction
 
-_KEPT = ("predicted", "profile")
-
-
-def keep_prediction(plan: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a plan file says beyond what the run itself knows."""
-    return {} if plan is None else {key: plan[key] for key in _KEPT if key in plan}
+__all__ = ["compare_prediction"]
 
 
 def compare_prediction(
-    plan: Mapping[str, Any] | None, iteration_ms: float, memory_bytes: Sequence[int] | None
+    prediction: Prediction | None, iteration_ms: float, memory_bytes: Sequence[int] | None
 ) -> dict[str, Any]:
     """Return predicted and measured figures under `prediction`; nothing for a run that was not planned.
 
     Args:
-        plan: what the planner decided, as in a plan file.
+        prediction: what the planner expected.
         iteration_ms: the mean time of an iteration.
         memory_bytes: the most that each rank held by its ledger; None where it was not kept.
     """
-    if plan is None:
+    if prediction is None:
         return {}
-    predicted = plan["predicted"]
-    found = {"step_ms": _compared(predicted["step_ms"], iteration_ms)}
-    if memory_bytes is None:
-        return {"prediction": found}
-    totals = [memory["total"] for memory in predicted["memory_bytes"]]
-    ranks = [_compared(total, measured) for total, measured in zip(totals, memory_bytes, strict=True)]
-    return {"prediction": {**found, "memory_bytes": ranks}}
+    found: dict[str, Any] = {"step_ms": _compared(prediction.step_ms, iteration_ms)}
+    if memory_bytes is not None:
+        totals = [kinds["total"] for kinds in prediction.memory_bytes]
+        found["memory_bytes"] = [
+            _compared(total, measured) for total, measured in zip(totals, memory_bytes, strict=True)
+        ]
+    return {"prediction": found}
 
 
 def _compared(predicted: float, measured: float) -> dict[str, float | None]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from vpipe.config import RunConfig, load_config
 from vpipe.errors import ConfigError
 from vpipe.launch.run_directory import agree_run_directory, point_latest_to
-from vpipe.runtime.comm.process_group import process_group
 from vpipe.train.planning import plan_run
 from vpipe.train.trainer import Trainer
-from vpipe.workload.device import device_of
+from vpipe.workload.device import join_world
 
 __all__ = ["run_rank", "train_rank"]
 
@@ -28,14 +27,13 @@ def train_rank(config: RunConfig) -> Path:
     Raises:
         ConfigError: another number of ranks was started than the configuration says.
     """
-    launch = config.launch
-    with process_group(launch.distributed_backend, launch.timeout_seconds, device=device_of(config)) as group:
-        if group.num_ranks != config.num_ranks:
+    with join_world(config) as world:
+        if world.num_ranks != config.num_ranks:
             raise ConfigError(
-                f"pipeline.num_ranks is {config.num_ranks} but {group.num_ranks} ranks were started; start as many, or "
-                f"change it with --set pipeline.num_ranks={group.num_ranks}"
+                f"pipeline.num_ranks is {config.num_ranks} but {world.num_ranks} ranks were started; start as many, or "
+                f"change it with --set pipeline.num_ranks={world.num_ranks}"
             )
-        run_directory = agree_run_directory(config.log_directory, group)
-        planned = plan_run(config, group, run_directory)
-        Trainer(planned.config, run_directory, group, planned.plan).run(point_latest_to)
+        run_directory = agree_run_directory(config.log_directory, world)
+        planned = plan_run(config, world, run_directory)
+        Trainer(planned.config, run_directory, world, planned.prediction).run(point_latest_to)
         return run_directory

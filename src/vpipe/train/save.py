@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from vpipe.model.export import save_shard, write_config, write_index
 from vpipe.model.zoo import transformers_config_of
-from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.workload.setup import Setup
 
 __all__ = ["save_model"]
 
 
-def save_model(pipeline: Pipeline, setup: Setup, directory: Path, group: ProcessGroup) -> None:
+def save_model(pipeline: Pipeline, setup: Setup, directory: Path, world: World) -> None:
     """Write the newest weights to `directory`, from where transformers loads a BERT, GPT or Llama; collective.
 
     The shards of a user's own model hold together what the `state_dict` of its modules would, shared weights under all
@@ -24,14 +22,14 @@ def save_model(pipeline: Pipeline, setup: Setup, directory: Path, group: Process
     Raises:
         ModelError: `directory` already holds a model.
     """
-    num_stages, model = len(pipeline.partition), setup.config.model
+    num_stages, model = pipeline.plan.cut.num_stages, setup.config.model
     config = transformers_config_of(model, setup.vocab_size)
     for stage, held in pipeline.held.items():
         blocks = range(held.stage.start, held.stage.stop)
         states = {block: module.state_dict() for block, module in zip(blocks, held.weights.newest, strict=True)}
         save_shard(directory, pipeline.chain, states, stage, num_stages, tied_copies=config is None)
-    dist.barrier(group=group.control)
-    if group.rank == 0:
+    world.meet("all ranks to save their stages")
+    if world.rank == 0:
         write_index(directory, pipeline.chain, num_stages)
         if config is not None:
             write_config(directory, config, tie_weights=model.tie_weights)

@@ -11,16 +11,16 @@ from typing import Any
 
 from vpipe.config import RunConfig, dump_config
 from vpipe.errors import PeerLostError
+from vpipe.plan.prediction import Prediction
 from vpipe.report.metrics import MetricsWriter
-from vpipe.runtime.comm.process_group import ProcessGroup, meet
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Hooks, StepResult
 from vpipe.runtime.status import StatusFile, status_path
 from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action
 from vpipe.train.describe import describe_plan
 from vpipe.train.metrics import ThroughputMeter, peak_memory_bytes
-from vpipe.train.outcome import Outcome, count_filling, summarize_run
-from vpipe.train.prediction import keep_prediction
+from vpipe.train.outcome import RankOutcome, count_filling, summarize_run
 from vpipe.train.save import save_model
 from vpipe.train.stretches import cut_into_stretches
 from vpipe.workload.same_data import agree_on_data
@@ -36,22 +36,22 @@ class Trainer:
     """Trains as the configuration says; one per rank."""
 
     def __init__(
-        self, config: RunConfig, run_directory: Path, group: ProcessGroup, plan: dict[str, Any] | None = None
+        self, config: RunConfig, run_directory: Path, world: World, prediction: Prediction | None = None
     ) -> None:
-        """Set up the run; `plan` is what the planner decided, as in a plan file, where it was asked."""
+        """Set up the run; `prediction` is what the planner expects of it, where it was asked."""
         self.config = config
-        self._plan = plan
+        self._prediction = prediction
         self.run_directory = run_directory
-        self.group = group
+        self.world = world
         self.setup = build_setup(config)
-        agree_on_data(self.setup, group)
-        self._recorder = TraceRecorder(group.rank, config.num_microbatches, lambda: self.pipeline.iteration)
-        self._status = StatusFile(status_path(run_directory, group.rank))
+        agree_on_data(self.setup, world)
+        self._recorder = TraceRecorder(world.rank, config.num_microbatches, lambda: self.pipeline.iteration)
+        self._status = StatusFile(status_path(run_directory, world.rank))
         self._doing = "training"
         hooks = Hooks(record=self._record, announce=self._status.write, waited=self._recorder.waited)
-        self.pipeline = build_training_pipeline(self.setup, group.device, hooks)
+        self.pipeline = build_training_pipeline(self.setup, world, hooks)
         slow_down(self.pipeline, config.launch)
-        self._metrics = MetricsWriter(run_directory / "metrics.jsonl") if group.rank == 0 else None
+        self._metrics = MetricsWriter(run_directory / "metrics.jsonl") if world.rank == 0 else None
         self._meter = ThroughputMeter(num_draining=count_filling(self.pipeline))
         self._start = time.perf_counter()
 
@@ -62,10 +62,10 @@ class Trainer:
         """
         try:
             self._describe()
-            if began is not None and self.group.rank == 0:
+            if began is not None and self.world.rank == 0:
                 began(self.run_directory)
             # A rank that is quick to fail ends the others: none may before the run says what it is.
-            meet(self.group, "rank 0 to describe the run")
+            self.world.meet("rank 0 to describe the run")
             return self._run()
         except PeerLostError as error:
             if not self._status.text.startswith("waiting"):
@@ -92,9 +92,9 @@ class Trainer:
                 held_out = self._evaluate(stretch.stop)
         if train.save_model:
             self._status.write("saving the model")
-            save_model(self.pipeline, self.setup, self.run_directory / "model", self.group)
-        outcome = Outcome(loss, held_out, self._meter.iteration_ms, self._recorder.events(), stretches)
-        summary = summarize_run(self.pipeline, self.setup, self.group, outcome, self.run_directory, self._plan)
+            save_model(self.pipeline, self.setup, self.run_directory / "model", self.world)
+        outcome = RankOutcome(loss, held_out, self._meter.iteration_ms, self._recorder.events(), stretches)
+        summary = summarize_run(self.pipeline, self.setup, self.world, outcome, self.run_directory, self._prediction)
         if self._metrics is not None:
             self._metrics.close()
         self._status.remove()
@@ -102,15 +102,15 @@ class Trainer:
 
     def _describe(self) -> None:
         for stage in self.pipeline.held:
-            held = self.pipeline.partition.range_of(stage)
+            held = self.pipeline.plan.cut.range_of(stage)
             blocks = [self.setup.chain.blocks[index] for index in held]
             logger.info(
                 "Stage: %d, rank in stage: 0, blocks %d to %d (%s to %s)",
                 stage, held[0], held[-1], blocks[0].name, blocks[-1].name,
             )  # fmt: skip
-        if self.group.rank == 0:
+        if self.world.rank == 0:
             logger.info("Everything about this run is in %s", self.run_directory)
-            plan = {**describe_plan(self.pipeline, self.setup), **keep_prediction(self._plan)}
+            plan = describe_plan(self.pipeline.plan, self.setup, self._prediction)
             (self.run_directory / "config.yml").write_text(dump_config(self.config), encoding="utf-8")
             (self.run_directory / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
 
@@ -145,7 +145,7 @@ class Trainer:
         transport = self.pipeline.transport
         logger.info(
             "Iteration %d: sent %d bytes, received %d bytes, peak memory %d bytes, weight versions %s",
-            iteration, transport.bytes_sent, transport.bytes_received, peak_memory_bytes(self.group.device),
+            iteration, transport.bytes_sent, transport.bytes_received, peak_memory_bytes(self.world.device),
             {stage: held.weights.num_sets for stage, held in self.pipeline.held.items()},
         )  # fmt: skip
 

@@ -19,14 +19,14 @@ from vpipe.config import RunConfig, load_config
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import LaunchError
 from vpipe.report.metrics import MetricsWriter
-from vpipe.runtime.comm.process_group import ProcessGroup, process_group, use_device
+from vpipe.runtime.comm.joining import use_device
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Hooks, Pipeline
-from vpipe.runtime.programs import ProgramBuilder
 from vpipe.schedule.weights import weight_usage
 from vpipe.train.planning import plan_run
 from vpipe.verify.comparison import Comparison, compare
 from vpipe.verify.reference import Reference, ReferenceResult
-from vpipe.workload.device import compute_reproducibly, device_of
+from vpipe.workload.device import compute_reproducibly, device_of, join_world
 from vpipe.workload.same_data import agree_on_data
 from vpipe.workload.setup import Setup, build_setup, build_training_pipeline
 
@@ -97,13 +97,11 @@ def pipeline_rank(arguments: Sequence[str]) -> None:
     """
     directory, path, iterations = arguments
     config = load_config(path)
-    with process_group(
-        config.launch.distributed_backend, config.launch.timeout_seconds, device=device_of(config)
-    ) as group:
-        config = plan_run(config, group, pipeline_directory(Path(directory))).config
-        if group.rank == 0:
+    with join_world(config) as world:
+        config = plan_run(config, world, pipeline_directory(Path(directory))).config
+        if world.rank == 0:
             _planned_path(Path(directory)).write_text(config.model_dump_json())
-        run_pipeline(config, int(iterations), Path(directory), group)
+        run_pipeline(config, int(iterations), Path(directory), world)
 
 
 def reference_rank(arguments: Sequence[str]) -> None:
@@ -113,22 +111,22 @@ def reference_rank(arguments: Sequence[str]) -> None:
     run_reference(config, int(iterations), Path(directory))
 
 
-def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group: ProcessGroup) -> None:
-    """Train as one of `group`'s ranks, and keep the results in a file."""
-    compute_reproducibly(group.device)
+def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, world: World) -> None:
+    """Train as one of `world`'s ranks, and keep the results in a file."""
+    compute_reproducibly(world.device)
     setup = build_setup(config)
-    agree_on_data(setup, group)
+    agree_on_data(setup, world)
     gradients: dict[int, list[dict[str, Tensor]]] = {}
 
     def keep(stage: int, microbatch: int, named: Mapping[str, Tensor]) -> None:
         copies = {name: gradient.detach().cpu().clone() for name, gradient in named.items()}
         gradients.setdefault(stage, []).append(copies)
 
-    pipeline = build_training_pipeline(setup, group.device, Hooks(gradients=keep))
+    pipeline = build_training_pipeline(setup, world, Hooks(gradients=keep))
     losses = []
     for result in pipeline.train(setup.batches(pipeline.fields, 0, iterations), iterations):
         losses.append(dict(result.parts))
-        if group.rank == 0:
+        if world.rank == 0:
             _tell(progress_path(pipeline_directory(run_directory)), len(losses), iterations, result.loss)
     computed = _Computed(
         losses,
@@ -136,7 +134,7 @@ def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, group:
         _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
         _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
     )
-    _save(computed, _computed_path(run_directory, group.rank))
+    _save(computed, _computed_path(run_directory, world.rank))
 
 
 def _save(computed: _Computed, path: Path) -> None:
@@ -194,7 +192,8 @@ def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> Ve
     """Train in this process, compare with what the ranks kept, write the report to its file and return it."""
     device = use_device(torch.device(device_of(config)))
     compute_reproducibly(device)
-    expected = _reference(build_setup(config), iterations, device, reference_directory(run_directory))
+    setup = build_setup(config)
+    expected = _reference(setup, iterations, device, reference_directory(run_directory))
     found = _load(run_directory, config.num_ranks)
     comparisons = {
         "loss": compare(_as_tensors(found.losses), _as_tensors(expected.losses)),
@@ -207,7 +206,7 @@ def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> Ve
         equal=not any(item.num_different for item in comparisons.values()),
         max_abs_difference={name: item.max_abs_difference for name, item in comparisons.items()},
         schedule=config.pipeline.schedule,
-        synchronous=_programs(config).synchronous,
+        synchronous=setup.plan.synchronous,
         num_ranks=config.num_ranks,
         iterations=iterations,
         comparisons=comparisons,
@@ -216,27 +215,12 @@ def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> Ve
     return report
 
 
-def _programs(config: RunConfig) -> ProgramBuilder:
-    options = dict(config.schedule_options)
-    macrobatch = options.pop("microbatches_per_update", None) is not None
-    return ProgramBuilder(
-        config.pipeline.schedule,
-        config.num_ranks,
-        0,
-        config.num_microbatches,
-        stages_per_rank=config.pipeline.stages_per_rank,
-        macrobatch=macrobatch,
-        options=options,
-    )
-
-
 def _reference(setup: Setup, iterations: int, device: torch.device, directory: Path) -> _Computed:
-    config = setup.config
-    programs = _programs(config)
+    config, plan = setup.config, setup.plan
     reference = Reference(
         setup.chain,
         setup.optimizer,
-        partition=setup.partition,
+        partition=plan.cut,
         seed=config.seed,
         clip_grad_norm=config.optimizer.clip_grad_norm,
         learning_rate=setup.learning_rate,
@@ -249,14 +233,14 @@ def _reference(setup: Setup, iterations: int, device: torch.device, directory: P
         for rows in microbatch_rows(batch.num_samples, size)
     ]
     results: list[ReferenceResult] = []
-    if programs.synchronous:
+    if plan.synchronous:
         for start in range(0, len(microbatches), size):
             results.append(reference.train_batch(microbatches[start : start + size]))
             _tell(
                 progress_path(directory), len(results), iterations, math.fsum(results[-1].batch_parts(size)[0].values())
             )
     else:
-        usage = weight_usage(programs.schedule(iterations))
+        usage = weight_usage(plan.build(iterations))
         results.append(reference.train_asynchronous(microbatches, usage, size))
     return _Computed(
         [parts for result in results for parts in result.batch_parts(size)],

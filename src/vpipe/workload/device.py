@@ -1,4 +1,4 @@
-"""Where the ranks of a run compute."""
+"""Where the ranks of a run compute, and how they come together."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import torch
 
 from vpipe.config import RunConfig
+from vpipe.runtime.comm.world import World
 
-__all__ = ["compute_reproducibly", "device_of"]
+__all__ = ["compute_reproducibly", "device_of", "join_world"]
 
 
 def device_of(config: RunConfig) -> str:
@@ -24,6 +25,21 @@ def device_of(config: RunConfig) -> str:
     if kind == "cuda" and rank < len(launch.machines):
         return f"cuda:{launch.machines[rank].partition(':')[2]}"
     return kind
+
+
+def join_world(config: RunConfig) -> World:
+    """Join the ranks of the run, as its configuration says.
+
+    Raises:
+        ConfigError, LaunchError, PeerLostError: as `World.join`.
+    """
+    launch = config.launch
+    return World.join(
+        device=device_of(config),
+        timeout_seconds=launch.timeout_seconds,
+        shared_memory=launch.shared_memory,
+        backend=launch.distributed_backend,
+    )
 
 
 def compute_reproducibly(device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vpipe.data.source import BatchSource
 from vpipe.runtime.comm.agreement import agree, checksum
-from vpipe.runtime.comm.process_group import ProcessGroup
+from vpipe.runtime.comm.world import World
 from vpipe.workload.setup import Setup
 
 __all__ = ["agree_on_data"]
@@ -12,8 +12,8 @@ __all__ = ["agree_on_data"]
 _NUM_SAMPLES = 4
 
 
-def agree_on_data(setup: Setup, group: ProcessGroup) -> None:
-    """Check that all ranks of `group` got the same first samples from a user's function, in all fields; collective.
+def agree_on_data(setup: Setup, world: World) -> None:
+    """Check that all ranks of `world` got the same first samples from a user's function, in all fields; collective.
 
     What VPipe prepared or draws itself needs no check.
 
@@ -29,7 +29,7 @@ def agree_on_data(setup: Setup, group: ProcessGroup) -> None:
         if source is not None
         for name, description in _describe(source).items()
     }
-    agree(facts, group.control)
+    agree(facts, world)
 
 
 def _describe(source: BatchSource) -> dict[str, str]:

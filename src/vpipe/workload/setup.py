@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from vpipe.config import RunConfig
 from vpipe.config.entry import load_entry
+from vpipe.config.planning.to_plan import to_plan
 from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations
 from vpipe.data.bert.dataset import BertDataset, open_bert
 from vpipe.data.bert.meta import Split
@@ -23,9 +25,10 @@ from vpipe.errors import ConfigError, DataError, PlanError
 from vpipe.model.chain import Chain
 from vpipe.model.rng import seeding_user_code
 from vpipe.model.zoo import build_chain
-from vpipe.plan.partition import Partition
-from vpipe.runtime.assembly import resolve_partition
+from vpipe.plan.plan import Plan
+from vpipe.runtime.arguments import Memory, Update
 from vpipe.runtime.batch import Batch
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Hooks, Pipeline
 from vpipe.workload.lr import learning_rate
 from vpipe.workload.optim import build_optimizer
@@ -74,10 +77,14 @@ class Setup:
         """Return the learning rate after `iteration` iterations."""
         return learning_rate(self.config.optimizer, iteration, self.total_iterations, self.iterations_per_epoch)
 
-    @property
-    def partition(self) -> Partition:
-        """Return the blocks of each stage."""
-        return resolve_partition(self.config.plan.partition, self.chain, self.config.num_stages)
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the run, closed.
+
+        Raises:
+            PlanError: the partition does not fit the model or the number of stages.
+        """
+        return to_plan(self.config).resolve(self.chain, self.config)
 
     @property
     def evaluates(self) -> bool:
@@ -192,34 +199,16 @@ def _open_custom(config: RunConfig, split: Split) -> BatchSource | None:
         return open_source(data.entry, split, options=data.options)
 
 
-def build_training_pipeline(setup: Setup, device: torch.device, hooks: Hooks) -> Pipeline:
+def build_training_pipeline(setup: Setup, world: World, hooks: Hooks) -> Pipeline:
     """Build this rank's part of the pipeline that the configuration describes; collective."""
-    pipeline, plan = setup.config.pipeline, setup.config.plan
+    config = setup.config
     return Pipeline(
-        setup.chain,
+        setup.chain.with_field_specs(setup.source.fields),
+        plan=setup.plan,
         optimizer=setup.optimizer,
-        schedule=pipeline.schedule,
-        num_microbatches=setup.config.num_microbatches,
-        partition=setup.partition,
-        stages_per_rank=pipeline.stages_per_rank,
-        recompute_ratio=setup.config.recompute_ratios,
-        policies=plan.policies,
-        recompute_ahead=plan.recompute_ahead,
-        swap_versions=plan.swap_versions or False,
-        swap_directory=plan.swap_directory,
-        memory_limit_bytes=plan.memory_limit,
-        recompute="except_last" if pipeline.recompute == "except_last" else "always",
-        depths=pipeline.stage_to_depth_map,
-        macrobatch=pipeline.macrobatch,
-        vertical_sync=pipeline.vertical_sync,
-        memory_limit=pipeline.memory_limit_microbatches,
-        rank_times={str(name): times for name, times in pipeline.rank_times.items()},
-        clip_grad_norm=setup.config.optimizer.clip_grad_norm,
-        learning_rate=setup.learning_rate,
-        seed=setup.config.seed,
-        device=device,
-        field_specs=setup.source.fields,
-        shared_memory=setup.config.launch.shared_memory,
+        update=Update(config.optimizer.clip_grad_norm, setup.learning_rate),
+        memory=Memory(config.plan.memory_limit, swap_directory=config.plan.swap_directory),
+        world=world,
+        seed=config.seed,
         hooks=hooks,
-        timeout_seconds=setup.config.launch.timeout_seconds,
     )

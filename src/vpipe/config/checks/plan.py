@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from vpipe.config.fields import show
 from vpipe.config.problems import Problem
 from vpipe.config.run import RunConfig
+from vpipe.plan.recipe import BESIDES, OPTIONS
 from vpipe.schedule.csv_file import is_csv_file
+from vpipe.schedule.registry import find_entry
 
 __all__ = ["check_planning"]
 
-_OF_ONE_SCHEDULE = ("macrobatch", "vertical_sync", "memory_limit_microbatches", "rank_times")
+_OF_ONE_SCHEDULE = tuple(option.key for option in OPTIONS if option.builder not in find_entry("1f1b").options)
 
 
 def check_planning(run: RunConfig) -> Iterator[Problem]:
     """Check the keys of `plan`, and what they need of others."""
     yield from _check_policies(run)
-    yield from _check_stages(run, "recompute_ahead", run.plan.recompute_ahead)
-    yield from _check_stages(run, "swap_versions", run.plan.swap_versions)
+    for name in BESIDES:
+        yield from _check_stages(run, name, getattr(run.plan, name))
     yield from _check_limit(run)
     yield from _check_schedule(run)
     yield from _check_predicted(run)

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from vpipe.config.checks.model import check_family
 from vpipe.config.checks.plan import check_planning
 from vpipe.config.fields import show
+from vpipe.config.planning.to_plan import to_recipe
 from vpipe.config.problems import Problem
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import ModelConfig
 from vpipe.errors import ScheduleError
 from vpipe.plan.partition import check_partition
 from vpipe.plan.policy import check_ratios
+from vpipe.plan.recipe import OPTIONS
 from vpipe.schedule.csv_file import check_csv_run, is_csv_file
-from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry, known_entry
+from vpipe.schedule.registry import SCHEDULES, find_entry, known_entry
 from vpipe.words.near import did_you_mean
 
 __all__ = ["check_config", "is_synchronous"]
@@ -45,20 +47,14 @@ def _check_schedule(run: RunConfig) -> Iterator[Problem]:
     entry = known_entry(pipeline.schedule)
     if entry is None:
         return
-    wanted = {
-        "macrobatch": ("microbatches_per_update", pipeline.macrobatch),
-        "vertical_sync": ("vertical_sync", pipeline.vertical_sync),
-        "stage_to_depth_map": ("depths", pipeline.stage_to_depth_map is not None),
-        "memory_limit_microbatches": ("memory_limit", pipeline.memory_limit_microbatches is not None),
-        "rank_times": ("forward", bool(pipeline.rank_times)),
-    }
-    for key, (option, given) in wanted.items():
-        if given and option not in entry.options:
-            able = " or ".join(name for name, other in SCHEDULES.items() if option in other.options)
-            value = show(getattr(pipeline, key))
+    for option in OPTIONS:
+        value = getattr(pipeline, option.key)
+        if value and option.builder not in entry.options:
+            able = " or ".join(name for name, other in SCHEDULES.items() if option.builder in other.options)
             yield Problem(
-                (f"pipeline.{key}", "pipeline.schedule"),
-                f"pipeline.{key} = {value} needs pipeline.schedule = {able}, not {show(pipeline.schedule)}",
+                (f"pipeline.{option.key}", "pipeline.schedule"),
+                f"pipeline.{option.key} = {show(value)} needs pipeline.schedule = {able}, not "
+                f"{show(pipeline.schedule)}",
             )
 
 
@@ -83,16 +79,9 @@ def _check_flow(run: RunConfig) -> Iterator[Problem]:
     if any(problem for check in known for problem in check(run)):
         return
     try:
-        build_schedule(
-            pipeline.schedule,
-            run.num_ranks,
-            count,
-            stages_per_rank=pipeline.stages_per_rank,
-            **run.schedule_options,
-        )
+        to_recipe(run).bare().build()
     except ScheduleError as error:
-        keys = ["schedule", "num_ranks", "stages_per_rank", "num_microbatches", "stage_to_depth_map"]
-        keys += ["memory_limit_microbatches", "rank_times"]
+        keys = ["schedule", "num_ranks", "stages_per_rank", "num_microbatches", *(option.key for option in OPTIONS)]
         yield Problem(tuple(f"pipeline.{key}" for key in keys), f"pipeline: {error}")
 
 

@@ -10,22 +10,15 @@ from typing import Any, TypeGuard
 from vpipe.config.fields import show
 from vpipe.config.text import parse_json, read_text
 from vpipe.errors import ConfigError
+from vpipe.plan.plan_file import DERIVED_KEYS, PLAN_KEYS
+from vpipe.plan.recipe import BESIDES, OPTIONS
 from vpipe.words.near import did_you_mean
 
 __all__ = ["PartitionFile", "StageMaps", "read_partition_file", "read_stage_maps"]
 
 
-_PLAN_KEYS = (
-    *("schedule", "num_microbatches", "microbatch_size", "stages_per_rank", "stage_to_depth_map"),
-    *("macrobatch", "vertical_sync", "policies", "recompute_ahead", "swap_versions", "predicted"),
-)
-"""What a plan says beside the original's keys, all of which a run takes."""
-_DERIVED_KEYS = (
-    *("synchronous", "depths", "stages", "cuts", "fingerprint", "profile"),
-    *("bottleneck", "alternatives", "smallest_limits"),
-)
-"""What follows from the others, for people and tools."""
-_SAME_NAME = ("schedule", "num_microbatches", "stages_per_rank", "stage_to_depth_map", "macrobatch", "vertical_sync")
+_PER_STAGE = tuple(option.key for option in OPTIONS if option.per_stage)
+_SAME_NAME = ("schedule", "num_microbatches", "stages_per_rank", *(option.key for option in OPTIONS))
 
 
 @dataclass(frozen=True)
@@ -38,8 +31,9 @@ class PartitionFile:
     partition: list[int]
     recompute_ratio: list[float] | None
     policies: Any = None
-    recompute_ahead: Any = None
-    swap_versions: Any = None
+    recompute: Any = None
+    besides: Mapping[str, Any] = field(default_factory=dict)
+    """What stages do besides, by the name of the key in the section `plan`."""
     run: Mapping[str, Any] = field(default_factory=dict)
     """Of a plan, what it says of the run's other keys, by 'section.key', unchecked."""
     predicted: Any = None
@@ -51,7 +45,8 @@ class StageMaps:
 
     num_stages: int | None
     num_ranks: int | None
-    depths: Any
+    options: Mapping[str, Any]
+    """What it lists by stage beside them, by the key of the section `pipeline`."""
 
 
 def read_partition_file(path: Path) -> PartitionFile:
@@ -62,7 +57,7 @@ def read_partition_file(path: Path) -> PartitionFile:
     Raises:
         ConfigError: the file is missing or is not of this form; the message has a line per mistake.
     """
-    content = _read_object(path, ("partition", "recompute_ratio"), ignored=(*_PLAN_KEYS, *_DERIVED_KEYS))
+    content = _read_object(path, ("partition", "recompute_ratio"), ignored=(*PLAN_KEYS, *DERIVED_KEYS))
     partition, ratios = content.get("partition"), content.get("recompute_ratio")
     if "partition" not in content:
         raise ConfigError(f"{path}: has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]")
@@ -70,8 +65,9 @@ def read_partition_file(path: Path) -> PartitionFile:
         raise ConfigError(
             f"{path}: partition = {show(partition)} is not a list with a whole number of at least 1 per stage"
         )
+    besides = {name: content[name] for name in BESIDES if content.get(name) is not None}
     more = (
-        *(content.get("policies"), content.get("recompute_ahead"), content.get("swap_versions")),
+        *(content.get("policies"), content.get("recompute"), besides),
         *(_run_keys(content, len(partition)), content.get("predicted")),
     )
     if ratios is None:
@@ -99,14 +95,14 @@ def _run_keys(content: Mapping[str, Any], num_stages: int) -> dict[str, Any]:
 
 
 def read_stage_maps(path: Path) -> StageMaps:
-    """Read the original's ``{"module_to_stage_map": ..., "stage_to_rank_map": ..., "stage_to_depth_map": ...}``.
+    """Read the original's maps: ``{"module_to_stage_map": ..., "stage_to_rank_map": ...}`` and options of each stage.
 
     Modules are the entries of the partition and, after them, the loss.
 
     Raises:
         ConfigError: the file is missing, of another form, or asks for what VPipe does not have yet.
     """
-    content = _read_object(path, ("module_to_stage_map", "stage_to_rank_map", "stage_to_depth_map", "mp_size"))
+    content = _read_object(path, ("module_to_stage_map", "stage_to_rank_map", *_PER_STAGE, "mp_size"))
     if content.get("mp_size", 1) != 1:
         raise ConfigError(
             f"{path}: mp_size = {show(content['mp_size'])}: tensor parallelism is not supported yet; use 1"
@@ -121,7 +117,8 @@ def read_stage_maps(path: Path) -> StageMaps:
                 f"{path}: module_to_stage_map has {num_stages} stages and stage_to_rank_map has {rank_stages}"
             )
         num_stages = rank_stages
-    return StageMaps(num_stages, num_ranks, content.get("stage_to_depth_map"))
+    options = {key: content[key] for key in _PER_STAGE if content.get(key) is not None}
+    return StageMaps(num_stages, num_ranks, options)
 
 
 def _count_module_stages(path: Path, modules: Any) -> int:

@@ -5,7 +5,7 @@
 - `sync_mode`: asp is pipedream, and the minibatch flows whole (one microbatch); bsp is 1f1b. `schedule` overrules it.
 - `directory`, `module`, `model_type`: 'bert' with 'vgpus=N' is BERT-large (24 layers, 49 blocks) trained by LAMB, as
   there; a `model:` or `optimizer:` section beside overrules it. Files are looked up under `directory`.
-- `config_file`: its stage maps give the number of ranks and the depths.
+- `config_file`: its stage maps give the number of ranks, and what it lists by stage.
 - `learning_rate_policy`: step alone steps as there, to a tenth every 30 epochs.
 - `recompute`: see `PipelineConfig.recompute`; there it did nothing, and the ratios counted alone.
 """
@@ -57,7 +57,7 @@ MEANT: dict[str, str] = {
     "directory": "names the model; folder of `partition` and `config_file`",
     "module": "names the model",
     "model_type": "model.type, data.type",
-    "config_file": "pipeline.num_ranks, pipeline.stages_per_rank, pipeline.stage_to_depth_map",
+    "config_file": "pipeline.num_ranks, pipeline.stages_per_rank, and what it lists by stage",
     "sync_mode": "pipeline.schedule: asp is pipedream, bsp is 1f1b",
     "no_input_pipelining": "pipeline.schedule: true is naive",
     "container": "ignored: ranks run where vpipe runs",
@@ -163,7 +163,7 @@ def _translate_schedule(flat: Mapping[str, Any], result: Translation) -> None:
 
 
 def _translate_stage_maps(flat: Mapping[str, Any], folder: Path, result: Translation) -> None:
-    """Take ranks, stages and depths from the stage maps of `config_file`."""
+    """Take ranks, stages and what is listed by stage from the maps of `config_file`."""
     name = flat.get("config_file")
     if name is None:
         return
@@ -178,9 +178,9 @@ def _translate_stage_maps(flat: Mapping[str, Any], folder: Path, result: Transla
     if num_ranks is not None and maps.num_stages is not None:
         result.settings.setdefault("pipeline.num_ranks", (num_ranks, "config_file"))
         result.settings["pipeline.stages_per_rank"] = (maps.num_stages // num_ranks, "config_file")
-    if maps.depths is not None:
-        result.settings["pipeline.stage_to_depth_map"] = (maps.depths, "config_file")
-        result.origins["pipeline.stage_to_depth_map"] = "stage_to_depth_map"
+    for key, value in maps.options.items():
+        result.settings[f"pipeline.{key}"] = (value, "config_file")
+        result.origins[f"pipeline.{key}"] = key
 
 
 def _find(name: str, directory: object, folder: Path) -> Path:

@@ -242,7 +242,13 @@ def simulator_costs(
         weights = sum(block.parameter_bytes for block, _ in inside)
         times["move_versions"].append(host_ms(profile.host, weights) / 2)
     return Costs(
-        **{name: tuple(values) for name, values in times.items()},
+        forward=tuple(times["forward"]),
+        input_grad=tuple(times["input_grad"]),
+        weight_grad=tuple(times["weight_grad"]),
+        step=tuple(times["step"]),
+        recompute=tuple(times["recompute"]),
+        move=tuple(times["move"]),
+        move_versions=tuple(times["move_versions"]),
         latency=profile.link.latency_ms,
         bandwidth=profile.link.bytes_per_ms or math.inf,
         message_bytes=tuple(float(blocks[stop - 1].output_bytes) for _, stop in partition.ranges),

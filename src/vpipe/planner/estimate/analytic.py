@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vpipe.errors import PlanError
-from vpipe.planner.estimate.devices import LINKS, Device, Link
+from vpipe.planner.estimate.devices import LINKS, Device, LinkSpec
 from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile, SizeProfile
 
 __all__ = ["BlockWork", "Machine", "ModelWork", "Operation", "Precision", "analytic_profile", "operation_ms"]
@@ -105,7 +105,7 @@ class Machine:
     """Ranks of one or several equal devices, and what connects them."""
 
     device: Device
-    link: Link
+    link: LinkSpec
     """Between ranks."""
     precision: Precision
     devices_per_rank: int = 1

@@ -21,7 +21,7 @@ from typing import Any
 from vpipe.errors import PlanError
 from vpipe.words.near import did_you_mean
 
-__all__ = ["DEVICES", "LINKS", "Device", "Link", "find_device", "find_link"]
+__all__ = ["DEVICES", "LINKS", "Device", "LinkSpec", "find_device", "find_link"]
 
 _GIB = 1 << 30
 _USUAL_FRACTION = 0.6
@@ -52,7 +52,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkSpec:
     """A connection between devices, in one direction."""
 
     name: str
@@ -62,20 +62,20 @@ class Link:
     source: str = ""
 
 
-LINKS: dict[str, Link] = {
+LINKS: dict[str, LinkSpec] = {
     link.name: link
     for link in (
-        Link("nvlink2", 10.0, 120.0, "V100: 150 GB/s, of which 0.8 is taken to be reached"),
-        Link("nvlink3", 10.0, 240.0, "A100: 300 GB/s, of which 0.8 is taken to be reached"),
-        Link("nvlink4", 10.0, 360.0, "H100 and H200: 450 GB/s, of which 0.8 is taken to be reached"),
-        Link("pcie3", 10.0, 12.0, "16 lanes: 16 GB/s, of which 0.75 is taken to be reached"),
-        Link("pcie4", 10.0, 24.0, "16 lanes: 32 GB/s, of which 0.75 is taken to be reached"),
-        Link("infiniband-edr", 5.0, 11.0, "100 Gb/s, of which 0.9 is taken to be reached"),
-        Link("infiniband-hdr", 5.0, 22.5, "200 Gb/s, of which 0.9 is taken to be reached"),
-        Link("infiniband-ndr", 5.0, 45.0, "400 Gb/s, of which 0.9 is taken to be reached"),
-        Link("ethernet-10g", 50.0, 1.1, "10 Gb/s, of which 0.9 is taken to be reached, over TCP"),
-        Link("ethernet-25g", 50.0, 2.8, "25 Gb/s, of which 0.9 is taken to be reached, over TCP"),
-        Link("ethernet-100g", 30.0, 11.0, "100 Gb/s, of which 0.9 is taken to be reached"),
+        LinkSpec("nvlink2", 10.0, 120.0, "V100: 150 GB/s, of which 0.8 is taken to be reached"),
+        LinkSpec("nvlink3", 10.0, 240.0, "A100: 300 GB/s, of which 0.8 is taken to be reached"),
+        LinkSpec("nvlink4", 10.0, 360.0, "H100 and H200: 450 GB/s, of which 0.8 is taken to be reached"),
+        LinkSpec("pcie3", 10.0, 12.0, "16 lanes: 16 GB/s, of which 0.75 is taken to be reached"),
+        LinkSpec("pcie4", 10.0, 24.0, "16 lanes: 32 GB/s, of which 0.75 is taken to be reached"),
+        LinkSpec("infiniband-edr", 5.0, 11.0, "100 Gb/s, of which 0.9 is taken to be reached"),
+        LinkSpec("infiniband-hdr", 5.0, 22.5, "200 Gb/s, of which 0.9 is taken to be reached"),
+        LinkSpec("infiniband-ndr", 5.0, 45.0, "400 Gb/s, of which 0.9 is taken to be reached"),
+        LinkSpec("ethernet-10g", 50.0, 1.1, "10 Gb/s, of which 0.9 is taken to be reached, over TCP"),
+        LinkSpec("ethernet-25g", 50.0, 2.8, "25 Gb/s, of which 0.9 is taken to be reached, over TCP"),
+        LinkSpec("ethernet-100g", 30.0, 11.0, "100 Gb/s, of which 0.9 is taken to be reached"),
     )
 }
 
@@ -145,7 +145,7 @@ def find_device(name: str) -> Device:
     )
 
 
-def find_link(text: str) -> Link:
+def find_link(text: str) -> LinkSpec:
     """Return a link of the table, or one written as ``5us,25GB/s``: latency, then bandwidth in one direction.
 
     Raises:
@@ -163,7 +163,7 @@ def find_link(text: str) -> Link:
             f"unknown link '{text}'{did_you_mean(text, LINKS)}; known are {', '.join(LINKS)}, or write latency and "
             "bandwidth, e.g. 5us,25GB/s"
         )
-    return Link(text.strip(), *numbers)
+    return LinkSpec(text.strip(), *numbers)
 
 
 def _read_device(path: Path) -> Device:

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import Recipe
 from vpipe.planner.estimate.analytic import BlockWork, Machine, ModelWork, analytic_profile, operation_ms
 from vpipe.planner.estimate.screen import Screened, find_promising_plan
+from vpipe.planner.search.candidate import Candidate, arrange
 from vpipe.planner.search.search import Outcome, Request, find_plan
-from vpipe.planner.search.situation import Plan, arrange
 from vpipe.schedule.action import Kind
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate.idle import CAUSES, idle_times
@@ -53,7 +53,7 @@ class Estimate:
     """Which settings were planned, where not all were."""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Candidate:
         """The plan with the least time."""
         return self.outcome.best
 
@@ -107,7 +107,7 @@ def estimate(
     memory_limit: int | Sequence[int],
     policies: Sequence[Policy] = tuple(Policy),
     stages_per_rank: int | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Recipe | None = None,
 ) -> Estimate:
     """Find the plan with the least time per sample on a machine.
 
@@ -134,7 +134,7 @@ def estimate(
         num_microbatches=[batch_size // size for size in model.sizes],
         limits=[memory_limit] if isinstance(memory_limit, int) else memory_limit,
         stages_per_rank=stages_per_rank,
-        options=options or {},
+        options=options or Recipe(),
         is_eager=False,
         policies=policies,
     )
@@ -149,7 +149,7 @@ def estimate(
     return Estimate(model, machine, outcome, unlimited, screened)
 
 
-def step_shares(plan: Plan, works: Sequence[BlockWork], machine: Machine) -> dict[str, float]:
+def step_shares(plan: Candidate, works: Sequence[BlockWork], machine: Machine) -> dict[str, float]:
     """Return the shares of all ranks' time that go into each of `SHARES`; together they are 1."""
     setting, costs = plan.setting, plan.costs
     count, num_ranks = setting.num_microbatches, setting.num_ranks
@@ -169,7 +169,7 @@ def step_shares(plan: Plan, works: Sequence[BlockWork], machine: Machine) -> dic
     return {kind: time / total for kind, time in spent.items()}
 
 
-def _batches(plan: Plan) -> tuple[Schedule, Schedule | None]:
+def _batches(plan: Candidate) -> tuple[Schedule, Schedule | None]:
     """Return the schedule of a batch; of an asynchronous plan, one until it is steady, and one of a batch more."""
     setting = plan.setting
     if setting.synchronous:
@@ -195,7 +195,7 @@ def _kinds_ms(work: BlockWork, machine: Machine) -> dict[str, float]:
     return times | {"exchange": exchanged}
 
 
-def _idle_causes(plan: Plan, schedule: Schedule, later: Schedule | None) -> Mapping[str, float]:
+def _idle_causes(plan: Candidate, schedule: Schedule, later: Schedule | None) -> Mapping[str, float]:
     """Return how the idle time divides: of an asynchronous plan, what a batch more adds to it."""
     if sum(map(len, (later or schedule).orders)) > _MAX_EXPLAINED:
         return {"waiting": 1.0}
@@ -207,7 +207,7 @@ def _idle_causes(plan: Plan, schedule: Schedule, later: Schedule | None) -> Mapp
     return {cause: time / whole for cause, time in times.items()} if whole else {"imbalance": 1.0}
 
 
-def _idle_ms(plan: Plan, schedule: Schedule) -> dict[str, float]:
+def _idle_ms(plan: Candidate, schedule: Schedule) -> dict[str, float]:
     ranks = idle_times(simulate(schedule, plan.costs))
     return {cause: math.fsum(rank[cause] for rank in ranks) for cause in CAUSES}
 

@@ -13,8 +13,8 @@ from itertools import product
 
 from vpipe.errors import PlanError, ScheduleError
 from vpipe.plan.partition import Partition
+from vpipe.planner.search.candidate import Candidate
 from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition
-from vpipe.planner.search.situation import Plan
 from vpipe.schedule.placement import Placement
 from vpipe.schedule.registry import build_schedule
 
@@ -96,6 +96,6 @@ def _try(request: Request, name: str, count: int) -> tuple[bool, float] | None:
     return not plan.fits(request.usable_limits), step_ms / request.batch_size
 
 
-def _busiest_ms(plan: Plan, placement: Placement) -> float:
+def _busiest_ms(plan: Candidate, placement: Placement) -> float:
     """Return the time that the busiest rank takes for a microbatch."""
     return max(sum(plan.stage_ms[stage] for stage in placement.stages_of(rank)) for rank in range(placement.num_ranks))

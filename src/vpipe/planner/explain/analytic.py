@@ -12,7 +12,7 @@ from vpipe.planner.cost.memory import each_bytes
 from vpipe.planner.estimate.accuracy import COMPARED
 from vpipe.planner.estimate.analytic import Machine, ModelWork
 from vpipe.planner.estimate.estimate import SHARES, Estimate
-from vpipe.planner.search.plan_file import plan_to_dict
+from vpipe.planner.search.outcome_file import candidate_to_dict
 from vpipe.words.table import format_table
 from vpipe.words.units import format_bytes
 
@@ -237,7 +237,7 @@ def accuracy_line(found: Estimate) -> str:
     setting, device = found.plan.setting, found.machine.device.name
     lacking = {
         f"on {device}": device not in COMPARED.devices,
-        "with swapping": Policy.SWAP in found.plan.policies or bool(setting.swap_versions),
+        "with swapping": Policy.SWAP in found.plan.policies or bool(setting.moving),
         "with updates between microbatches": not setting.synchronous,
     }
     none = [words for words, is_lacking in lacking.items() if is_lacking]
@@ -276,10 +276,10 @@ def _limit_lines(found: Estimate) -> list[str]:
 
 
 def estimate_to_dict(found: Estimate) -> dict[str, Any]:
-    """Return an estimate for JSON: what `plan_to_dict` has, and `estimate` beside it."""
+    """Return an estimate for JSON: what a plan file has, and `estimate` beside it."""
     model, machine = found.model, found.machine
     device, link, precision = machine.device, machine.link, machine.precision
-    content = plan_to_dict(found.plan, found.outcome.request.profile, found.outcome.lower_bound_ms)
+    content = candidate_to_dict(found.plan, found.outcome.request.profile, found.outcome.lower_bound_ms)
     content["estimate"] = {
         "model": model.name,
         "num_parameters": model.num_parameters,

@@ -10,8 +10,8 @@ from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import host_ms, speeds_of
 from vpipe.planner.cost.memory import RankMemory
 from vpipe.planner.profile.profile import BlockProfile, Profile
+from vpipe.planner.search.candidate import Candidate
 from vpipe.planner.search.search import Outcome, Request
-from vpipe.planner.search.situation import Plan
 from vpipe.schedule.memory import stage_activations
 from vpipe.words.table import format_table
 from vpipe.words.units import format_bytes
@@ -37,7 +37,7 @@ def explain_lines(outcome: Outcome) -> list[str]:
     ]
 
 
-def plan_lines(request: Request, plan: Plan) -> list[str]:
+def plan_lines(request: Request, plan: Candidate) -> list[str]:
     """Describe one plan: its time, its stages, its memory, its busiest stage."""
     rate = 1000 / plan.sample_ms if plan.sample_ms else math.inf
     return [
@@ -64,7 +64,7 @@ def brief_lines(outcome: Outcome) -> list[str]:
     return [*plan_lines(outcome.request, best), *others]
 
 
-def compare_lines(outcome: Outcome, plan: Plan, name: str) -> list[str]:
+def compare_lines(outcome: Outcome, plan: Candidate, name: str) -> list[str]:
     """Say what the planner would change in a plan given by hand, and what it would gain."""
     best, limits = outcome.best, outcome.request.rank_limits
     lines = [f"{name}: {list(plan.partition)}, {plan.step_ms:.4g} ms per step ({plan.setting.describe()})"]
@@ -80,7 +80,7 @@ def compare_lines(outcome: Outcome, plan: Plan, name: str) -> list[str]:
     return [*lines, f"  {why}the planner would {'; '.join(changes)}: {_versus(best, plan)}"]
 
 
-def _changes(plan: Plan, best: Plan) -> list[str]:
+def _changes(plan: Candidate, best: Candidate) -> list[str]:
     changes = []
     if plan.setting != best.setting:
         changes.append(f"run {best.setting.describe()}")
@@ -95,7 +95,7 @@ def _changes(plan: Plan, best: Plan) -> list[str]:
     return changes
 
 
-def _versus(plan: Plan, other: Plan) -> str:
+def _versus(plan: Candidate, other: Candidate) -> str:
     """Say how much faster or slower `plan` is than `other`: by how much the slower of both takes longer."""
     slow, fast = max(plan.sample_ms, other.sample_ms), min(plan.sample_ms, other.sample_ms)
     words = "faster" if plan.sample_ms <= other.sample_ms else "slower"
@@ -111,7 +111,7 @@ def _percent(share: float) -> str:
     return f"{share:.1%}".replace("-0.0%", "0.0%")
 
 
-def _stage_table(request: Request, plan: Plan) -> list[str]:
+def _stage_table(request: Request, plan: Candidate) -> list[str]:
     blocks = request.profile.at(plan.setting.microbatch_size).blocks
     placement = plan.setting.build().placement
     rows = [["stage", "rank", "blocks", "", "forward", "backward", "busy", "in flight", "activations"]]
@@ -141,7 +141,7 @@ def _names(blocks: Sequence[BlockProfile]) -> str:
     return blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} to {blocks[-1].name}"
 
 
-def _policy_words(request: Request, plan: Plan, stage: int, rank: int, start: int, stop: int) -> str:
+def _policy_words(request: Request, plan: Candidate, stage: int, rank: int, start: int, stop: int) -> str:
     """Say what is kept, recomputed and swapped, and what that costs for each microbatch."""
     profile, own = request.profile, plan.policies[start:stop]
     words = []
@@ -162,7 +162,7 @@ def _policy_words(request: Request, plan: Plan, stage: int, rank: int, start: in
             if is_moving
             else f"{len(away)} to swap, but too few are in flight: kept"
         )
-    if stage in plan.setting.swap_versions:
+    if stage in plan.setting.moving:
         weights = sum(block.parameter_bytes for block in profile.sizes[0].blocks[start:stop])
         words.append(f"older weights swapped ({_swap_words(profile, weights)})")
     return ", ".join(words)
@@ -175,7 +175,7 @@ def _swap_words(profile: Profile, num_bytes: float, handling: float = 0.0) -> st
     return (f"{lost:.4g} ms, and " if lost else "") + f"{copying:.4g} ms on the host link"
 
 
-def _memory_table(plan: Plan, limits: Sequence[float]) -> list[str]:
+def _memory_table(plan: Candidate, limits: Sequence[float]) -> list[str]:
     kinds = [item.name for item in fields(RankMemory)]
     rows = [["rank", *kinds, "total", "of limit" if any(map(math.isfinite, limits)) else ""]]
     for rank, (memory, limit) in enumerate(zip(plan.memory, limits, strict=True)):
@@ -185,7 +185,7 @@ def _memory_table(plan: Plan, limits: Sequence[float]) -> list[str]:
     return format_table(rows, left=set())
 
 
-def _bottleneck_line(request: Request, plan: Plan) -> str:
+def _bottleneck_line(request: Request, plan: Candidate) -> str:
     busy, speeds = plan.busy_ms, request.profile.rank_speeds
     stage = max(range(len(busy)), key=busy.__getitem__)
     rank = plan.setting.build().rank_of(stage)
@@ -197,7 +197,7 @@ def _bottleneck_line(request: Request, plan: Plan) -> str:
 
 def _alternative_lines(outcome: Outcome) -> list[str]:
     rows = [["instead", "partition", "ms/step", "ms/sample", "slower by", ""]]
-    others: list[tuple[str, Plan]] = [("next best", plan) for plan in outcome.ranked[1:2]]
+    others: list[tuple[str, Candidate]] = [("next best", plan) for plan in outcome.ranked[1:2]]
     for name, plan in [*others, *outcome.naive.items()]:
         over = [rank for rank, limit in enumerate(outcome.request.usable_limits) if plan.memory[rank].most > limit]
         notes = [f"does not fit rank {over[0]}: {format_bytes(plan.memory[over[0]].most)}"] if over else []

@@ -8,7 +8,8 @@ from vpipe.errors import PlanError
 from vpipe.plan.partition import Partition
 from vpipe.plan.policy import Policy
 from vpipe.planner.cut.candidates import naive_cuts
-from vpipe.planner.search.situation import Plan, Situation
+from vpipe.planner.search.candidate import Candidate
+from vpipe.planner.search.situation import Situation
 
 __all__ = ["Given", "cut_each", "judge_cut", "policies_of"]
 
@@ -46,7 +47,7 @@ def cut_each(
 
 def judge_cut(
     situation: Situation, partition: Sequence[int], policies: Sequence[Policy], ahead: Collection[int] | None
-) -> Plan:
+) -> Candidate:
     """Simulate a cut; None lets those stages recompute ahead of the gradient that gain by it and have the memory."""
     plan = situation.judge(situation.draft(partition, policies, ahead or ()))
-    return situation.recompute_ahead(plan) if ahead is None else plan
+    return situation.recompute_earlier(plan) if ahead is None else plan

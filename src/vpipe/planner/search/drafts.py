@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from vpipe.plan.partition import Partition
 from vpipe.plan.policy import Policy
 from vpipe.planner.cut.candidates import candidate_cuts, exchanges, neighbours
+from vpipe.planner.search.candidate import Candidate
 from vpipe.planner.search.shared_cuts import fast_cuts, shared_policies
-from vpipe.planner.search.situation import Plan, Situation
+from vpipe.planner.search.situation import Situation
 
 __all__ = ["MAX_ACTIONS", "best_policies", "cuts_of", "drafts_of", "fixed_plan", "improve"]
 
@@ -24,7 +25,7 @@ def cuts_of(situation: Situation) -> list[list[int]]:
     return fast_cuts(situation) if situation.shares_ranks else candidate_cuts(situation.times)
 
 
-def drafts_of(situation: Situation, cuts: Iterable[Sequence[int]]) -> Iterator[Plan]:
+def drafts_of(situation: Situation, cuts: Iterable[Sequence[int]]) -> Iterator[Candidate]:
     """Yield plans of some cuts with the best policies that fit, without their times."""
     for cut in cuts:
         policies = _policies(situation, cut)
@@ -37,12 +38,12 @@ def best_policies(situation: Situation, partition: Sequence[int]) -> tuple[Polic
     return _policies(situation, partition) or (Policy.KEEP,) * len(situation.chain)
 
 
-def fixed_plan(situation: Situation, partition: Sequence[int]) -> Plan:
+def fixed_plan(situation: Situation, partition: Sequence[int]) -> Candidate:
     """Judge a cut with the best policies that fit, or with everything kept where nothing fits."""
     return situation.judge(situation.draft(partition, best_policies(situation, partition)))
 
 
-def improve(situation: Situation, plan: Plan) -> tuple[Situation, Plan]:
+def improve(situation: Situation, plan: Candidate) -> tuple[Situation, Candidate]:
     """Move boundaries by one block and change policies while the simulator says that it helps, as far as allowed."""
     left = max(1, min(_MOST_CHANGES, MAX_ACTIONS // situation.num_actions))
     improving = True
@@ -61,7 +62,7 @@ def improve(situation: Situation, plan: Plan) -> tuple[Situation, Plan]:
     return situation, plan
 
 
-def _near(situation: Situation, plan: Plan) -> Iterator[Plan]:
+def _near(situation: Situation, plan: Candidate) -> Iterator[Candidate]:
     """Yield drafts of the cuts near a plan's, then of its own with other policies; they need not fit."""
     # Where moving a block makes the busiest rank busier by much, simulating it is a waste.
     most = 1.1 * _busiest(situation, plan.partition)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from vpipe.errors import PlanError
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import Recipe
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.limits import usable_bytes
 
@@ -28,8 +28,10 @@ class Request:
     limits: Sequence[int] | None = None
     """Bytes per rank, or one number for all."""
     stages_per_rank: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the schedules: `depths`, `vertical_sync`, `macrobatch`; each takes those it has."""
+    options: Recipe = field(default_factory=Recipe)
+    """Whose options and moves count: each schedule takes those it has."""
+    may_move_versions: bool = False
+    """Whether moving weight versions that wait is for the planner to choose."""
     is_eager: bool = True
     """Whether warmups deeper than the least are tried, where links take time."""
     policies: Sequence[Policy] = tuple(Policy)

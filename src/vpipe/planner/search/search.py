@@ -1,6 +1,6 @@
 """The planner: of all settings, cuts and policies, the plan with the least time per sample that fits.
 
-For every setting (schedule, microbatches, depths) the exact cut with the least busy stage is found, and others near it
+For every setting (schedule, microbatches, warmups) the exact cut with the least busy stage is found, and others near it
 that may do better in the fill and the drain. An estimate ranks them, the simulator judges the best, and from the
 winners on boundaries are moved block by block while that helps.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from vpipe.errors import PlanError
@@ -17,11 +17,12 @@ from vpipe.planner.cost.policies import Frontiers
 from vpipe.planner.cut.candidates import naive_cuts
 from vpipe.planner.search.bounds import lower_bound_ms
 from vpipe.planner.search.by_hand import Given, cut_each, judge_cut, policies_of
+from vpipe.planner.search.candidate import Candidate
 from vpipe.planner.search.drafts import MAX_ACTIONS, best_policies, cuts_of, drafts_of, fixed_plan, improve
 from vpipe.planner.search.limits import find_smallest, needed_limit, scaled_limits, usable_bytes
 from vpipe.planner.search.request import Request
 from vpipe.planner.search.setting import Setting, microbatch_choices, settings
-from vpipe.planner.search.situation import Plan, Situation
+from vpipe.planner.search.situation import Situation
 from vpipe.words.units import format_bytes
 
 __all__ = ["Outcome", "Request", "find_plan", "judge_partition", "plan_partition"]
@@ -34,12 +35,12 @@ _FEWEST_SIMULATED = 4
 
 
 @dataclass(frozen=True)
-class Kept:
+class WithinLimits:
     """Limits, and a plan that keeps them."""
 
     limits: tuple[int, ...]
     """Per rank."""
-    plan: Plan
+    plan: Candidate
     factor: float
     """What of the limits that were given can be used has been multiplied by this."""
     is_proven: bool
@@ -51,8 +52,8 @@ class Outcome:
     """What the search found."""
 
     request: Request
-    best: Plan
-    ranked: tuple[Plan, ...]
+    best: Candidate
+    ranked: tuple[Candidate, ...]
     """Plans that were simulated, all of which fit: the best, then by time."""
     lower_bound_ms: float
     """Time that no plan of any of the settings needs less of, for one batch."""
@@ -68,7 +69,7 @@ class Outcome:
         return self.best.step_ms / self.lower_bound_ms - 1 if self.lower_bound_ms else 0.0
 
     @cached_property
-    def naive(self) -> Mapping[str, Plan]:
+    def naive(self) -> Mapping[str, Candidate]:
         """The `uniform`, `parameters` and `compute` cuts in the best plan's setting; they need not fit."""
         situation = next(each for each in self.situations if each.setting == self.best.setting)
         cuts = naive_cuts(situation.times).items()
@@ -80,7 +81,7 @@ class Outcome:
         return self._smallest.limits
 
     @property
-    def smallest(self) -> Plan:
+    def smallest(self) -> Candidate:
         """A plan that keeps them."""
         return self._smallest.plan
 
@@ -90,7 +91,7 @@ class Outcome:
         return self._smallest.is_proven
 
     @cached_property
-    def _smallest(self) -> Kept:
+    def _smallest(self) -> WithinLimits:
         found = _smallest(self.situations)
         given = [limit if math.isfinite(limit) else 1.0 for limit in self.request.usable_limits]
         factors = [
@@ -100,7 +101,7 @@ class Outcome:
             return found
         # A search for speed may come by what a search for few bytes has missed.
         plan = self.ranked[factors.index(min(factors))]
-        return Kept(scaled_limits(given, min(factors)), plan, min(factors), is_proven=False)
+        return WithinLimits(scaled_limits(given, min(factors)), plan, min(factors), is_proven=False)
 
 
 def find_plan(request: Request) -> Outcome:
@@ -121,7 +122,7 @@ def find_plan(request: Request) -> Outcome:
         drafts = [_last_resort(request, situations)]
     ranked = _simulate_best(drafts)
     improved = [improve(*pair) for pair in ranked[:2]]
-    improved += [(situation, situation.recompute_ahead(plan)) for situation, plan in [*improved, *ranked[:2]]]
+    improved += [(situation, situation.recompute_earlier(plan)) for situation, plan in [*improved, *ranked[:2]]]
     ranked = _prefer_small(_distinct(sorted([*improved, *ranked], key=_merit)))
     return Outcome(
         request=request,
@@ -135,7 +136,7 @@ def find_plan(request: Request) -> Outcome:
 
 def judge_partition(
     request: Request, partition: Sequence[int] | str, policies: Given = None, ahead: Collection[int] | None = None
-) -> Plan:
+) -> Candidate:
     """Simulate a partition given by hand or name, with given policies or else the best that fit; it need not fit.
 
     Of several settings in the request, the one it does best in. Stages of `ahead` recompute before the gradient
@@ -144,7 +145,7 @@ def judge_partition(
     Raises:
         PlanError: it does not cut the model into the stages, or has another number of policies than the model blocks.
     """
-    plans: list[tuple[bool, float, int, Plan]] = []
+    plans: list[tuple[bool, float, int, Candidate]] = []
     for situation, cut in cut_each(_situations(request), partition):
         given = policies_of(policies, cut)
         if given is not None and len(given) != len(situation.chain):
@@ -156,7 +157,7 @@ def judge_partition(
 
 def plan_partition(
     request: Request, partition: Sequence[int] | str, policies: Given = None, ahead: Collection[int] | None = None
-) -> Plan:
+) -> Candidate:
     """Return the plan for a partition given by hand or name, as `judge_partition`.
 
     Raises:
@@ -173,7 +174,7 @@ def plan_partition(
     raise PlanError(_refusal(request, _needed(request, plan), f"{given} and what it recomputes"))
 
 
-def _last_resort(request: Request, situations: Sequence[Situation]) -> tuple[Situation, Plan]:
+def _last_resort(request: Request, situations: Sequence[Situation]) -> tuple[Situation, Candidate]:
     """Return the plan with the least memory, which fits although no fast one was found that does.
 
     Raises:
@@ -185,11 +186,11 @@ def _last_resort(request: Request, situations: Sequence[Situation]) -> tuple[Sit
     return next(each for each in situations if each.setting == enough.plan.setting), enough.plan
 
 
-def _needed(request: Request, plan: Plan) -> Kept:
+def _needed(request: Request, plan: Candidate) -> WithinLimits:
     """Return the smallest limits that a plan keeps: equal ones, or of those given one by one what is too small more."""
     needs = [memory.most for memory in plan.memory]
     factor = max(need / limit for need, limit in zip(needs, request.usable_limits, strict=True))
-    return Kept(_raised(request, needs, factor), plan, factor, is_proven=True)
+    return WithinLimits(_raised(request, needs, factor), plan, factor, is_proven=True)
 
 
 def _raised(request: Request, needs: Sequence[float], factor: float) -> tuple[int, ...]:
@@ -207,12 +208,11 @@ def _situations(request: Request) -> list[Situation]:
     counts = request.num_microbatches or microbatch_choices(request.profile, request.batch_size)
     link = request.profile.link
     found = settings(
-        request.num_ranks,
+        replace(request.options, num_ranks=request.num_ranks, stages_per_rank=request.stages_per_rank),
         request.batch_size,
         request.schedules,
         counts,
-        stages_per_rank=request.stages_per_rank,
-        options=request.options,
+        may_move_versions=request.may_move_versions,
         is_eager=request.is_eager and (link.latency_ms > 0 or link.bytes_per_ms is not None),
     )
     cache: dict[tuple[int, bool], Frontiers] = {}
@@ -231,14 +231,14 @@ def _situations(request: Request) -> list[Situation]:
     return able
 
 
-def _simulate_best(drafts: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
+def _simulate_best(drafts: Sequence[tuple[Situation, Candidate]]) -> list[tuple[Situation, Candidate]]:
     """Simulate each setting's most promising draft, then of all drafts those that promise most; the best first.
 
     How far a setting's estimate is from its simulation corrects the estimates of its other drafts.
     """
     promising = sorted(drafts, key=lambda pair: pair[0].estimate(pair[1]) / pair[0].setting.batch_size)
     corrections: dict[Setting, float] = {}
-    done: dict[int, tuple[Situation, Plan]] = {}
+    done: dict[int, tuple[Situation, Candidate]] = {}
     for index, (situation, draft) in enumerate(promising):
         if situation.setting not in corrections and len(corrections) < 2 * NUM_SIMULATED:
             plan = situation.judge(draft)
@@ -258,45 +258,45 @@ def _simulate_best(drafts: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situa
     return sorted(done.values(), key=_merit)
 
 
-def _distinct(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
-    first: dict[tuple[object, ...], tuple[Situation, Plan]] = {}
+def _distinct(ranked: Sequence[tuple[Situation, Candidate]]) -> list[tuple[Situation, Candidate]]:
+    first: dict[tuple[object, ...], tuple[Situation, Candidate]] = {}
     for situation, plan in ranked:
         first.setdefault((plan.setting, plan.partition, plan.policies), (situation, plan))
     return list(first.values())
 
 
-def _prefer_small(ranked: Sequence[tuple[Situation, Plan]]) -> list[tuple[Situation, Plan]]:
+def _prefer_small(ranked: Sequence[tuple[Situation, Candidate]]) -> list[tuple[Situation, Candidate]]:
     """Move the plan with the least memory among those that are about as fast as the fastest to the front."""
     fastest = ranked[0][1].sample_ms
     close = [pair for pair in ranked if pair[1].sample_ms <= fastest * (1 + _NEGLIGIBLE)]
-    first = min(close, key=lambda pair: (bool(pair[1].setting.swap_versions), _merit(pair)[1]))
+    first = min(close, key=lambda pair: (bool(pair[1].setting.moving), _merit(pair)[1]))
     return [first, *(pair for pair in ranked if pair is not first)]
 
 
-def _merit(pair: tuple[Situation, Plan]) -> tuple[float, int]:
+def _merit(pair: tuple[Situation, Candidate]) -> tuple[float, int]:
     """Return what plans are ranked by: time per sample, then memory."""
     return pair[1].sample_ms, max(memory.total for memory in pair[1].memory)
 
 
-def _smallest(situations: Sequence[Situation]) -> Kept:
+def _smallest(situations: Sequence[Situation]) -> WithinLimits:
     """Return the smallest limits of any situation, in the proportion of those given, and a plan that keeps them."""
     found = [(situation, find_smallest(situation)) for situation in situations]
     situation, best = min(found, key=lambda pair: pair[1].factor)
     limits = scaled_limits(situation.limits, best.factor)
     plan = fixed_plan(situation.under([usable_bytes(limit) for limit in limits]), best.partition)
-    return Kept(limits, plan, best.factor, is_proven=all(each.is_proven for _, each in found))
+    return WithinLimits(limits, plan, best.factor, is_proven=all(each.is_proven for _, each in found))
 
 
-def _enough(request: Request, situations: Sequence[Situation], partition: Sequence[int] | None = None) -> Kept:
+def _enough(request: Request, situations: Sequence[Situation], partition: Sequence[int] | None = None) -> WithinLimits:
     """Return the smallest limits that something, or this `partition`, can keep in any of the situations."""
     found = [(situation, find_smallest(situation, partition)) for situation in situations]
     situation, best = min(found, key=lambda pair: pair[1].factor)
     limits = _raised(request, best.needs, best.factor)
     plan = fixed_plan(situation.under([usable_bytes(limit) for limit in limits]), best.partition)
-    return Kept(limits, plan, best.factor, is_proven=all(each.is_proven for _, each in found))
+    return WithinLimits(limits, plan, best.factor, is_proven=all(each.is_proven for _, each in found))
 
 
-def _refusal(request: Request, kept: Kept, given: str = "") -> str:
+def _refusal(request: Request, kept: WithinLimits, given: str = "") -> str:
     limits, plan = kept.limits, kept.plan
     rank = max(range(len(limits)), key=lambda each: plan.memory[each].most / limits[each])
     searched = "" if kept.is_proven else " of all that were searched (less may do)"

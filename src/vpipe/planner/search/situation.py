@@ -5,87 +5,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 from vpipe.plan.partition import Partition
-from vpipe.plan.policy import Policy, ratios_of, stages_with
+from vpipe.plan.policy import Policy
 from vpipe.planner.cost.costs import ChainCosts, simulator_costs, speeds_of
 from vpipe.planner.cost.loads import StageLoad, stage_loads
-from vpipe.planner.cost.memory import RankMemory, rank_memory, stage_bytes
+from vpipe.planner.cost.memory import rank_memory, stage_bytes
 from vpipe.planner.cost.policies import Frontiers
 from vpipe.planner.cost.shared_ranks import SharedRanks
 from vpipe.planner.cut.stage_times import StageTimes
 from vpipe.planner.profile.profile import Profile
+from vpipe.planner.search.candidate import Candidate, arrange
 from vpipe.planner.search.setting import Setting
 from vpipe.schedule.action import Kind
-from vpipe.schedule.passes.offload import insert_offloads
-from vpipe.schedule.passes.recompute_ahead import insert_recomputes, recompute_ahead
+from vpipe.schedule.passes.recompute_ahead import recompute_ahead
 from vpipe.schedule.schedule import Schedule, uses_split_backward
-from vpipe.schedule.simulate.costs import Costs
 from vpipe.schedule.simulate.simulate import simulate
 
-__all__ = ["Plan", "Situation", "arrange"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is cut where, what every block does with its activations, and what that is predicted to cost."""
-
-    setting: Setting
-    partition: Partition
-    policies: tuple[Policy, ...]
-    """Of every block."""
-    memory: tuple[RankMemory, ...]
-    """Of every rank."""
-    costs: Costs
-    """What the prediction is made of: ms and bytes per stage."""
-    step_ms: float
-    """One batch."""
-    ahead: tuple[int, ...] = ()
-    """The stages that recompute before the gradient arrives."""
-    updates: float = 0.0
-    """Updates of the weights that come between the computations, for each microbatch."""
-
-    @property
-    def sample_ms(self) -> float:
-        """Time per sample."""
-        return self.step_ms / self.setting.batch_size
-
-    @property
-    def stage_ms(self) -> tuple[float, ...]:
-        """Time that each stage computes for one microbatch, what it loses by moves included."""
-        costs = self.costs
-        times = zip(costs.forward, costs.input_grad, costs.weight_grad, costs.recompute, self.lost_ms, strict=True)
-        return tuple(map(sum, times))
-
-    @property
-    def busy_ms(self) -> tuple[float, ...]:
-        """Time that each stage takes of its rank for one microbatch: that, and its share of an update."""
-        return tuple(time + self.updates * step for time, step in zip(self.stage_ms, self.costs.step, strict=True))
-
-    @property
-    def lost_ms(self) -> tuple[float, ...]:
-        """Time that each stage loses for one microbatch because it moves memory to the host and back."""
-        costs, moving = self.costs, set(self.setting.swap_versions)
-        pairs = enumerate(zip(costs.move, costs.move_versions, strict=True))
-        return tuple(2 * costs.move_share * (own + weights * (stage in moving)) for stage, (own, weights) in pairs)
-
-    @property
-    def recompute_ratio(self) -> tuple[float, ...]:
-        """Share of each stage's blocks that recompute: exact where these are its last ones."""
-        return ratios_of(self.partition, self.policies)
-
-    def fits(self, limits: Sequence[float]) -> bool:
-        """Tell whether every rank stays within its limit."""
-        return all(memory.most <= limit for memory, limit in zip(self.memory, limits, strict=True))
-
-
-def arrange(schedule: Schedule, plan: Plan) -> Schedule:
-    """Return the schedule with what the plan's policies need: recomputations ahead, and moves to host memory."""
-    swapping = stages_with(Policy.SWAP, plan.partition, plan.policies)
-    ahead = insert_recomputes(schedule, plan.ahead) if plan.ahead else schedule
-    return insert_offloads(ahead, swapping) if swapping else ahead
+__all__ = ["Situation"]
 
 
 class Situation:
@@ -180,7 +119,7 @@ class Situation:
         kinds = Counter(action.kind for action in self.schedule.stage_order(0))
         return kinds[Kind.STEP] / kinds[Kind.F]
 
-    def draft(self, partition: Sequence[int], policies: Sequence[Policy], ahead: Collection[int] = ()) -> Plan:
+    def draft(self, partition: Sequence[int], policies: Sequence[Policy], ahead: Collection[int] = ()) -> Candidate:
         """Return the plan without its time; stages of `ahead` recompute before the gradient arrives."""
         blocks, placement = self.chain.blocks, self.schedule.placement
         cut = Partition(partition)
@@ -192,9 +131,9 @@ class Situation:
         versions = [load.num_versions for load in self.loads]
         moves = [any(moment.copies < moment.full for moment in load.moments) for load in self.loads]
         costs = simulator_costs(self.profile, blocks, cut, policies, placement, versions, moves)
-        return Plan(self.setting, cut, tuple(policies), memory, costs, math.nan, tuple(ahead), self.updates)
+        return Candidate(self.setting, cut, tuple(policies), memory, costs, math.nan, tuple(ahead), self.updates)
 
-    def judge(self, draft: Plan) -> Plan:
+    def judge(self, draft: Candidate) -> Candidate:
         """Return the plan with its time, by the simulator: of a batch, or of one in an asynchronous steady state."""
         end = simulate(arrange(self.schedule, draft), draft.costs).makespan
         if not self.setting.synchronous:
@@ -204,7 +143,7 @@ class Situation:
             end = max(end, self.setting.num_microbatches * self._busiest(draft, with_moves=False))
         return replace(draft, step_ms=end)
 
-    def recompute_ahead(self, plan: Plan) -> Plan:
+    def recompute_earlier(self, plan: Candidate) -> Candidate:
         """Let stages recompute before the gradient arrives, where that saves time and there is the memory for it."""
         able = [
             stage
@@ -223,7 +162,7 @@ class Situation:
         more = max(1, -(-2 * self.setting.num_ranks // self.setting.num_microbatches))
         return self.setting.build(self.setting.num_batches_until_steady + more), more
 
-    def estimate(self, draft: Plan) -> float:
+    def estimate(self, draft: Candidate) -> float:
         """Estimate the time of a batch without simulating: once through all stages, and the busiest rank's rest."""
         link = max(draft.costs.message_bytes[:-1], default=0.0) / draft.costs.bandwidth
         busiest, count = max(self._busiest(draft), link), self.setting.num_microbatches
@@ -232,7 +171,7 @@ class Situation:
         once = sum(draft.busy_ms) + len(draft.busy_ms) * self.chain.dispatch_ms
         return once / self.schedule.placement.stages_per_rank + (count - 1) * busiest
 
-    def _busiest(self, draft: Plan, *, with_moves: bool = True) -> float:
+    def _busiest(self, draft: Candidate, *, with_moves: bool = True) -> float:
         """Return what a microbatch takes of the busiest rank; a rank may also move memory while it waits."""
         dispatch = self.chain.dispatch_ms + self.updates * self.chain.dispatch_each_ms
         ranks = [0.0] * self.schedule.num_ranks

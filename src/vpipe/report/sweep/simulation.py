@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vpipe.config import RunConfig
-from vpipe.config.planned import decide
+from vpipe.config.planning.planned import decide
 from vpipe.planner.profile.profile import Profile
 from vpipe.report.sweep.sweep import Result
 
@@ -19,7 +19,7 @@ def simulate_run(config: RunConfig, profile: Profile) -> Result:
         PlanError: the profile is of another model or other sizes, or nothing fits within the run's memory limit.
         ScheduleError: the schedule cannot be built.
     """
-    plan = decide(config, profile).plan
+    plan = decide(config, profile).chosen
     busy_ms = sum(plan.stage_ms) * plan.setting.num_microbatches
     return Result(
         {

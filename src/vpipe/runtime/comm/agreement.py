@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vpipe.errors import ConfigError
-from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.comm.world import World
 
 __all__ = ["agree", "agree_on_batch", "checksum"]
 
-T = TypeVar("T")
+_WHAT = "all ranks to compare their plans"
 
 
-def agree(facts: Mapping[str, object], group: dist.ProcessGroup | None) -> None:
-    """Check that every rank of `group` has the same `facts`; collective. None means one process.
+def agree(facts: Mapping[str, object], world: World) -> None:
+    """Check that every rank of `world` has the same `facts`; collective.
 
     Raises:
         ConfigError: they differ; raised on every rank, naming the fact and who has what.
     """
-    if group is None:
-        return
     mine = {name: str(value) for name, value in facts.items()}
-    everyone = _gather(mine, group)
+    everyone = world.gather(mine, _WHAT)
     for name in mine:
         holders: dict[str, list[int]] = {}
         for rank, theirs in enumerate(everyone):
@@ -39,16 +35,17 @@ def agree(facts: Mapping[str, object], group: dist.ProcessGroup | None) -> None:
             )
 
 
-def agree_on_batch(fields: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Check that the ranks of `group` were given the same batch, in those fields that several have; collective.
+def agree_on_batch(fields: Mapping[str, Tensor], world: World) -> None:
+    """Check that the ranks of `world` were given the same batch, in those fields that several have; collective.
 
     Raises:
         ConfigError: they were not; raised on every rank, naming the field and two ranks.
     """
-    if group is None:
+    if world.num_ranks == 1:
         return
+    sums = {name: checksum(tensor) for name, tensor in fields.items()}
     first: dict[str, tuple[int, int]] = {}
-    for rank, theirs in enumerate(_gather({name: checksum(tensor) for name, tensor in fields.items()}, group)):
+    for rank, theirs in enumerate(world.gather(sums, _WHAT)):
         for name, found in theirs.items():
             other, expected = first.setdefault(name, (rank, found))
             if found != expected:
@@ -62,10 +59,3 @@ def agree_on_batch(fields: Mapping[str, Tensor], group: dist.ProcessGroup | None
 def checksum(tensor: Tensor) -> int:
     """Return a number that is the same for equal tensors, and nearly always another one for others."""
     return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _gather(mine: dict[str, T], group: dist.ProcessGroup) -> list[dict[str, T]]:
-    everyone: list[dict[str, T]] = [{} for _ in range(dist.get_world_size(group))]
-    with telling_losses("all ranks to compare their plans"):
-        dist.all_gather_object(everyone, mine, group=group)
-    return everyone

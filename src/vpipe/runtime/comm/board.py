@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,8 +12,9 @@ from torch import Tensor
 from vpipe.model.chain import ValueSpec
 from vpipe.runtime.comm.message import MessageLayout
 from vpipe.runtime.comm.shared_links import share_memory
-from vpipe.runtime.comm.shared_memory import Inbox, Outbox
+from vpipe.runtime.comm.shared_memory import Inbox
 from vpipe.runtime.comm.wait import post, wait_for
+from vpipe.runtime.comm.world import World
 
 __all__ = ["LossBoard"]
 
@@ -30,31 +30,18 @@ _WHAT = "the loss"
 class LossBoard:
     """Small vectors from rank `source` to all others, in order, without making the source wait; collective to make.
 
-    `group` is a gloo group of all ranks in which nobody else uses this board's tag; None means one process.
-    Ranks of one machine share memory where they may.
+    Nobody else uses this board's tag in the control group of `world`. Ranks of one machine share memory where they may.
     """
 
-    def __init__(
-        self,
-        source: int,
-        num_values: int,
-        group: dist.ProcessGroup | None,
-        *,
-        timeout: timedelta | None = None,
-        shared_memory: bool = False,
-    ) -> None:
+    def __init__(self, source: int, num_values: int, world: World, *, shared_memory: bool = False) -> None:
         self._source = source
         self._num_values = num_values
-        self._group = group
-        self._rank = dist.get_rank() if group is not None else source
-        self._others = [rank for rank in range(dist.get_world_size() if group is not None else 1) if rank != source]
+        self._world = world
+        self._rank = world.rank
+        self._others = [rank for rank in range(world.num_ranks) if rank != source]
         self._layout = MessageLayout(0, [ValueSpec("loss", (num_values,), torch.float64, False)])
-        self._outboxes: Mapping[tuple[int, int], Outbox] = {}
-        self._inboxes: Mapping[tuple[int, int], Inbox] = {}
-        if group is not None:
-            links = [(source, rank) for rank in self._others]
-            shared = share_memory(links, group, timeout, allowed=shared_memory)
-            self._outboxes, self._inboxes = shared.outboxes, shared.inboxes
+        shared = share_memory([(source, rank) for rank in self._others], world, allowed=shared_memory)
+        self._outboxes, self._inboxes = shared.outboxes, shared.inboxes
         self._inbox = self._inboxes.get((source, self._rank))
         self._num_published = self._num_collected = 0
         self._published: deque[Tensor] = deque()
@@ -70,7 +57,12 @@ class LossBoard:
         self._num_published += 1
         far = [rank for rank in self._others if (self._source, rank) not in self._outboxes]
         if far:
-            self._sends.append([(post(dist.isend, vector, rank, _WHAT, self._group, _TAG), vector) for rank in far])
+            self._sends.append(
+                [
+                    (post(dist.isend, vector, self._world.processes[rank], _WHAT, self._world.control, _TAG), vector)
+                    for rank in far
+                ]
+            )
         if len(self._sends) > _SENDS_KEPT:
             self._wait_oldest()
 
@@ -82,7 +74,10 @@ class LossBoard:
         """Elsewhere: post the receive of the next vector, so that it is here when `collect` asks."""
         if self._rank != self._source and self._inbox is None and self._posted is None:
             vector = torch.empty(self._num_values, dtype=torch.float64)
-            self._posted = post(dist.irecv, vector, self._source, _WHAT, self._group, _TAG), vector
+            self._posted = (
+                post(dist.irecv, vector, self._world.processes[self._source], _WHAT, self._world.control, _TAG),
+                vector,
+            )
 
     def collect(self) -> list[float]:
         """Return the next vector."""

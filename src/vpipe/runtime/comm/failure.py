@@ -14,15 +14,7 @@ from torch._C._distributed_c10d import Store
 
 from vpipe.errors import PeerLostError, VPipeError
 
-__all__ = [
-    "attach_store",
-    "find_failure",
-    "peer_ended",
-    "peer_silent",
-    "publish_failure",
-    "raise_if_peer_lost",
-    "report_failure",
-]
+__all__ = ["Failures", "peer_ended", "peer_silent", "raise_if_peer_lost"]
 
 KEY = "vpipe/failure"
 
@@ -35,41 +27,58 @@ _CLOSED = re.compile(
 _TIMED_OUT = re.compile(r"timed out waiting|wait timeout|application timeout|watchdog caught", re.I)
 _MILLISECONDS = re.compile(r"(\d+) ?ms")
 
-_store: Store | None = None
-_rank = 0
 
+class Failures:
+    """What a rank says when it fails, and hears of others; without a store it says and hears nothing."""
 
-def attach_store(store: Store, rank: int) -> None:
-    """Use `store` for the messages of this process, which is `rank`."""
-    global _store, _rank
-    _store, _rank = store, rank
+    def __init__(self) -> None:
+        self._store: Store | None = None
+        self._rank = 0
 
+    def attach(self, store: Store, rank: int) -> None:
+        """Use `store`, which all ranks see, for the messages of this process, which is `rank`."""
+        self._store, self._rank = store, rank
 
-def publish_failure(message: str) -> None:
-    """Tell the other ranks that this one stops because of `message`; the first message of all ranks stays."""
-    if _store is None:
-        return
-    try:
-        _store.compare_set(KEY, "", f"rank {_rank} stopped: {message}")
-    except RuntimeError:
-        # The store's host is gone too: nobody is left to read the message, and the failure itself is what counts.
-        return
+    def publish(self, message: str) -> None:
+        """Tell the other ranks that this one stops because of `message`; the first message of all ranks stays."""
+        if self._store is None:
+            return
+        try:
+            self._store.compare_set(KEY, "", f"rank {self._rank} stopped: {message}")
+        except RuntimeError:
+            # The store's host is gone too: nobody is left to read the message, and the failure itself is what counts.
+            return
 
+    def find(self, wait_seconds: float = 0.0) -> str | None:
+        """Return the first published failure, ``rank 3 stopped: ...``, waiting up to `wait_seconds` for one."""
+        if self._store is None:
+            return None
+        deadline = time.monotonic() + wait_seconds
+        try:
+            while not self._store.check([KEY]):
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(0.05)
+            return bytes(self._store.get(KEY)).decode()
+        except RuntimeError:
+            # See `publish`: without the store there is no message to be found.
+            return None
 
-def find_failure(wait_seconds: float = 0.0) -> str | None:
-    """Return the first published failure, ``rank 3 stopped: ...``, waiting up to `wait_seconds` for one to appear."""
-    if _store is None:
-        return None
-    deadline = time.monotonic() + wait_seconds
-    try:
-        while not _store.check([KEY]):
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(0.05)
-        return bytes(_store.get(KEY)).decode()
-    except RuntimeError:
-        # See publish_failure: without the store there is no message to be found.
-        return None
+    def report(self, error: Exception) -> None:
+        """Publish `error`, or explain it by the failure of another rank if this one only lost its peer.
+
+        Raises:
+            PeerLostError: `error` is the loss of a peer; the text ends with the culprit's own message if there is one.
+        """
+        lost = error if isinstance(error, PeerLostError) else _peer_lost(error, "a message", None)
+        if lost is None:
+            self.publish(str(error) if isinstance(error, VPipeError) else f"{type(error).__name__}: {error}")
+            return
+        cause = self.find(CONSULT_SECONDS)
+        if cause is None:
+            self.publish(str(lost))
+            raise lost from error.__cause__ if lost is error else error
+        raise PeerLostError(f"{lost}: {cause}") from error
 
 
 def raise_if_peer_lost(error: RuntimeError, waiting_for: str, peer: int | None = None) -> None:
@@ -86,23 +95,6 @@ def raise_if_peer_lost(error: RuntimeError, waiting_for: str, peer: int | None =
     lost = _peer_lost(error, waiting_for, peer)
     if lost is not None:
         raise lost from error
-
-
-def report_failure(error: Exception) -> None:
-    """Publish `error`, or explain it by the failure of another rank if this one only lost its peer.
-
-    Raises:
-        PeerLostError: `error` is the loss of a peer; the text ends with the culprit's own message if there is one.
-    """
-    lost = error if isinstance(error, PeerLostError) else _peer_lost(error, "a message", None)
-    if lost is None:
-        publish_failure(str(error) if isinstance(error, VPipeError) else f"{type(error).__name__}: {error}")
-        return
-    cause = find_failure(CONSULT_SECONDS)
-    if cause is None:
-        publish_failure(str(lost))
-        raise lost from error.__cause__ if lost is error else error
-    raise PeerLostError(f"{lost}: {cause}") from error
 
 
 def peer_ended(peer: int | None, waiting_for: str) -> PeerLostError:

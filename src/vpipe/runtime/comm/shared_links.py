@@ -6,13 +6,10 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Generic, TypeVar
-
-import torch.distributed as dist
+from typing import Generic, TypeVar
 
 from vpipe.runtime.comm.shared_memory import Inbox, Outbox, open_inbox, open_outbox
-from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.comm.world import World
 
 __all__ = ["SharedLinks", "share_memory"]
 
@@ -33,38 +30,33 @@ class SharedLinks(Generic[Link]):
     """Whether all links of all ranks are: then nobody needs a socket."""
 
 
-def share_memory(
-    links: Collection[Link], group: dist.ProcessGroup, timeout: timedelta | None, *, allowed: bool = True
-) -> SharedLinks[Link]:
+def share_memory(links: Collection[Link], world: World, *, allowed: bool = True) -> SharedLinks[Link]:
     """Open those of `links` whose two ranks see the same memory.
 
-    Collective over `group`, a gloo group of all ranks. A rank for which it is not `allowed` takes no part in a link.
+    Collective over `world`. A rank for which it is not `allowed` takes no part in a link.
 
     Raises:
         PeerLostError: another rank ended meanwhile.
     """
-    rank = dist.get_rank()
+    rank = world.rank
     own = [link for link in links if link[0] == rank]
     offers = {link: outbox for link in own if allowed and (outbox := open_outbox()) is not None}
     inboxes = {}
-    for invitations, _ in _tell_all({link: outbox.invitation for link, outbox in offers.items()}, group):
+    for invitations, _ in _tell_all({link: outbox.invitation for link, outbox in offers.items()}, world):
         for link, invitation in invitations.items():
-            if allowed and link[1] == rank and (inbox := open_inbox(invitation, link[0], timeout)) is not None:
+            if allowed and link[1] == rank and (inbox := open_inbox(invitation, link[0], world.timeout)) is not None:
                 inboxes[link] = inbox
     outboxes, num_opened = {}, 0
-    for opened, pid in _tell_all(dict.fromkeys(inboxes), group):
+    for opened, pid in _tell_all(dict.fromkeys(inboxes), world):
         num_opened += len(opened)
         for link in opened.keys() & offers.keys():
-            offers[link].connect(link[1], pid, timeout)
+            offers[link].connect(link[1], pid, world.timeout)
             outboxes[link] = offers[link]
     if own:
         logger.info("%d of %d links from this rank are shared memory", len(outboxes), len(own))
     return SharedLinks(outboxes, inboxes, are_all=num_opened == len(links))
 
 
-def _tell_all(told: Mapping[Link, T], group: dist.ProcessGroup) -> list[tuple[Mapping[Link, T], int]]:
+def _tell_all(told: Mapping[Link, T], world: World) -> list[tuple[Mapping[Link, T], int]]:
     """Return what every rank told, with its process."""
-    heard: list[Any] = [None] * dist.get_world_size()
-    with telling_losses("the links between ranks to open"):
-        dist.all_gather_object(heard, (dict(told), os.getpid()), group)
-    return heard
+    return world.gather((dict(told), os.getpid()), "the links between ranks to open")

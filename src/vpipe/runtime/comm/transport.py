@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import pairwise
 
 import torch
@@ -30,6 +29,7 @@ from vpipe.runtime.comm.message import Message, MessageLayout
 from vpipe.runtime.comm.shared_links import share_memory
 from vpipe.runtime.comm.shared_memory import Inbox, Outbox
 from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.comm.world import World
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.placement import Placement
 
@@ -79,41 +79,34 @@ class Transport:
 
     Args:
         placement: which rank holds which stage.
-        device: where it computes.
-        control: a gloo group of all ranks, on which they agree about links; None where there is one rank.
+        world: the ranks, and how they may talk to each other.
         announce: is told what the rank is about to wait for, so that a hang or a death can be explained.
-        timeout: how long a wait for another rank may last.
         ordered: match messages by their order on a link instead of by tags; None: as the process group's backend needs.
-        shared_memory: let ranks of one machine share memory instead of a socket, if they can (not with nccl).
     """
 
     def __init__(
         self,
         placement: Placement,
-        device: torch.device,
-        control: dist.ProcessGroup | None,
+        world: World,
         announce: Callable[[str], None] = lambda _: None,
         *,
-        timeout: timedelta | None = None,
         ordered: bool | None = None,
-        shared_memory: bool = True,
     ) -> None:
-        is_nccl = dist.get_backend() == "nccl"
+        is_nccl, device = world.backend == "nccl", world.device
         if is_nccl and device.type != "cuda":
             raise ConfigError(f"the process group's backend is nccl but the device is {device}; use cuda, or gloo")
         self._placement = placement
-        self._rank = dist.get_rank()
+        self._world = world
+        self._rank = world.rank
         self._device = device
         self._announce = announce
         self._ordered = is_nccl if ordered is None else ordered
         self._wire = device if is_nccl else torch.device("cpu")
-        self._timeout = timeout
-        self.shared_memory = shared_memory
         self._outboxes: Mapping[_Link, Outbox] = {}
         self._inboxes: Mapping[_Link, Inbox] = {}
         self._groups: dict[_Link, dist.ProcessGroup] = {}
-        if control is not None:
-            self._connect(control)
+        if world.num_ranks > 1:
+            self._connect()
         self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
@@ -135,32 +128,34 @@ class Transport:
         backward = {(target, source, False) for source, target, _ in forward}
         return sorted(forward | backward)
 
-    def _connect(self, control: dist.ProcessGroup) -> None:
+    def _connect(self) -> None:
         if self._ordered:
             self._groups = self._open_ordered()
             return
-        shared = share_memory(self._links(), control, self._timeout, allowed=self.shared_memory)
+        shared = share_memory(self._links(), self._world, allowed=self._world.shared_memory)
         self._outboxes, self._inboxes = shared.outboxes, shared.inboxes
         if not shared.are_all:
             self._groups = self._open_tagged()
 
     def _open_tagged(self) -> dict[_Link, dist.ProcessGroup]:
         # Not before it is needed: gloo has a thread for each communicator, which wakes a hundred times per second.
-        return dict.fromkeys(self._links(), dist.new_group(backend="gloo", timeout=self._timeout))
+        group = self._world.new_group(backend="gloo")
+        assert group is not None  # it is of all ranks
+        return dict.fromkeys(self._links(), group)
 
     def _open_ordered(self) -> dict[_Link, dist.ProcessGroup]:
-        # new_group is collective: every rank makes every group, in the same order.
-        groups = {link: dist.new_group(sorted(link[:2]), timeout=self._timeout) for link in self._links()}
-        for (source, target, _), group in groups.items():
+        groups = {link: self._world.new_group(link[:2]) for link in self._links()}
+        own = {link: group for link, group in groups.items() if group is not None}
+        for (source, target, _), group in own.items():
             # NCCL connects at the first message, and blocks until the other side does: in the same order everywhere,
             # or two ranks that post their first receives from each other would wait for ever.
             probe = torch.zeros(1, device=self._wire)
             with telling_losses("the first message of a link"):
                 if self._rank == source:
-                    dist.send(probe, target, group)
-                elif self._rank == target:
-                    dist.recv(probe, source, group)
-        return groups
+                    dist.send(probe, self._world.processes[target], group)
+                else:
+                    dist.recv(probe, self._world.processes[source], group)
+        return own
 
     def stand_in(self, replace: Callable[[dict[_Link, dist.ProcessGroup]], dict[_Link, dist.ProcessGroup]]) -> None:
         """Send through what `replace` returns for the links' groups, not through shared memory; collective.
@@ -226,7 +221,7 @@ class Transport:
         group = self._groups[link]
         # The group's own method: what `dist.isend` and `dist.irecv` add to it costs more than it does.
         operation = group.send if link[0] == self._rank else group.recv
-        peer_in_group = dist.get_group_rank(group, peer)
+        peer_in_group = self._world.position_in(group, peer)
         return lambda buffer, tag: operation([buffer], peer_in_group, tag)
 
     def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> tuple[MessageLayout, list[Message]]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.weights.clipping import clip_coefficient, global_norm, local_norm, scale_gradients
 from vpipe.runtime.weights.weights import WeightVersions
@@ -56,7 +57,7 @@ class Updater:
         synchronous: bool,
         clip_grad_norm: float | None,
         learning_rate: LearningRate | None,
-        group: dist.ProcessGroup | None,
+        world: World,
         hooks: Hooks,
     ) -> None:
         self._weights = weights
@@ -67,7 +68,7 @@ class Updater:
         self._synchronous = synchronous
         self._clip = clip_grad_norm
         self._learning_rate = learning_rate
-        self._group = group
+        self._world = world
         self._hooks = hooks
         self._due: list[tuple[int, int, float]] = []
         self.gradient_norm: float | None = None
@@ -108,7 +109,7 @@ class Updater:
                 part = mine[copy] if copy in mine else torch.empty_like(next(iter(mine.values())))
                 if item.group is not None:
                     with self._collective("the gradient of a tied weight"):
-                        dist.broadcast(part, copy.rank, group=item.group)
+                        dist.broadcast(part, self._world.processes[copy.rank], group=item.group)
                 # All have the first part by now, and it is overwritten below: it needs no copy.
                 total = part if total is None else total.add_(part)
             assert total is not None
@@ -126,7 +127,7 @@ class Updater:
             first = mine[0].detach().clone()
             if item.group is not None:
                 with telling_losses("a tied weight"):
-                    dist.broadcast(first, item.copies[0].rank, group=item.group)
+                    dist.broadcast(first, self._world.processes[item.copies[0].rank], group=item.group)
             for parameter in mine:
                 parameter.detach().copy_(first)
 
@@ -136,7 +137,7 @@ class Updater:
         if self._synchronous:
             placed = [(self._positions[name], gradient) for name, gradient in counted]
             with self._collective("the gradient norm"):
-                self.gradient_norm = global_norm(placed, len(self._positions), self._group)
+                self.gradient_norm = global_norm(placed, len(self._positions), self._world.peers)
         else:
             self.gradient_norm = local_norm([gradient for _, gradient in counted])
         scale_gradients([gradient for _, gradient in named], clip_coefficient(self.gradient_norm, most))

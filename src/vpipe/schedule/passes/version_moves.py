@@ -17,7 +17,7 @@ from itertools import accumulate
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.problem import Problem
+from vpipe.schedule.problem import Violation
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.weights import StageWeights, weight_usage
 
@@ -110,7 +110,7 @@ def _place_of_fetch(
     return place
 
 
-def check_version_moves(schedule: Schedule) -> Iterator[Problem]:
+def check_version_moves(schedule: Schedule) -> Iterator[Violation]:
     """Yield what is wrong with moves of weight versions, in a schedule whose versions are all made in time.
 
     The newest version is copied, no version twice; it comes back after it was replaced; meanwhile nobody uses it.
@@ -122,7 +122,7 @@ def check_version_moves(schedule: Schedule) -> Iterator[Problem]:
         yield from _check_rank(rank, order, [weights.version_of for weights in usage])
 
 
-def _check_rank(rank: int, order: Sequence[Action], versions_of: Sequence[Sequence[int]]) -> Iterator[Problem]:
+def _check_rank(rank: int, order: Sequence[Action], versions_of: Sequence[Sequence[int]]) -> Iterator[Violation]:
     newest = dict.fromkeys((action.stage for action in order), 0)
     moved: dict[tuple[int, int], Action] = {}  # what stage and version are brought back by
     away: set[tuple[int, int]] = set()
@@ -152,4 +152,4 @@ def _check_rank(rank: int, order: Sequence[Action], versions_of: Sequence[Sequen
                 "put that before it"
             )
         if reason:
-            yield Problem(reason, ((rank, index),))
+            yield Violation(reason, ((rank, index),))

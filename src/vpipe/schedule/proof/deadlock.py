@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.passes.lower import counterpart, lower
-from vpipe.schedule.problem import Problem
+from vpipe.schedule.problem import Violation
 from vpipe.schedule.schedule import Schedule
 
 __all__ = ["find_deadlock", "find_disorder"]
@@ -22,7 +22,7 @@ _RECEIVES = (Kind.RECV_F, Kind.RECV_B)
 _CHANNEL = tuple[int, int, str]
 
 
-def find_deadlock(schedule: Schedule) -> list[Problem]:
+def find_deadlock(schedule: Schedule) -> list[Violation]:
     """Return the circle of waiting ranks, if messages matched by tag can end in one."""
     stuck = _replay(lower(schedule))
     if not stuck:
@@ -39,13 +39,13 @@ def find_deadlock(schedule: Schedule) -> list[Problem]:
         receive = stuck[rank]
         waits.append(f"rank {rank} waits at {receive} for {counterpart(receive)} of rank {senders[rank]}")
     return [
-        Problem(
+        Violation(
             f"deadlock: {'; '.join(waits)}", tuple((rank, _needing(schedule, rank, stuck[rank])) for rank in circle)
         )
     ]
 
 
-def find_disorder(schedule: Schedule) -> list[Problem]:
+def find_disorder(schedule: Schedule) -> list[Violation]:
     """Return, for each directed link, the first message that sender and receiver list at different places."""
     sent: dict[_CHANNEL, list[Action]] = {}
     received: dict[_CHANNEL, list[Action]] = {}
@@ -67,14 +67,14 @@ def find_disorder(schedule: Schedule) -> list[Problem]:
     return problems
 
 
-def _disorder(schedule: Schedule, channel: _CHANNEL, number: int, message: Action, expected: Action) -> Problem:
+def _disorder(schedule: Schedule, channel: _CHANNEL, number: int, message: Action, expected: Action) -> Violation:
     source, target, _ = channel
     reason = (
         f"link from rank {source} to rank {target}: message {number} is {counterpart(message)} where it is sent but "
         f"{expected} where it is received; a transport that matches by order (NCCL) would mix them up: run both ranks' "
         "actions in the same microbatch order"
     )
-    return Problem(reason, ((target, _needing(schedule, target, expected)),))
+    return Violation(reason, ((target, _needing(schedule, target, expected)),))
 
 
 def _replay(lowered: tuple[tuple[Action, ...], ...]) -> dict[int, Action]:

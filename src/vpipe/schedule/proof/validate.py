@@ -13,7 +13,7 @@ from itertools import chain
 from vpipe.errors import ScheduleError
 from vpipe.schedule.action import COMPUTE, MOVES, Action, Kind
 from vpipe.schedule.passes.version_moves import check_version_moves
-from vpipe.schedule.problem import Problem, marked_orders
+from vpipe.schedule.problem import Violation, marked_orders
 from vpipe.schedule.proof.deadlock import find_deadlock, find_disorder
 from vpipe.schedule.schedule import Schedule, WeightRule
 from vpipe.schedule.weights import find_unavailable, unavailable_reason, weight_usage
@@ -51,7 +51,7 @@ def validate_schedule(schedule: Schedule) -> None:
     raise ScheduleError(text)
 
 
-def _find_problems(schedule: Schedule) -> list[Problem]:
+def _find_problems(schedule: Schedule) -> list[Violation]:
     for checks in (
         (_check_size,),
         (_check_places,),
@@ -68,14 +68,14 @@ def _find_problems(schedule: Schedule) -> list[Problem]:
     return []
 
 
-def _check_size(schedule: Schedule) -> Iterator[Problem]:
+def _check_size(schedule: Schedule) -> Iterator[Violation]:
     if len(schedule.orders) != schedule.num_ranks:
-        yield Problem(f"{len(schedule.orders)} orders for {schedule.num_ranks} ranks; give one per rank")
+        yield Violation(f"{len(schedule.orders)} orders for {schedule.num_ranks} ranks; give one per rank")
     if schedule.num_microbatches < 1:
-        yield Problem(f"num_microbatches is {schedule.num_microbatches}; a schedule needs at least 1")
+        yield Violation(f"num_microbatches is {schedule.num_microbatches}; a schedule needs at least 1")
 
 
-def _check_places(schedule: Schedule) -> Iterator[Problem]:
+def _check_places(schedule: Schedule) -> Iterator[Violation]:
     """Each action by itself: a computation of an existing stage and microbatch, on the stage's rank, listed once."""
     for rank, order in enumerate(schedule.orders):
         seen: set[Action] = set()
@@ -84,7 +84,7 @@ def _check_places(schedule: Schedule) -> Iterator[Problem]:
             if action in seen:
                 reason = f"{action} is listed twice on rank {rank}"
             if reason:
-                yield Problem(reason, ((rank, index),))
+                yield Violation(reason, ((rank, index),))
             seen.add(action)
 
 
@@ -103,31 +103,33 @@ def _misplaced(schedule: Schedule, rank: int, action: Action) -> str | None:
     return None
 
 
-def _check_completeness(schedule: Schedule) -> Iterator[Problem]:
+def _check_completeness(schedule: Schedule) -> Iterator[Violation]:
     """Every microbatch once forward, and once backward: B, or I and W."""
     listed = set(chain.from_iterable(schedule.orders))
     for stage in range(schedule.num_stages):
         for microbatch in range(schedule.num_microbatches):
             if Action(stage, Kind.F, microbatch) not in listed:
-                yield Problem(f"stage {stage} never runs the forward of microbatch {microbatch} ({stage}F{microbatch})")
+                yield Violation(
+                    f"stage {stage} never runs the forward of microbatch {microbatch} ({stage}F{microbatch})"
+                )
             backward = {kind for kind in (Kind.B, Kind.I, Kind.W) if Action(stage, kind, microbatch) in listed}
             if backward not in ({Kind.B}, {Kind.I, Kind.W}):
                 found = ", ".join(f"{stage}{kind}{microbatch}" for kind in sorted(backward)) or "nothing"
-                yield Problem(
+                yield Violation(
                     f"stage {stage} must run the backward of microbatch {microbatch} once, as B or as I and W; "
                     f"found {found}"
                 )
     yield from _check_moves(listed)
 
 
-def _check_moves(listed: set[Action]) -> Iterator[Problem]:
+def _check_moves(listed: set[Action]) -> Iterator[Violation]:
     """What is moved to host memory comes back, and the other way round."""
     pairs = ((Kind.OFFLOAD, Kind.FETCH), (Kind.OFFLOAD_V, Kind.FETCH_V))
     other = {one: two for pair in pairs for one, two in (pair, pair[::-1])}
     for action in sorted((action for action in listed if action.kind in MOVES), key=str):
         missing = Action(action.stage, other[action.kind], action.microbatch)
         if missing not in listed:
-            yield Problem(f"{action} is there and {missing} is not; moving to host memory and back go together")
+            yield Violation(f"{action} is there and {missing} is not; moving to host memory and back go together")
 
 
 def _needed_before(schedule: Schedule, action: Action) -> Iterator[Action]:
@@ -154,17 +156,17 @@ def _needed_before(schedule: Schedule, action: Action) -> Iterator[Action]:
         yield Action(stage, Kind.OFFLOAD_V, microbatch)
 
 
-def _check_order(schedule: Schedule) -> Iterator[Problem]:
+def _check_order(schedule: Schedule) -> Iterator[Violation]:
     """Happens-before on each rank; what crosses ranks is the deadlock check's."""
     for rank, order in enumerate(schedule.orders):
         places = {action: index for index, action in enumerate(order)}
         for index, action in enumerate(order):
             for needed in _needed_before(schedule, action):
                 if places.get(needed, -1) > index:
-                    yield Problem(f"{action} comes before {needed} on rank {rank}, but needs it", ((rank, index),))
+                    yield Violation(f"{action} comes before {needed} on rank {rank}, but needs it", ((rank, index),))
 
 
-def _check_gradient_order(schedule: Schedule) -> Iterator[Problem]:
+def _check_gradient_order(schedule: Schedule) -> Iterator[Violation]:
     for rank, order in enumerate(schedule.orders):
         latest: dict[int, Action] = {}
         for index, action in enumerate(order):
@@ -172,7 +174,7 @@ def _check_gradient_order(schedule: Schedule) -> Iterator[Problem]:
                 continue
             previous = latest.get(action.stage)
             if previous is not None and previous.microbatch > action.microbatch:
-                yield Problem(
+                yield Violation(
                     f"{action} comes after {previous}: gradients of a stage accumulate in microbatch order, so that "
                     "every schedule gives the same sums",
                     ((rank, index),),
@@ -180,7 +182,7 @@ def _check_gradient_order(schedule: Schedule) -> Iterator[Problem]:
             latest[action.stage] = action
 
 
-def _check_updates(schedule: Schedule) -> Iterator[Problem]:
+def _check_updates(schedule: Schedule) -> Iterator[Violation]:
     for rank, order in enumerate(schedule.orders):
         pending: dict[int, list[int]] = {stage: [] for stage in schedule.placement.stages_of(rank)}
         updates = dict.fromkeys(pending, 0)
@@ -191,19 +193,21 @@ def _check_updates(schedule: Schedule) -> Iterator[Problem]:
             elif action.kind is Kind.STEP:
                 reason = _bad_update(action, gradients)
                 if reason:
-                    yield Problem(reason, ((rank, index),))
+                    yield Violation(reason, ((rank, index),))
                 updates[action.stage] += 1
                 gradients.clear()
         for stage, gradients in pending.items():
             if gradients:
                 named = ", ".join(map(str, gradients[:6])) + (", ..." if len(gradients) > 6 else "")
-                yield Problem(
+                yield Violation(
                     f"stage {stage} has no update after the backward of microbatches {named}; add "
                     f"{stage}STEP{max(gradients)}",
                     ((rank, len(order) - 1),),
                 )
             elif schedule.synchronous and updates[stage] != 1:
-                yield Problem(f"stage {stage} has {updates[stage]} updates; a synchronous schedule has one, at the end")
+                yield Violation(
+                    f"stage {stage} has {updates[stage]} updates; a synchronous schedule has one, at the end"
+                )
 
 
 def _bad_update(update: Action, gradients: list[int]) -> str | None:
@@ -215,11 +219,11 @@ def _bad_update(update: Action, gradients: list[int]) -> str | None:
     return None
 
 
-def _check_versions(schedule: Schedule) -> Iterator[Problem]:
+def _check_versions(schedule: Schedule) -> Iterator[Violation]:
     for stage, microbatch, needed, available in find_unavailable(schedule):
         rank = schedule.rank_of(stage)
         index = schedule.orders[rank].index(Action(stage, Kind.F, microbatch))
-        yield Problem(unavailable_reason(stage, microbatch, needed, available), ((rank, index),))
+        yield Violation(unavailable_reason(stage, microbatch, needed, available), ((rank, index),))
         return  # the later ones follow from the first
     if schedule.weight_rule is WeightRule.NEWEST:
         return
@@ -227,7 +231,7 @@ def _check_versions(schedule: Schedule) -> Iterator[Problem]:
     for stage, update_of in enumerate(others, start=1):
         if update_of != first:
             rule = schedule.weight_rule.value
-            yield Problem(
+            yield Violation(
                 f"stage {stage} groups its microbatches into other updates than stage 0, so version numbers mean "
                 f"different things there; with weight rule '{rule}' all stages must update after the same microbatches"
             )

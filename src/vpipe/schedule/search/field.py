@@ -8,7 +8,7 @@ from random import Random
 from vpipe.errors import ScheduleError
 from vpipe.schedule.search.bounds import lower_bound
 from vpipe.schedule.search.improve import improve
-from vpipe.schedule.search.list import Policy, build_list_order
+from vpipe.schedule.search.list import ListPolicy, build_list_order
 from vpipe.schedule.search.problem import Orders, SearchProblem
 from vpipe.schedule.search.seeds import table_of_policies, vary
 from vpipe.schedule.search.shake import shake
@@ -47,7 +47,7 @@ class SearchField:
         self._timing = Timing(problem)
         self._orders: dict[int, Orders] = {}  # by makespan, the first one that has it
         self._unused: list[int] = []  # makespans of orders that were not improved yet
-        self._policy: tuple[int, Policy] | None = None
+        self._policy: tuple[int, ListPolicy] | None = None
 
     @property
     def best(self) -> float:
@@ -102,7 +102,7 @@ class SearchField:
                 self._policy = tried, varied
                 stale = 0 if tried < makespan else stale
 
-    def _try(self, policy: Policy) -> int | None:
+    def _try(self, policy: ListPolicy) -> int | None:
         self._budget.take((_LIST_STEPS - 1) * self.problem.num_operations)
         orders = build_list_order(self.problem, policy)
         return None if orders is None else self.add(orders)

@@ -1,6 +1,6 @@
 """List scheduling: run all ranks at once and let each take, whenever it is free, the best action that is there.
 
-What "best" means is a `Policy`: which letter goes first, how many microbatches a stage may have between forward and
+What "best" means is a `ListPolicy`: which letter goes first, how many microbatches a stage may have between forward and
 input gradient, and how long a rank would rather wait for an input that is under way than start a weight gradient.
 Weight gradients fill what is left, or come when memory asks for one. Memory never blocks for good: of the room on a
 rank, the stages that come later in the model keep one microbatch each for themselves.
@@ -14,13 +14,13 @@ from heapq import heappop, heappush
 
 from vpipe.schedule.search.problem import Orders, SearchProblem
 
-__all__ = ["Policy", "build_list_order"]
+__all__ = ["ListPolicy", "build_list_order"]
 
 _NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
-class Policy:
+class ListPolicy:
     """How ranks choose."""
 
     priority: tuple[int, ...]
@@ -31,7 +31,7 @@ class Policy:
     """Per rank, as a share of a weight gradient: an input that comes within it is waited for."""
 
 
-def build_list_order(problem: SearchProblem, policy: Policy) -> Orders | None:
+def build_list_order(problem: SearchProblem, policy: ListPolicy) -> Orders | None:
     """Return the orders that `policy` leads to, or None if ranks end up waiting for each other.
 
     They can only where a link carries messages for several stages: one that finds no memory stops those behind it.
@@ -42,7 +42,7 @@ def build_list_order(problem: SearchProblem, policy: Policy) -> Orders | None:
 class _Run:
     """The state of all ranks at one moment."""
 
-    def __init__(self, problem: SearchProblem, policy: Policy) -> None:
+    def __init__(self, problem: SearchProblem, policy: ListPolicy) -> None:
         stages, width = problem.placement.num_stages, problem.num_microbatches
         self._problem = problem
         self._policy = policy

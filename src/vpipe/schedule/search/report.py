@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vpipe.schedule.search.search import Request, SearchResult, search
+from vpipe.schedule.search.search import SearchRequest, SearchResult, search
 
 __all__ = ["SearchReport", "report_search"]
 
@@ -15,7 +15,7 @@ _SAME = 1e-9
 class SearchReport:
     """A result beside that with one more microbatch of memory on every rank."""
 
-    request: Request
+    request: SearchRequest
     result: SearchResult
     more_makespan: float
     """The makespan with a limit that is higher by 1 on every rank."""
@@ -31,7 +31,7 @@ class SearchReport:
         result = self.result
         more = {"makespan": self.more_makespan, "saved": self.saved} if self.saved else None
         return {
-            "memory_limit": list(self.request.limits),
+            "max_in_flight": list(self.request.limits),
             "lower_bound": result.lower_bound,
             "gap": result.gap,
             "best_family": result.best_family,
@@ -51,14 +51,14 @@ class SearchReport:
         else:
             more = "memory is not the limit: one more microbatch on every rank buys nothing"
         return [
-            f"memory limit      {held}, in microbatches",
+            f"max in flight     {held}, in microbatches",
             f"lower bound       {result.lower_bound:g}, gap {100 * result.gap:.2f} %",
             f"best family       {result.best_family} with {result.best_family_makespan:g}, {100 * longer:.2f} % longer",
             f"more memory       {more}",
         ]
 
 
-def report_search(request: Request) -> SearchReport:
+def report_search(request: SearchRequest) -> SearchReport:
     """Search, and search again with one more microbatch of memory (in half the steps), unless none can be used."""
     result = search(request)
     limits = tuple(min(limit + 1, float(request.num_microbatches)) for limit in request.limits)

@@ -21,7 +21,7 @@ from vpipe.schedule.search.timing import find_whole_backwards
 from vpipe.schedule.simulate.costs import Costs
 from vpipe.schedule.simulate.simulate import simulate
 
-__all__ = ["DEFAULT_STEPS", "Request", "SearchResult", "search"]
+__all__ = ["DEFAULT_STEPS", "SearchRequest", "SearchResult", "search"]
 
 DEFAULT_STEPS = 2_000_000
 _VARIED = 0.4  # share of the steps for varied policies
@@ -34,7 +34,7 @@ _WORTH_SHAKING = 1.3  # placements that are this much worse than the best are le
 
 
 @dataclass(frozen=True)
-class Request:
+class SearchRequest:
     """What to search for; `limits` are microbatches per rank."""
 
     num_ranks: int
@@ -77,7 +77,7 @@ class SearchResult:
 
 
 @lru_cache(maxsize=512)
-def search(request: Request) -> SearchResult:
+def search(request: SearchRequest) -> SearchResult:
     """Return the best order found for `request`.
 
     Raises:
@@ -85,14 +85,14 @@ def search(request: Request) -> SearchResult:
     """
     if min(request.limits) < 1:
         raise ScheduleError(
-            f"memory_limit {min(request.limits):g} is below one microbatch, which every rank has to hold from its "
+            f"max_in_flight {min(request.limits):g} is below one microbatch, which every rank has to hold from its "
             "forward to its backward whatever the order; the smallest limit that an order fits is 1"
         )
     return _Search(request).run()
 
 
 class _Search:
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: SearchRequest) -> None:
         self._budget = Budget(request.num_steps)
         self._request = request
         self._costs = {placement: request.costs(placement) for placement in request.placements}

@@ -5,7 +5,7 @@ is nearly always there to be found. The search starts from every family that fit
 and swaps neighbours on the longest path (tabu search). So it is at least as good as the best family, by construction,
 and a lower bound says how far it can be from the best order there is.
 
-`memory_limit` counts as `peak_activations` does: microbatches in whole-rank units, held from their forward to their
+`max_in_flight` counts as `peak_activations` does: microbatches in whole-rank units, held from their forward to their
 (weight) gradient; two stages on a rank count one half each. One number, or one per rank; by default p, what 1F1B needs.
 Times are a rank's share of one microbatch, one number or one per rank, split evenly over its stages; by default all 1.
 Unless `stages_per_rank` is given, one stage per rank competes with two, in a V and in a loop.
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 from vpipe.errors import ScheduleError
 from vpipe.schedule.schedule import Schedule
-from vpipe.schedule.search.search import DEFAULT_STEPS, Request, search
+from vpipe.schedule.search.search import DEFAULT_STEPS, SearchRequest, search
 
 __all__ = ["build_searched", "make_request"]
 
@@ -35,7 +35,7 @@ def build_searched(
     num_microbatches: int,
     *,
     stages_per_rank: int | None = None,
-    memory_limit: _PerRank | None = None,
+    max_in_flight: _PerRank | None = None,
     forward: _PerRank = 1.0,
     input_grad: _PerRank = 1.0,
     weight_grad: _PerRank = 1.0,
@@ -46,7 +46,7 @@ def build_searched(
     message_bytes: float = 0.0,
     search_steps: int = DEFAULT_STEPS,
 ) -> Schedule:
-    """Search for the shortest order that holds at most `memory_limit` microbatches on any rank.
+    """Search for the shortest order that holds at most `max_in_flight` microbatches on any rank.
 
     The same arguments give the same order, on every machine: the search ends after `search_steps` (about half a
     microsecond each, a few seconds in all for the largest pipelines), not after a time.
@@ -58,7 +58,7 @@ def build_searched(
         num_ranks,
         num_microbatches,
         stages_per_rank=stages_per_rank,
-        memory_limit=memory_limit,
+        max_in_flight=max_in_flight,
         search_steps=search_steps,
         forward=forward,
         input_grad=input_grad,
@@ -77,22 +77,22 @@ def make_request(
     num_microbatches: int,
     *,
     stages_per_rank: int | None = None,
-    memory_limit: _PerRank | None = None,
+    max_in_flight: _PerRank | None = None,
     search_steps: int = DEFAULT_STEPS,
     **times: _PerRank,
-) -> Request:
+) -> SearchRequest:
     """Return what `build_searched` searches for when it is given these arguments.
 
     Raises:
         ScheduleError: not one limit per rank, or one that is no number.
     """
-    limits = num_ranks if memory_limit is None else memory_limit
+    limits = num_ranks if max_in_flight is None else max_in_flight
     per_rank = (float(limits),) * num_ranks if isinstance(limits, int | float) else tuple(map(float, limits))
     if len(per_rank) != num_ranks:
-        raise ScheduleError(f"memory_limit has {len(per_rank)} numbers for {num_ranks} ranks; give one per rank")
+        raise ScheduleError(f"max_in_flight has {len(per_rank)} numbers for {num_ranks} ranks; give one per rank")
     if any(math.isnan(limit) for limit in per_rank):
-        raise ScheduleError(f"memory_limit must be a number of microbatches, got {memory_limit}")
+        raise ScheduleError(f"max_in_flight must be a number of microbatches, got {max_in_flight}")
     frozen = ((name, time if isinstance(time, int | float) else tuple(time)) for name, time in sorted(times.items()))
     # More than the whole batch is never held.
     held = tuple(min(limit, float(num_microbatches)) for limit in per_rank)
-    return Request(num_ranks, num_microbatches, held, stages_per_rank, tuple(frozen), search_steps)
+    return SearchRequest(num_ranks, num_microbatches, held, stages_per_rank, tuple(frozen), search_steps)

@@ -14,7 +14,7 @@ from itertools import product
 from random import Random
 from typing import TypeVar
 
-from vpipe.schedule.search.list import Policy
+from vpipe.schedule.search.list import ListPolicy
 from vpipe.schedule.search.problem import SearchProblem
 
 __all__ = ["table_of_policies", "vary"]
@@ -25,7 +25,7 @@ _LATER = 1 << 20
 _PATIENCE = (0.5, 0.0, 1.0)
 
 
-def table_of_policies(problem: SearchProblem) -> Iterator[Policy]:
+def table_of_policies(problem: SearchProblem) -> Iterator[ListPolicy]:
     """Yield the policies of the table, the most promising first."""
     stages, ranks = problem.placement.num_stages, problem.placement.num_ranks
     room = [problem.capacity[problem.rank_of[stage]] for stage in range(stages)]
@@ -36,10 +36,10 @@ def table_of_policies(problem: SearchProblem) -> Iterator[Policy]:
         for stage in range(stages):
             place = stages - stage if later else stage
             priority += [place + _LATER * gradients, place + _LATER * (not gradients), place]
-        yield Policy(tuple(priority), tuple(in_flight), (patience,) * ranks)
+        yield ListPolicy(tuple(priority), tuple(in_flight), (patience,) * ranks)
 
 
-def vary(problem: SearchProblem, policy: Policy, random: Random) -> Policy:
+def vary(problem: SearchProblem, policy: ListPolicy, random: Random) -> ListPolicy:
     """Return `policy` with one answer changed."""
     question = random.randrange(3)
     if question == 0:

@@ -73,6 +73,8 @@ class Costs:
     move_share: float = 0.0
     """Of the time of a move, what the computations beside it lose: 0 where something else does the copying, 1 or more
     where the core does that computes."""
+    handling: Mapping[Kind, tuple[float, ...]] = field(default_factory=dict)
+    """Instead of times on the host link: how long a rank itself is busy with each kind of move, by stage."""
     dispatch: float = 0.0
     """What every computation takes on top, before it starts: the executor's own time. The rank counts as working."""
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
@@ -82,6 +84,9 @@ class Costs:
         for name in (*_STAGE_TIMES, *_OPTIONAL_TIMES, "message_bytes"):
             for value in getattr(self, name):
                 _check_time(name, value)
+        for kind, values in self.handling.items():
+            for value in values:
+                _check_time(f"handling of {kind}", value)
         _check_time("move_share", self.move_share)
         _check_time("dispatch", self.dispatch)
         Link(self.latency, self.bandwidth)

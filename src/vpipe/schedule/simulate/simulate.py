@@ -121,6 +121,7 @@ class _Run:
         self._waited = list(starts)
         self._moving = [0.0] * len(schedule.orders)  # time of moves that no computation or wait has gone by beside
         self._move_share = costs.move_share
+        self._handling = costs.handling
         self._durations = costs.durations(stages)
         self._again = self._recomputed_in_backwards(costs)
         self._hops_forward, self._hops_backward = costs.hops(schedule.placement)
@@ -205,7 +206,10 @@ class _Run:
             # One at a time, or several microbatches would wait on the device to get out.
             clock = max(clock, self._offloaded[rank])
         start = max(clock, moves[-1].end) if moves else clock
-        duration = (self._version_times if kind in VERSION_MOVES else self._move_times)[stage]
+        if self._handling:
+            start, duration = clock, self._handling[kind][stage]
+        else:
+            duration = (self._version_times if kind in VERSION_MOVES else self._move_times)[stage]
         end = start + duration
         self._moving[rank] += duration
         moves.append(Event(action, start, end))
@@ -217,6 +221,8 @@ class _Run:
             self._copied[stage] = end
         else:
             self._offloaded[rank] = end
+        if self._handling:
+            clock = end
         self._waited[rank] = clock
         return clock
 

@@ -6,16 +6,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vpipe.config.profiled import check_profile_fits
+from vpipe.config.planning.profiled import check_profile_fits
+from vpipe.config.planning.to_plan import to_recipe
 from vpipe.config.run import RunConfig
 from vpipe.config.sections import LaunchConfig
 from vpipe.errors import PlanError
+from vpipe.plan.plan import Plan
 from vpipe.plan.policy import Policy, trailing_policies
+from vpipe.plan.prediction import Prediction
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.by_hand import Given
+from vpipe.planner.search.candidate import Candidate
 from vpipe.planner.search.search import Outcome, Request, find_plan, judge_partition, plan_partition
 from vpipe.planner.search.setting import sizes_to_profile
-from vpipe.planner.search.situation import Plan
 from vpipe.schedule.registry import SCHEDULES, find_entry
 
 __all__ = [
@@ -27,7 +30,6 @@ __all__ = [
     "name_schedules",
     "own_counts",
     "sizes_needed",
-    "with_plan",
 ]
 
 _NOT_CHOSEN = ("naive", "searched")
@@ -35,12 +37,23 @@ _NOT_CHOSEN = ("naive", "searched")
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan of a run, and the request that it answers."""
+    """What was decided of a run, and the request that it answers."""
 
     request: Request
-    plan: Plan
+    chosen: Candidate
     found: Outcome | None = None
     """All that the planner found, where it was free to cut."""
+
+    @property
+    def plan(self) -> Plan:
+        """What the run does."""
+        return self.chosen.plan
+
+    @property
+    def prediction(self) -> Prediction:
+        """What it is expected to take."""
+        bound = None if self.found is None else self.found.lower_bound_ms
+        return self.chosen.predict(self.request.profile, bound)
 
 
 def own_counts(run: RunConfig) -> list[int] | None:
@@ -92,7 +105,8 @@ def build_request(run: RunConfig, profile: Profile) -> Request:
         own_counts(run),
         [limit] if isinstance(limit, int) else limit,
         None if is_own else pipeline.stages_per_rank,
-        {**_options(run), "macrobatch": pipeline.macrobatch, "swap_versions": _version_moves(run, profile)},
+        to_recipe(run),
+        _may_move_versions(run, profile),
         policies=[policy for policy in Policy if not (never and policy is Policy.RECOMPUTE)],
         sockets=_uses_sockets(run.launch, profile),
     )
@@ -105,15 +119,10 @@ def _uses_sockets(launch: LaunchConfig, profile: Profile) -> bool:
     return not launch.shared_memory or len(hosts) > 1 or on_gpu
 
 
-def _options(run: RunConfig) -> dict[str, object]:
-    options = {"depths": run.pipeline.stage_to_depth_map, "vertical_sync": run.pipeline.vertical_sync or None}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _version_moves(run: RunConfig, profile: Profile) -> bool | Sequence[int] | None:
-    """Return what the run says of weight versions; only for a limit is the planner asked to choose."""
+def _may_move_versions(run: RunConfig, profile: Profile) -> bool:
+    """Tell whether weight versions that move are for the planner to choose: only for a limit, where nobody says."""
     is_open = run.plan.memory_limit is not None and profile.host is not None
-    return False if run.plan.swap_versions is None and not is_open else run.plan.swap_versions
+    return is_open and run.plan.swap_versions is None
 
 
 def decide(run: RunConfig, profile: Profile) -> Decision:
@@ -132,7 +141,7 @@ def decide(run: RunConfig, profile: Profile) -> Decision:
     return Decision(request, plan_partition(*_by_hand(run, request, run.plan.partition, is_planned=run.needs_plan)))
 
 
-def judge_by_hand(run: RunConfig, request: Request, partition: Sequence[int] | str, *, is_planned: bool) -> Plan:
+def judge_by_hand(run: RunConfig, request: Request, partition: Sequence[int] | str, *, is_planned: bool) -> Candidate:
     """Judge a partition as a run with it would run; one that is not planned does nothing that it does not say itself.
 
     Raises:
@@ -169,27 +178,3 @@ def given_policies(run: RunConfig, cut: Sequence[int]) -> Sequence[Policy] | Non
     if len(ratios) != len(cut):
         raise PlanError(f"pipeline.recompute_ratio has {len(ratios)} entries for {len(cut)} stages; give one per stage")
     return trailing_policies(cut, ratios) if any(ratios) else None
-
-
-def with_plan(run: RunConfig, plan: Plan) -> RunConfig:
-    """Return the run with nothing left open: as the plan has it."""
-    setting = plan.setting
-    given = any(run.recompute_ratios)
-    pipeline: dict[str, object] = {
-        "schedule": setting.schedule,
-        "num_microbatches": setting.num_microbatches,
-        "stages_per_rank": len(plan.partition) // setting.num_ranks,
-        "stage_to_depth_map": None if setting.depths is None else list(setting.depths),
-        "recompute": run.pipeline.recompute if given else None,
-    }
-    planned: dict[str, object] = {
-        "partition": list(plan.partition),
-        "policies": None if given else [policy.value for policy in plan.policies],
-        "recompute_ahead": list(plan.ahead),
-        "swap_versions": list(setting.swap_versions),
-    }
-    sections = {
-        "pipeline": run.pipeline.model_copy(update=pipeline),
-        "plan": run.plan.model_copy(update=planned),
-    }
-    return run.model_copy(update=sections)

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from vpipe.errors import ConfigError, LaunchError, NonFiniteLossError, PeerLostError
-from vpipe.runtime.comm import failure
-from vpipe.runtime.comm import process_group as process_group_module
-from vpipe.runtime.comm.failure import find_failure, publish_failure, raise_if_peer_lost
-from vpipe.runtime.comm.process_group import _choose_backend, process_group, use_device
+from vpipe.runtime.comm import failure, joining
+from vpipe.runtime.comm.failure import Failures, raise_if_peer_lost
+from vpipe.runtime.comm.joining import choose_backend, use_device
+from vpipe.runtime.comm.world import World
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -25,7 +25,6 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 def _no_ranks(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(failure, "_store", None)
     monkeypatch.setattr(failure, "CONSULT_SECONDS", 0.1)
     yield
     if dist.is_initialized():
@@ -34,53 +33,57 @@ def _no_ranks(monkeypatch):
 
 def test_without_torchrun_there_is_one_rank(caplog):
     caplog.set_level("INFO", logger="vpipe")
-    with process_group(None, 10) as group:
-        assert (group.rank, group.num_ranks, group.local_rank, group.backend) == (0, 1, 0, "gloo")
-        assert group.device == torch.device("cpu")
-        dist.all_reduce(torch.zeros(1), group=group.control)
+    with World.join(timeout_seconds=10) as world:
+        assert (world.rank, world.num_ranks, world.local_rank, world.backend) == (0, 1, 0, "gloo")
+        assert world.device == torch.device("cpu")
+        dist.all_reduce(torch.zeros(1), group=world.control)
     assert not dist.is_initialized()
     assert "Finished initializing process group; backend: gloo, rank: 0, world size: 1" in caplog.text
 
 
 def test_the_first_failure_stays():
-    assert find_failure() is None
-    publish_failure("nobody to tell")
-    with process_group("gloo", 10):
-        assert find_failure() is None
-        publish_failure("the loss became NaN")
-        publish_failure("something later")
-        assert find_failure() == "rank 0 stopped: the loss became NaN"
+    alone = Failures()
+    assert alone.find() is None
+    alone.publish("nobody to tell")
+    assert alone.find() is None
+    with World.join(timeout_seconds=10) as world:
+        assert world.failures.find() is None
+        world.failures.publish("the loss became NaN")
+        world.failures.publish("something later")
+        assert world.failures.find() == "rank 0 stopped: the loss became NaN"
 
 
 def test_what_stops_a_rank_is_published():
-    with pytest.raises(NonFiniteLossError), process_group("gloo", 10):
+    world = World.join(timeout_seconds=10)
+    with pytest.raises(NonFiniteLossError), world:
         raise NonFiniteLossError("the loss became NaN")
-    assert find_failure() == "rank 0 stopped: the loss became NaN"
+    assert world.failures.find() == "rank 0 stopped: the loss became NaN"
 
 
 def test_a_single_rank_may_go_on_after_a_mistake():
     for _ in range(2):
-        with pytest.raises(NonFiniteLossError), process_group("gloo", 10):
+        with pytest.raises(NonFiniteLossError), World.join(timeout_seconds=10):
             raise NonFiniteLossError("the loss became NaN")
         assert not dist.is_initialized()
 
 
-def lose_peer(known=None):
-    with process_group("gloo", 10):
+def lose_peer(world, known=None):
+    with world:
         if known is not None:
-            publish_failure(known)
+            world.failures.publish(known)
         raise PeerLostError("rank 1 ended")
 
 
 def test_a_lost_peer_is_explained_by_the_published_failure():
     with pytest.raises(PeerLostError, match=r"^rank 1 ended: rank 0 stopped: out of data$"):
-        lose_peer("out of data")
+        lose_peer(World.join(timeout_seconds=10), "out of data")
 
 
 def test_a_lost_peer_that_left_no_word_is_passed_on_and_published():
+    world = World.join(timeout_seconds=10)
     with pytest.raises(PeerLostError, match=r"^rank 1 ended$"):
-        lose_peer()
-    assert find_failure() == "rank 0 stopped: rank 1 ended"
+        lose_peer(world)
+    assert world.failures.find() == "rank 0 stopped: rank 1 ended"
 
 
 @pytest.mark.parametrize(
@@ -114,14 +117,17 @@ def test_ranks_that_do_not_meet_in_time(monkeypatch):
         for name, value in zip(VARIABLES, values, strict=True):
             monkeypatch.setenv(name, value)
         message = rf"rank 1 cannot reach the other ranks at {address} within 0.2 s; .* or raise launch.timeout_seconds"
-        with pytest.raises(LaunchError, match=message), process_group("gloo", 0.2):
+        with pytest.raises(LaunchError, match=message), World.join(timeout_seconds=0.2, backend="gloo"):
             pytest.fail("there is nobody to meet")
 
 
 def test_incomplete_variables_are_named(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(LaunchError, match="WORLD_SIZE, MASTER_PORT are not set"), process_group("gloo", 1):
+    with (
+        pytest.raises(LaunchError, match="WORLD_SIZE, MASTER_PORT are not set"),
+        World.join(timeout_seconds=1, backend="gloo"),
+    ):
         pass
 
 
@@ -129,7 +135,7 @@ def test_incomplete_variables_are_named(monkeypatch):
     ("backend", "message"), [("mpi", "is 'mpi'; choose one of gloo, nccl"), ("nccl", "needs CUDA devices")]
 )
 def test_backends_that_do_not_fit_are_refused(backend, message):
-    with pytest.raises(ConfigError, match=message), process_group(backend, 1):
+    with pytest.raises(ConfigError, match=message), World.join(timeout_seconds=1, backend=backend):
         pass
 
 
@@ -137,9 +143,14 @@ def test_backends_that_do_not_fit_are_refused(backend, message):
 def test_a_missing_cuda_device_is_named():
     with (
         pytest.raises(ConfigError, match=r"the device is 'cuda' but torch finds no CUDA device here; .*launch.device"),
-        process_group(None, 1, device="cuda"),
+        World.join(timeout_seconds=1, device="cuda"),
     ):
         pass
+
+
+def test_a_device_is_one_that_torch_knows():
+    with pytest.raises(ConfigError, match="device is 'gpu', which torch does not know; use cpu, cuda or"):
+        World.join(device="gpu")
 
 
 @pytest.fixture
@@ -181,7 +192,7 @@ def test_nccl_is_for_ranks_with_gpus_of_their_own_whatever_each_calls_its_own(ot
     store = dist.HashStore()
     for rank, name in enumerate(others, start=1):
         store.set(f"device/{rank}", name)
-    assert _choose_backend(None, torch.device("cuda:0"), store, 0, 3) == expected
+    assert choose_backend(None, torch.device("cuda:0"), store, 0, 3) == expected
     assert store.get("device/0") == b"GPU-0"
 
 
@@ -191,8 +202,8 @@ def test_nccl_is_refused_where_ranks_share_a_gpu():
     store.set("device/1", "GPU-1")
     store.set("device/2", "GPU-0")
     with pytest.raises(ConfigError, match=r"a CUDA device per rank, but ranks \[0, 2\] share theirs"):
-        _choose_backend("nccl", torch.device("cuda:0"), store, 0, 3)
-    assert _choose_backend("gloo", torch.device("cuda:0"), store, 0, 3) == "gloo"
+        choose_backend("nccl", torch.device("cuda:0"), store, 0, 3)
+    assert choose_backend("gloo", torch.device("cuda:0"), store, 0, 3) == "gloo"
 
 
 def _be_rank(rank, port):
@@ -227,7 +238,7 @@ def _leave_without_the_others(rank, port, results):
     _be_rank(rank, port)
     failure.CONSULT_SECONDS = 0.1
     try:
-        with process_group("gloo", 600):
+        with World.join(timeout_seconds=600, backend="gloo"):
             if rank == 1:
                 os._exit(0)
     except PeerLostError as error:
@@ -249,13 +260,13 @@ def _join_in_turn(rank, port, results):
     _be_rank(rank, port)
     found = []
     for turn in range(4):
-        with process_group("gloo", 600) as group:
-            found.append(find_failure())
+        with World.join(timeout_seconds=600, backend="gloo") as world:
+            found.append(world.failures.find())
             total = torch.ones(1)
-            dist.all_reduce(total, group=group.control)
+            dist.all_reduce(total, group=world.control)
             found.append(total.item())
-            dist.barrier(group=group.control)
-            publish_failure(f"said in turn {turn}")
+            dist.barrier(group=world.control)
+            world.failures.publish(f"said in turn {turn}")
     results.put(found)
     results.close()
     results.join_thread()
@@ -275,9 +286,9 @@ def test_leaving_waits_for_threads_that_still_have_something_in_hand(tmp_path, m
     (tmp_path / "7").mkdir()
     (tmp_path / "8").mkdir()
     (tmp_path / "8" / "stat").write_text("8 (python) R 1 8")  # whoever else computes is not waited for
-    monkeypatch.setattr(process_group_module, "_THREADS", tmp_path)
-    monkeypatch.setattr(process_group_module.time, "sleep", write)
-    with process_group("gloo", 10):
+    monkeypatch.setattr(joining, "_THREADS", tmp_path)
+    monkeypatch.setattr(joining.time, "sleep", write)
+    with World.join(timeout_seconds=10, backend="gloo"):
         pass
     assert next(states, None) is None
 
@@ -285,13 +296,13 @@ def test_leaving_waits_for_threads_that_still_have_something_in_hand(tmp_path, m
 def test_a_group_that_was_left_has_no_threads():
     gc.collect()  # groups of other tests
     before = _gloo_threads()
-    with process_group("gloo", 10) as group:
-        dist.all_reduce(torch.zeros(1), group=group.control)
+    with World.join(timeout_seconds=10, backend="gloo") as world:
+        dist.all_reduce(torch.zeros(1), group=world.control)
         threads = _gloo_threads() - before
         assert threads
         # Optimizers import it. Were it the first time, its functions would have the group as a default for ever.
         importlib.import_module("torch.distributed.nn.functional")
-    del group
+    del world
     while threads & _gloo_threads():  # one that has ended may be listed for a moment, one that has not for ever
         time.sleep(0.01)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from vpipe.config.planned import name_schedules, own_counts
+from vpipe.config.planning.planned import name_schedules, own_counts
+from vpipe.config.planning.to_plan import to_recipe
 from vpipe.config.run import RunConfig
 from vpipe.plan.policy import Policy
+from vpipe.plan.recipe import BESIDES, OPTIONS, Recipe
 from vpipe.words.units import format_bytes
 
 __all__ = ["RunWishes", "run_wishes"]
@@ -31,8 +32,8 @@ class RunWishes:
     may_recompute: bool
     state_bytes: int
     """Of the optimizer, for each parameter, a master copy of the weights not included."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the schedules, as `Request` has them."""
+    options: Recipe = field(default_factory=Recipe)
+    """Of the schedules, and what their stages do besides, as `Request` has them."""
     said: Mapping[str, str] = field(default_factory=dict)
     """The same in words, by the run's keys."""
 
@@ -52,13 +53,6 @@ def run_wishes(run: RunConfig) -> RunWishes:
     counts = own_counts(run)
     limits = None if limit is None else (limit,) if isinstance(limit, int) else tuple(limit)
     is_open = pipeline.stages_per_rank == 1 and pipeline.schedule == "auto"
-    options = {
-        "depths": pipeline.stage_to_depth_map,
-        "vertical_sync": pipeline.vertical_sync or None,
-        "macrobatch": pipeline.macrobatch or None,
-        "swap_versions": run.plan.swap_versions,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
     return RunWishes(
         num_ranks=run.num_ranks,
         batch_size=run.train.batch_size,
@@ -68,8 +62,8 @@ def run_wishes(run: RunConfig) -> RunWishes:
         limits=limits,
         may_recompute=pipeline.recompute != "never",
         state_bytes=_state_bytes(run),
-        options=given,
-        said=_said(run, limits, given),
+        options=to_recipe(run).with_ahead(()),
+        said=_said(run, limits),
     )
 
 
@@ -79,7 +73,7 @@ def _state_bytes(run: RunConfig) -> int:
     return 0 if without else _FP32 * _NUM_MOMENTS[optimizer.name]
 
 
-def _said(run: RunConfig, limits: tuple[int, ...] | None, options: Mapping[str, Any]) -> dict[str, str]:
+def _said(run: RunConfig, limits: tuple[int, ...] | None) -> dict[str, str]:
     pipeline = run.pipeline
     said = {
         "pipeline.num_ranks": str(run.num_ranks),
@@ -94,5 +88,7 @@ def _said(run: RunConfig, limits: tuple[int, ...] | None, options: Mapping[str, 
         said["pipeline.recompute"] = "never"
     if limits is not None:
         said["plan.memory_limit"] = ", ".join(map(format_bytes, limits))
-    names = {"depths": "pipeline.stage_to_depth_map", "swap_versions": "plan.swap_versions"}
-    return said | {names.get(name, f"pipeline.{name}"): str(value) for name, value in options.items()}
+    options = {f"pipeline.{option.key}": getattr(pipeline, option.key) for option in OPTIONS}
+    moves = {f"plan.{name}": getattr(run.plan, name) for name, what in BESIDES.items() if what == "weights"}
+    given = {key: value for key, value in options.items() if value} | {k: v for k, v in moves.items() if v is not None}
+    return said | {key: str(value) for key, value in given.items()}

@@ -1,0 +1,301 @@
+"""The world of a process: which rank of the pipeline it is, where it computes, and how it reaches the others.
+
+A world is made once, and everything else asks it. Nothing but this file asks torch for a rank: a *position* in the
+pipeline is one thing, the *process* that takes it, torch's rank, another. Where a pipeline has all processes in order,
+both are the same number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+# Its functions have the group of all ranks as a default, as it is when the module is imported. If that happened later,
+# by way of an optimizer, the group and its threads would never end.
+import torch.distributed.nn.functional
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _world as torch_world
+
+from vpipe.errors import ConfigError, VPipeError
+from vpipe.runtime.comm.failure import Failures, raise_if_peer_lost
+from vpipe.runtime.comm.joining import as_device, check_backend, choose_backend, connect, let_threads_rest, local_rank
+from vpipe.runtime.comm.wait import telling_losses
+
+__all__ = ["World"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """One process among those of a pipeline; `World.join` makes it.
+
+    As a context manager it leaves the others at the end, together with them. When the block raises, the others are
+    told why and the group is not destroyed: that would wait for peers which may be dead. The process is expected to
+    end then; that of a single rank may go on, and join again.
+    """
+
+    processes: tuple[int, ...]
+    """Torch's rank of the process at each position of the pipeline."""
+    position: int
+    """The place of this process among them: its rank in the pipeline."""
+    local_rank: int
+    """Its place among the processes of this machine."""
+    backend: str
+    device: torch.device
+    """Where it computes; for CUDA always with an index."""
+    timeout: timedelta
+    """How long any wait for another rank may last."""
+    control: dist.ProcessGroup | None
+    """A gloo group of these processes, for small messages between their CPUs; None for one that joined nobody."""
+    shared_memory: bool = True
+    """Whether ranks of one machine may exchange messages in memory that both see."""
+    store: Store | None = None
+    """Keys and values that all ranks see, where this process joined them by itself."""
+    failures: Failures = field(default_factory=Failures)
+    """What a rank says to the others when it fails."""
+    _open: list[bool] = field(default_factory=lambda: [True], repr=False)
+
+    @classmethod
+    def join(
+        cls,
+        *,
+        device: str | torch.device = "cpu",
+        timeout_seconds: float = 300.0,
+        shared_memory: bool = True,
+        backend: str | None = None,
+        ranks: Sequence[int] | None = None,
+    ) -> World:
+        """Join the other ranks: under torchrun by its environment variables; without them, be the only rank.
+
+        Where the caller has made a process group of torch already, the world is a part of it, or all of it.
+
+        Args:
+            device: ``cpu``, ``cuda`` (the device is then chosen by the local rank) or ``cuda:<index>``.
+            timeout_seconds: how long a rank waits for another before it gives up.
+            shared_memory: let ranks of one machine exchange messages in memory that both see, not through sockets.
+            backend: ``gloo`` or ``nccl``; None takes nccl if every rank has a CUDA device of its own.
+            ranks: torch's ranks of the processes of this world, in the order of the pipeline, this one among them;
+                None: all. Several worlds of one process group must not share a process.
+
+        Raises:
+            ConfigError: the backend is unknown or does not fit the device, or `ranks` are not of the group.
+            LaunchError: torchrun's variables are incomplete, or the other ranks cannot be reached.
+            PeerLostError: another rank failed first; the text includes its message if it left one.
+        """
+        place = as_device(device)
+        check_backend(backend, place)
+        timeout = timedelta(seconds=timeout_seconds)
+        if dist.is_initialized():
+            return cls._beside(ranks, place, timeout, shared_memory)
+        failures = Failures()
+        try:
+            return cls._first(ranks, place, timeout, shared_memory, backend, failures)
+        except Exception as error:
+            if dist.is_initialized() and dist.get_world_size() == 1:
+                dist.destroy_process_group()
+            failures.report(error)
+            raise
+
+    @classmethod
+    def _first(
+        cls,
+        ranks: Sequence[int] | None,
+        device: torch.device,
+        timeout: timedelta,
+        shared_memory: bool,
+        backend: str | None,
+        failures: Failures,
+    ) -> World:
+        """Make the process group."""
+        store, process, num_processes = connect(timeout)
+        failures.attach(store, process)
+        processes = _choose_processes(ranks, process, num_processes)
+        try:
+            backend = choose_backend(backend, device, store, process, num_processes)
+            dist.init_process_group(backend, store=store, rank=process, world_size=num_processes, timeout=timeout)
+            control = dist.group.WORLD if backend == "gloo" else None
+            if len(processes) < num_processes:
+                _level_groups(processes, timeout)
+                control = None
+            control = control or _new_group(processes, timeout, "gloo", processes)
+            # A rank that is quick to find a mistake and ends would keep slower ones from connecting, and from finding
+            # it.
+            dist.barrier(group=control)
+        except RuntimeError as error:
+            raise_if_peer_lost(error, "the process group to form")
+            raise
+        logger.info(
+            "Finished initializing process group; backend: %s, rank: %d, world size: %d",
+            backend, process, num_processes,
+        )  # fmt: skip
+        position = processes.index(process)
+        return cls(processes, position, local_rank(), backend, device, timeout, control, shared_memory, store, failures)
+
+    @classmethod
+    def _beside(
+        cls, ranks: Sequence[int] | None, device: torch.device, timeout: timedelta, shared_memory: bool
+    ) -> World:
+        """Take part in the process group that the caller made; its messages are never met, as groups here are new."""
+        process = dist.get_rank()
+        processes = _choose_processes(ranks, process, dist.get_world_size())
+        if len(processes) < dist.get_world_size():
+            _level_groups(processes, timeout)
+        control = _new_group(processes, timeout, "gloo", processes) if len(processes) > 1 else None
+        position = processes.index(process)
+        return cls(processes, position, local_rank(), dist.get_backend(), device, timeout, control, shared_memory)
+
+    @property
+    def rank(self) -> int:
+        """Return the position of this process in the pipeline."""
+        return self.position
+
+    @property
+    def process(self) -> int:
+        """Return torch's rank of this process."""
+        return self.processes[self.position]
+
+    @property
+    def num_ranks(self) -> int:
+        """Count the ranks of the pipeline."""
+        return len(self.processes)
+
+    @property
+    def peers(self) -> dist.ProcessGroup | None:
+        """Return the control group, or None where there is nobody else to talk to."""
+        return self.control if self.num_ranks > 1 else None
+
+    def new_group(self, positions: Sequence[int] | None = None, backend: str | None = None) -> dist.ProcessGroup | None:
+        """Make a group of some of the ranks, by default of all; None for one that is no member.
+
+        Collective: every rank of the world makes the same groups in the same order.
+        """
+        chosen = range(self.num_ranks) if positions is None else positions
+        return _new_group([self.processes[position] for position in chosen], self.timeout, backend, self.processes)
+
+    def position_in(self, group: dist.ProcessGroup, position: int) -> int:
+        """Return how a group of torch counts the process at a position."""
+        return dist.get_group_rank(group, self.processes[position])
+
+    def gather(self, mine: T, what: str) -> list[T]:
+        """Return what every rank gave, in the order of positions; collective. `what` says in an error what it is.
+
+        Raises:
+            PeerLostError: a rank ended meanwhile.
+        """
+        if self.peers is None:
+            return [mine]
+        everyone: list[T] = [mine] * self.num_ranks
+        with telling_losses(what):
+            dist.all_gather_object(everyone, mine, group=self.peers)
+        return [everyone[self.position_in(self.peers, position)] for position in range(self.num_ranks)]
+
+    def broadcast(self, tensor: Tensor, source: int, what: str) -> None:
+        """Fill a tensor of the CPU on every rank with that of the rank at position `source`; collective.
+
+        Raises:
+            PeerLostError: a rank ended meanwhile.
+        """
+        if self.peers is not None:
+            with telling_losses(what):
+                dist.broadcast(tensor, self.processes[source], group=self.peers)
+
+    def meet(self, what: str) -> None:
+        """Wait until all ranks got here; collective. `what` says in an error what was waited for.
+
+        Raises:
+            PeerLostError: a rank ended before it got here.
+        """
+        if self.control is not None:
+            with telling_losses(what):
+                dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        """Leave the others, if this world joined them: wait until all got here, then disconnect.
+
+        Raises:
+            PeerLostError: a rank ended before it got here.
+        """
+        if self.store is not None and self._open[0]:
+            self._open[0] = False
+            self.meet("the end of the run")
+            dist.destroy_process_group()
+            let_threads_rest()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            try:
+                self.close()
+            except VPipeError as lost:
+                self.failures.report(lost)
+                raise
+        elif isinstance(error, Exception):
+            self._leave_after(error)
+
+    def _leave_after(self, error: Exception) -> None:
+        if self.store is None:
+            return
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        self._open[0] = False
+        self.failures.report(error)
+
+
+def _choose_processes(ranks: Sequence[int] | None, process: int, num_processes: int) -> tuple[int, ...]:
+    if ranks is None:
+        return tuple(range(num_processes))
+    processes = tuple(ranks)
+    if len(set(processes)) < len(processes) or not all(0 <= rank < num_processes for rank in processes):
+        raise ConfigError(f"ranks {list(ranks)} are not different ones of 0 to {num_processes - 1}")
+    if process not in processes:
+        raise ConfigError(f"this process is rank {process}, which is not among the ranks {list(ranks)} of its world")
+    return processes
+
+
+def _new_group(
+    members: Sequence[int], timeout: timedelta, backend: str | None, world: Sequence[int]
+) -> dist.ProcessGroup | None:
+    """Make a group of some processes of a `world`, all of which call this; None for one that is no member.
+
+    Torch names groups by a count, so all processes of its group have to make the same ones in the same order. A world
+    that is a part of them cannot ask that of the others: there only members know of a group. Its name then depends on
+    how many groups a process has, and who is no member makes one by itself, so that the next names agree again.
+    """
+    if len(world) == dist.get_world_size():
+        group = dist.new_group(sorted(members), timeout=timeout, backend=backend)
+    else:
+        process = dist.get_rank()
+        own = sorted(members) if process in members else [process]
+        group = dist.new_group(own, timeout=timeout, backend=backend, use_local_synchronization=True)
+        if process not in members:
+            return None
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
+def _level_groups(processes: Sequence[int], timeout: timedelta) -> None:
+    """Let all `processes` of a world that is a part of torch's group have equally many groups, see `_new_group`."""
+    process, name = dist.get_rank(), " ".join(map(str, processes))
+    store = PrefixStore(f"vpipe/world {name}", _get_default_store())
+    turn = store.add(f"turns of {process}", 1)
+    store.set(f"{turn}/{process}", str(len(torch_world.pg_names)))
+    try:
+        store.wait([f"{turn}/{other}" for other in processes], timeout)
+    except RuntimeError as error:
+        raise_if_peer_lost(error, "the ranks of its world to come")
+        raise
+    counts = [int(store.get(f"{turn}/{other}")) for other in processes]
+    for _ in range(max(counts) - len(torch_world.pg_names)):
+        dist.new_group([process], backend="gloo", use_local_synchronization=True)

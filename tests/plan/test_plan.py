@@ -1,0 +1,209 @@
+"""The plan as a value: open and closed, equal and different, printed, written and read."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vpipe
+from vpipe.errors import ConfigError, PlanError, ScheduleError
+from vpipe.plan.partition import Partition
+from vpipe.plan.plan import Plan
+from vpipe.plan.plan_file import plan_from_dict, plan_to_dict
+from vpipe.plan.policy import Policy
+from vpipe.plan.prediction import Prediction
+from vpipe.plan.recipe import RankTimes
+from vpipe.plan.shown import show_lines
+from vpipe.schedule.action import Kind
+from vpipe.schedule.registry import build_schedule
+
+
+class Model:
+    """Five blocks, of which the first has the parameters."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def trainable_sizes(self) -> list[int]:
+        return [10, 1, 1, 1, 1]
+
+
+def closed(num_ranks: int = 2, **fields: Any) -> Plan:
+    return Plan(**fields).resolve(Model(), SimpleNamespace(num_ranks=num_ranks))
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cut": {"partition": [4, 1], "num_microbatches": 3},
+    "recomputing": {"recompute_ratio": [0.4, 1], "recompute_ahead": [0]},
+    "mixed": {"policies": ["keep", "swap", "recompute", "keep", "swap"], "schedule": "gpipe"},
+    "except-last": {"schedule": "gpipe", "recompute": "except_last", "recompute_ratio": 1.0},
+    "several": {"schedule": "interleaved", "stages_per_rank": 2, "num_microbatches": 4},
+    "deep": {"schedule": "pipedream", "depths": [3, 1], "vertical_sync": True, "swap_versions": [0]},
+    "macrobatch": {"schedule": "pipedream", "macrobatch": True, "swap_versions": True},
+    "searched": {"schedule": "searched", "max_in_flight": [2, 1.5], "rank_times": {"forward": [1, 2]}},
+}
+
+
+def test_a_plan_may_leave_cuts_and_ranks_open() -> None:
+    plan = vpipe.Plan("1f1b", num_microbatches=8, partition="uniform")
+    assert not plan.is_closed
+    with pytest.raises(PlanError, match="the plan leaves num_ranks, policies, partition open, so it has no"):
+        plan.fingerprint()
+    with pytest.raises(PlanError, match="leaves num_ranks open; resolve it"):
+        plan.build()
+    with pytest.raises(PlanError, match="leaves the partition open: 'uniform'"):
+        _ = plan.cut
+    whole = plan.resolve(Model(), SimpleNamespace(num_ranks=2))
+    assert whole.is_closed
+    assert (whole.cut, whole.sizes, whole.block_policies) == ((3, 2), (2, 8), (Policy.KEEP,) * 5)
+    assert whole.resolve(Model(), SimpleNamespace(num_ranks=2)) == whole
+
+
+def test_what_is_open_is_filled_in() -> None:
+    assert closed(3).sizes == (3, 6)
+    assert closed(partition="parameters").cut == (1, 4)
+    assert closed(schedule="naive", stages_per_rank=2).cut == (2, 1, 1, 1)
+    assert (
+        closed(recompute_ratio=0.5).block_policies
+        == closed(policies=["keep", "recompute", "recompute", "keep", "recompute"]).block_policies
+    )
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_fingerprint_is_that_of_what_is_said(name: str) -> None:
+    plan = closed(**PLANS[name])
+    again = closed(**PLANS[name])
+    assert plan == again
+    assert hash(plan) == hash(again)
+    assert plan.fingerprint() == again.fingerprint()
+
+
+def test_another_plan_has_another_fingerprint() -> None:
+    prints = {name: closed(**fields).fingerprint() for name, fields in PLANS.items()}
+    prints["more microbatches"] = closed(num_microbatches=5).fingerprint()
+    prints["another cut"] = closed(partition=[2, 3]).fingerprint()
+    prints["other policies"] = closed(recompute_ratio=1.0).fingerprint()
+    prints["other microbatches recompute"] = closed(recompute_ratio=1.0, recompute="except_last").fingerprint()
+    assert len(set(prints.values())) == len(prints)
+
+
+def test_ratios_and_the_policies_that_they_mean_are_one_plan() -> None:
+    by_ratio = closed(recompute_ratio=[1.0, 0.0])
+    by_policy = closed(policies=["recompute"] * 3 + ["keep"] * 2)
+    assert by_ratio == by_policy
+    assert by_ratio.fingerprint() == by_policy.fingerprint()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_written_is_read(name: str) -> None:
+    plan = closed(**PLANS[name])
+    content = json.loads(json.dumps(plan_to_dict(plan, microbatch_size=2)))
+    found = plan_from_dict(content)
+    assert found.fingerprint() == plan.fingerprint() == content["fingerprint"]
+    assert found.sample.orders == plan.sample.orders
+    assert content["recompute_ratio"] == list(plan.ratios)
+    text = "\n".join(show_lines(content))
+    assert plan.fingerprint() in text
+    assert f"Plan({plan.schedule!r}" in text
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_is_printed_as_python_that_makes_it(name: str) -> None:
+    plan = closed(**PLANS[name])
+    assert eval(repr(plan), {"Plan": Plan, "RankTimes": RankTimes}) == plan
+
+
+def test_only_what_is_said_is_printed() -> None:
+    assert repr(Plan()) == "Plan('1f1b')"
+    assert repr(Plan("gpipe", num_microbatches=8, partition="uniform")) == "Plan('gpipe', num_microbatches=8)"
+    assert repr(Plan("1f1b", partition=[3, 2])) == "Plan('1f1b', partition=[3, 2])"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"recompute": "maybe"}, ConfigError, "recompute is 'maybe'; choose one of always, except_last"),
+        (
+            {"policies": ["keep", "drop"]},
+            PlanError,
+            "policies has 'drop' for block 1; use one of keep, rec",
+        ),
+        ({"policies": "keep"}, PlanError, "policies is the word 'keep'; give a list with one of keep"),
+        ({"policies": ["keep"] * 4}, PlanError, "has 4 entries for 5 blocks; give one per block"),
+        ({"policies": ["keep"] * 5, "recompute_ratio": 0.5}, PlanError, "say the same thing twice; keep one"),
+        ({"recompute_ratio": [0.5]}, PlanError, "has 1 entries for 2 stages"),
+        ({"recompute_ratio": 1.5}, PlanError, "gives stage 0 the ratio 1.5"),
+        ({"partition": [1, 1, 1]}, PlanError, "has 3 entries for 2 stages"),
+        ({"partition": "even"}, PlanError, "partition 'even' is unknown; give blocks per stage, 'uniform' or 'param"),
+        (
+            {"rank_times": {"backward": [1, 2]}},
+            PlanError,
+            "rank_times has 'backward'; its times are forward",
+        ),
+        ({"schedule": "1f1c"}, ScheduleError, "unknown schedule '1f1c'; did you mean '1f1b'"),
+        ({"depths": [3, 1], "schedule": "gpipe"}, ScheduleError, "schedule 'gpipe' has no option 'depths'"),
+        ({"macrobatch": True}, ScheduleError, "update once per batch, which '1f1b' does anyway; leave it out"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(fields: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        closed(**fields)
+    assert text in str(raised.value)
+
+
+def test_stages_that_are_not_there_cannot_do_anything_besides() -> None:
+    for name in ("recompute_ahead", "swap_versions"):
+        plan = closed(schedule="pipedream", **{name: [2]})
+        with pytest.raises(ScheduleError, match="there is no stage 2"):
+            plan.build()
+
+
+def test_the_order_has_what_stages_do_besides() -> None:
+    assert closed().sample.orders == build_schedule("1f1b", 2, 4).orders
+    kinds = {
+        name: {action.kind for order in closed(**fields).sample.orders for action in order}
+        for name, fields in PLANS.items()
+    }
+    assert Kind.R in kinds["recomputing"]
+    assert Kind.OFFLOAD in kinds["mixed"]
+    assert Kind.OFFLOAD_V in kinds["deep"]
+    assert not kinds["plain"] & {Kind.R, Kind.OFFLOAD, Kind.OFFLOAD_V}
+    assert closed(**PLANS["mixed"]).swapping == {0, 1}
+
+
+def test_warmups_are_those_of_the_order() -> None:
+    assert closed(3).warmups() == [2, 1, 0]
+    assert closed(schedule="pipedream", depths=[3, 1]).warmups() == [3, 1]
+
+
+def test_a_prediction_is_written_and_read() -> None:
+    prediction = Prediction(12.5, 1.5, ({"activations": 5, "total": 7},), 11.0, "abc", {"machine": "x"})
+    assert Prediction.from_dict(json.loads(json.dumps(prediction.to_dict())), "abc") == prediction
+    lines = show_lines(plan_to_dict(closed(), microbatch_size=2, prediction=prediction))
+    assert "predicted    12.5 ms per step, at least 11 ms for any plan" in lines
+
+
+def test_a_file_of_the_original_is_shown_as_far_as_it_says() -> None:
+    assert show_lines({"partition": [3, 2], "recompute_ratio": [0.5, 0]})[-1].startswith("The file has the original's")
+    older = {"partition": [3, 2], "recompute_ratio": [0.34, 0], "schedule": "1f1b", "num_microbatches": 4}
+    assert plan_from_dict(older).is_closed
+    assert plan_from_dict(older) == closed(num_microbatches=4, recompute_ratio=[0.34, 0])
+
+
+def test_a_file_that_is_no_plan_is_refused() -> None:
+    with pytest.raises(PlanError, match="the partition has 'a'; give a whole number of blocks for each stage"):
+        plan_from_dict({"partition": ["a", 2], "schedule": "1f1b"})
+
+
+def test_a_plan_for_other_ranks_is_refused() -> None:
+    with pytest.raises(PlanError, match="the plan is for 4 ranks and there are 2; start as many, or leave num_ranks"):
+        Plan(num_ranks=4).resolve(Model(), SimpleNamespace(num_ranks=2))
+
+
+def test_a_partition_is_one_however_it_is_given() -> None:
+    assert Plan(partition=(3, 2)) == Plan(partition=[3, 2])
+    assert isinstance(Plan(partition=[3, 2]).partition, Partition)

@@ -1,0 +1,44 @@
+"""Worlds of one process group do not disturb each other, whoever is in them and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from vpipe.errors import ConfigError
+from vpipe.launch.local import launch_local
+from vpipe.runtime.comm.world import World
+
+
+def test_pipelines_in_turn_and_at_once_on_disjoint_ranks(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(Path(__file__).parent)}
+    launch_local(["worlds_toys:run_worlds", str(tmp_path)], 4, run_directory=tmp_path, environment=environment)
+    ranks = [torch.load(tmp_path / f"worlds.{rank}.pt") for rank in range(4)]
+    expected = dict(ranks[0][:3])
+    assert [result["position"] for _, result in ranks[2][3:]] == [0, 0, 2, 2, 0, 2, 2]
+    assert [result["num_ranks"] for _, result in ranks[2][3:]] == [2, 2, 4, 4, 2, 3, 4]
+    num_compared = 0
+    for process, rank in enumerate(ranks):
+        for turn, (name, result) in enumerate(rank):
+            assert result["losses"] == expected[name]["losses"], (process, turn, name)
+            for key, value in result["state"].items():
+                assert torch.equal(value, expected[name]["state"][key]), (process, turn, key)
+                num_compared += 1
+    assert num_compared > 100
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([0, 1], r"ranks \[0, 1\] are not different ones of 0 to 0"),
+        ([0, 0], r"ranks \[0, 0\] are not different ones"),
+        ([], r"this process is rank 0, which is not among the ranks \[\] of its world"),
+    ],
+)
+def test_ranks_that_are_none_are_refused(ranks: list[int], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        World.join(ranks=ranks)
+    assert not dist.is_initialized()
