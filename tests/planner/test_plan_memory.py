@@ -262,7 +262,7 @@ def test_more_gradients_cannot_wait(family: str) -> None:
     schedule = build_schedule(family, 3, 6)
     backward = (Kind.B, Kind.I)
     for stage in range(1, schedule.num_stages):
-        if schedule.rank_of(stage) == schedule.rank_of(stage - 1):
+        if schedule.position_of(stage) == schedule.position_of(stage - 1):
             continue
         replay = Replay(schedule, stage)
         for action in schedule.stage_order(stage):

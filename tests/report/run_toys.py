@@ -43,7 +43,7 @@ def write_run(
     content = plan_to_dict(
         closed,
         microbatch_size=1,
-        stages=[{"stage": stage, "rank": sample.rank_of(stage)} for stage in range(sample.num_stages)],
+        stages=[{"stage": stage, "rank": sample.position_of(stage)} for stage in range(sample.num_stages)],
         cuts=[{"before_stage": stage, "forward_bytes": 1000} for stage in range(1, sample.num_stages)],
     )
     directory.mkdir(exist_ok=True)

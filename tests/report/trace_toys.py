@@ -38,7 +38,7 @@ class Executor:
                 for action, *times in row
             ]
         events, starts = [], [0.0] * schedule.num_ranks
-        teller = schedule.rank_of(schedule.num_stages - 1)
+        teller = schedule.position_of(schedule.num_stages - 1)
         for batch in range(num_batches):
             rows = self._batch(schedule, starts)
             events += [_event(rank, action, batch, *times) for rank, row in enumerate(rows) for action, *times in row]
@@ -65,7 +65,7 @@ class Executor:
                         end = max(clock, arrivals[counterpart(action)]) + self.receive
                     elif action.kind in (Kind.SEND_F, Kind.SEND_B):
                         end = clock + self.send
-                        link = rank, schedule.rank_of(counterpart(action).stage)
+                        link = rank, schedule.rank_of(counterpart(action))
                         free[link] = max(free[link], end) + self.occupied
                         arrivals[action] = free[link] + self.latency
                     rows[rank].append((action, clock, end, 0.0))

@@ -15,7 +15,7 @@ from vpipe.runtime.comm import throttle as module
 from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links, throttle
 from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.comm.world import World
-from vpipe.schedule.placement import Placement
+from vpipe.schedule.registry import build_schedule
 
 MESSAGE = [torch.zeros(250)]  # 1000 bytes
 
@@ -121,7 +121,7 @@ def test_impossible_links_are_refused(numbers):
 
 def test_messages_that_are_matched_by_order_are_not_held_back():
     with World.join() as world:
-        transport = Transport(Placement(1), world, ordered=True)
+        transport = Transport(build_schedule("1f1b", 1, 1), world, ordered=True)
         with pytest.raises(ConfigError, match="with gloo only"):
             emulate_slow_links(transport, SlowLink(1.0))
 

@@ -51,7 +51,11 @@ def test_counterparts_are_mutual(text: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_message_is_sent_and_received_once(name: str) -> None:
     schedule = build_schedule(name, 4, 8)
-    cuts = [stage for stage in range(1, schedule.num_stages) if schedule.rank_of(stage - 1) != schedule.rank_of(stage)]
+    cuts = [
+        stage
+        for stage in range(1, schedule.num_stages)
+        if schedule.position_of(stage - 1) != schedule.position_of(stage)
+    ]
     lowered = lower(schedule)
     messages = [action for order in lowered for action in order if action.kind in COMMUNICATION]
     assert len(messages) == len(set(messages)) == 2 * 2 * len(cuts) * 8

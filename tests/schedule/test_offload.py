@@ -66,7 +66,7 @@ def test_every_family_stays_legal(name: str, num_ranks: int, num_microbatches: i
 def on_device(schedule: Schedule, simulation: Simulation, stage: int) -> int:
     """Count the microbatches of a stage that are on the device at once, at most: moves free memory when they end."""
     changes: list[tuple[float, int]] = []
-    rank = schedule.rank_of(stage)
+    rank = schedule.position_of(stage)
     away = set()
     for action, start, end in simulation.moves[rank]:
         if action.stage == stage:

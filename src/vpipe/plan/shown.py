@@ -55,7 +55,7 @@ def _stage_table(plan: Plan, content: Mapping[str, Any]) -> list[str]:
         own = policies[start:stop]
         blocks = names.get(stage) or [str(start), str(stop - 1)]
         counts = [str(own.count(policy)) for policy in (Policy.KEEP, Policy.RECOMPUTE, Policy.SWAP)]
-        rank = plan.sample.rank_of(stage)
+        rank = plan.sample.position_of(stage)
         rows.append([str(stage), str(rank), str(stop - start), str(warmups[stage]), *counts, blocks[0], blocks[-1]])
     return format_table(rows, left=(7, 8))
 

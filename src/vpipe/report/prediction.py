@@ -16,7 +16,7 @@ from itertools import pairwise
 from vpipe.errors import ScheduleError
 from vpipe.plan.recipe import Recipe
 from vpipe.report.measured_costs import MeasuredCosts, Overheads
-from vpipe.schedule.action import MOVES, Kind
+from vpipe.schedule.action import MOVES, Action, Kind
 from vpipe.schedule.schedule import Schedule
 from vpipe.schedule.simulate.costs import Costs
 from vpipe.schedule.simulate.simulate import Simulation, simulate
@@ -116,7 +116,7 @@ def _bubble(one: Schedule, measured: MeasuredCosts, step_ms: float) -> float:
 
 def _chain_batches(schedule: Schedule, costs: Costs, extra: Overheads) -> float:
     """Simulate batch after batch and return their mean distance once the start is forgotten."""
-    teller = schedule.rank_of(schedule.num_stages - 1)
+    teller = schedule.rank_of(Action(schedule.num_stages - 1, Kind.F, 0))
     starts = [0.0] * schedule.num_ranks
     marks = []
     for _ in range(_CHAINED):

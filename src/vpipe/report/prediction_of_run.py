@@ -94,7 +94,7 @@ class RunPrediction:
         return [
             {
                 "stage": stage,
-                "rank": schedule.rank_of(stage),
+                "rank": schedule.position_of(stage),
                 **{f"{kind}_ms": work[stage, kind] for kind in Kind if (stage, kind) in work},
             }
             for stage in range(schedule.num_stages)
@@ -129,7 +129,7 @@ class RunPrediction:
         simulation = self.prediction.simulation
         parts: defaultdict[str, float] = defaultdict(float)
         for action, start, end in critical_path(simulation):
-            rank = f"rank {simulation.schedule.rank_of(action.stage)}"
+            rank = f"rank {simulation.schedule.rank_of(action)}"
             place = rank if action.kind in COMPUTE else "moves" if action.kind in MOVES else "messages"
             parts[place] += end - start
         total = math.fsum(parts.values())

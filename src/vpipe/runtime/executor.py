@@ -99,7 +99,7 @@ class Executor:
     def __init__(
         self,
         held: Mapping[int, HeldStage],
-        rank_of: Callable[[int], int],
+        rank_of: Callable[[Action], int],
         transport: Transport,
         update: Callable[[int, int], None],
         record: Record,
@@ -314,7 +314,7 @@ class Executor:
 
     def _hand_over(self, kind: Kind, source: int, target: int, serial: int, values: Mapping[str, Tensor]) -> None:
         # Neighbours on one rank need no message.
-        if self._rank_of(source) == self._rank_of(target):
+        if self._rank_of(Action(source, kind, serial)) == self._rank_of(Action(target, kind, serial)):
             self._arrived[kind, target, serial] = values
         else:
             self._leaving[kind, source, serial] = values

@@ -46,6 +46,7 @@ from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.result import StepResult
 from vpipe.runtime.weights.update import Updater
 from vpipe.runtime.weights.weights import OptimizerFactory
+from vpipe.schedule.action import Action, Kind
 
 __all__ = ["Hooks", "Pipeline", "StepResult"]
 
@@ -117,7 +118,7 @@ class Pipeline:
                 swapping=self.programs.swapping,
                 moving=self.programs.moving,
             )
-            self.transport = Transport(placement, self.world, self.hooks.announce)
+            self.transport = Transport(self.programs.sample, self.world, self.hooks.announce)
             self._watch_memory(memory)
             self._assemble(update, seed)
             leaving.pop_all()
@@ -159,7 +160,7 @@ class Pipeline:
         )
         self._executor = Executor(
             self.held,
-            placement.rank_of,
+            self.programs.sample.rank_of,
             self.transport,
             self._update,
             self.hooks.record,
@@ -168,7 +169,7 @@ class Pipeline:
             watch=self._watch,
             synchronise=self.device.type == "cuda",
         )
-        self._last_rank = placement.rank_of(placement.num_stages - 1)
+        self._last_rank = self.programs.sample.rank_of(Action(placement.num_stages - 1, Kind.F, 0))
         num_parts, sharing = len(self.chain.loss.parts), self.world.shared_memory
         self._board = LossBoard(self._last_rank, num_parts, self.world, shared_memory=sharing)
 

@@ -49,13 +49,17 @@ class Schedule:
         """Count the stages."""
         return self.placement.num_stages
 
-    def rank_of(self, stage: int) -> int:
-        """Return the rank that holds `stage`."""
+    def rank_of(self, action: Action) -> int:
+        """Return the rank that runs `action`."""
+        return self.placement.rank_of(action.stage)
+
+    def position_of(self, stage: int) -> int:
+        """Return the place in the pipeline where `stage` is held: the rank of all of its actions."""
         return self.placement.rank_of(stage)
 
     def stage_order(self, stage: int) -> tuple[Action, ...]:
         """Return the actions of `stage`, in the order its rank runs them."""
-        order = self.orders[self.rank_of(stage)]
+        order = self.orders[self.position_of(stage)]
         if self.placement.stages_per_rank == 1:
             return order
         return tuple(action for action in order if action.stage == stage)

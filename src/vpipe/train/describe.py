@@ -34,7 +34,7 @@ def _stages(plan: Plan, setup: Setup) -> list[dict[str, Any]]:
     return [
         {
             "stage": stage,
-            "rank": plan.sample.rank_of(stage),
+            "rank": plan.sample.position_of(stage),
             "first_block": start,
             "blocks": [block.name for block in setup.chain.blocks[start:stop]],
             "parameters": sum(counts[start:stop]),

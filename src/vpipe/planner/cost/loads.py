@@ -134,9 +134,9 @@ def _message_counts(schedule: Schedule, stage: int, most: Sequence[int], *, sock
     messages are awaited from either side, and what was sent is kept until an answer shows that it was received. The
     gradient that a backward begins with counts as what it needs for a moment.
     """
-    rank, last = schedule.rank_of(stage), schedule.num_stages - 1
-    crosses_before = stage > 0 and schedule.rank_of(stage - 1) != rank
-    crosses_after = stage < last and schedule.rank_of(stage + 1) != rank
+    rank, last = schedule.position_of(stage), schedule.num_stages - 1
+    crosses_before = stage > 0 and schedule.position_of(stage - 1) != rank
+    crosses_after = stage < last and schedule.position_of(stage + 1) != rank
     if sockets:
         arriving = most_arriving = 3 + max(most)
         leaving = most_leaving = 3 + most[stage]
@@ -158,7 +158,7 @@ class Replay:
     """Counts what one stage holds while its rank goes through its order."""
 
     def __init__(self, schedule: Schedule, stage: int, *, sockets: bool = False) -> None:
-        self._crosses = stage > 0 and schedule.rank_of(stage - 1) != schedule.rank_of(stage)
+        self._crosses = stage > 0 and schedule.position_of(stage - 1) != schedule.position_of(stage)
         order = [action for action in schedule.stage_order(stage) if action.kind in COUNTED]
         self._is_moved = _most_in_flight(order) > SWAP_BUFFERS
         self._short = _short(order)

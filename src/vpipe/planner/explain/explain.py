@@ -188,7 +188,7 @@ def _memory_table(plan: Candidate, limits: Sequence[float]) -> list[str]:
 def _bottleneck_line(request: Request, plan: Candidate) -> str:
     busy, speeds = plan.busy_ms, request.profile.rank_speeds
     stage = max(range(len(busy)), key=busy.__getitem__)
-    rank = plan.setting.build().rank_of(stage)
+    rank = plan.setting.build().position_of(stage)
     slow = f", whose speed is {speeds[rank]:g}" if speeds and speeds[rank] != 1 else ""
     mean = sum(busy) / len(busy)
     over = f", {busy[stage] / mean - 1:.1%} more than the mean" if mean else ""

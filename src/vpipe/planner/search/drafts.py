@@ -69,7 +69,7 @@ def _near(situation: Situation, plan: Candidate) -> Iterator[Candidate]:
     yield from drafts_of(situation, (cut for cut in neighbours(plan.partition) if _busiest(situation, cut) <= most))
     if set(plan.policies) != {Policy.KEEP}:
         ends = [*plan.partition.starts, plan.partition.num_blocks]
-        ranks = [situation.schedule.rank_of(bisect(ends, block) - 1) for block in range(ends[-1])]
+        ranks = [situation.schedule.position_of(bisect(ends, block) - 1) for block in range(ends[-1])]
         for policies in exchanges(plan.policies, ranks, situation.times.frontiers.policies):
             yield situation.draft(plan.partition, policies)
 
@@ -78,7 +78,7 @@ def _busiest(situation: Situation, partition: Sequence[int]) -> float:
     """Return the time of the busiest rank when nothing is added to it."""
     ranks = [0.0] * situation.schedule.num_ranks
     for stage, (start, stop) in enumerate(Partition(partition).ranges):
-        ranks[situation.schedule.rank_of(stage)] += float(situation.times.optimistic[stage][start, stop])
+        ranks[situation.schedule.position_of(stage)] += float(situation.times.optimistic[stage][start, stop])
     return max(ranks)
 
 

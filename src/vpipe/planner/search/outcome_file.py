@@ -29,7 +29,7 @@ def outcome_to_dict(outcome: Outcome, plan: Candidate) -> dict[str, Any]:
     return {
         "bottleneck": {
             "stage": stage,
-            "rank": plan.setting.build().rank_of(stage),
+            "rank": plan.setting.build().position_of(stage),
             "stage_ms": plan.stage_ms[stage],
         },
         "alternatives": {name: _alternative(outcome, other) for name, other in others.items() if other is not plan},

@@ -91,12 +91,12 @@ class Situation:
     def speeds(self) -> tuple[float, ...]:
         """Speed of every stage's rank."""
         speeds = speeds_of(self.profile, self.setting.num_ranks)
-        return tuple(speeds[self.schedule.rank_of(stage)] for stage in range(self.schedule.num_stages))
+        return tuple(speeds[self.schedule.position_of(stage)] for stage in range(self.schedule.num_stages))
 
     @cached_property
     def times(self) -> StageTimes:
         """How fast every stage can run every interval: within its rank's limit, where it has the rank to itself."""
-        limits = [self.limits[self.schedule.rank_of(stage)] for stage in range(self.schedule.num_stages)]
+        limits = [self.limits[self.schedule.position_of(stage)] for stage in range(self.schedule.num_stages)]
         if self.shares_ranks:
             limits = [math.inf] * len(limits)
         return StageTimes(self.chain, self._frontiers, self.loads, self.speeds, tuple(limits), self.updates)
@@ -176,5 +176,5 @@ class Situation:
         dispatch = self.chain.dispatch_ms + self.updates * self.chain.dispatch_each_ms
         ranks = [0.0] * self.schedule.num_ranks
         for stage, (busy, lost) in enumerate(zip(draft.busy_ms, draft.lost_ms, strict=True)):
-            ranks[self.schedule.rank_of(stage)] += busy + dispatch - (0.0 if with_moves else lost)
+            ranks[self.schedule.position_of(stage)] += busy + dispatch - (0.0 if with_moves else lost)
         return max(ranks)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -31,7 +30,8 @@ from vpipe.runtime.comm.shared_memory import Inbox, Outbox
 from vpipe.runtime.comm.wait import telling_losses
 from vpipe.runtime.comm.world import World
 from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.placement import Placement
+from vpipe.schedule.passes.lower import counterpart, lower
+from vpipe.schedule.schedule import Schedule
 
 __all__ = ["Transport"]
 
@@ -78,7 +78,7 @@ class Transport:
     """Point-to-point messages of one rank; making one is collective.
 
     Args:
-        placement: which rank holds which stage.
+        schedule: a schedule of the pipeline, whose links are those of all its programs.
         world: the ranks, and how they may talk to each other.
         announce: is told what the rank is about to wait for, so that a hang or a death can be explained.
         ordered: match messages by their order on a link instead of by tags; None: as the process group's backend needs.
@@ -86,7 +86,7 @@ class Transport:
 
     def __init__(
         self,
-        placement: Placement,
+        schedule: Schedule,
         world: World,
         announce: Callable[[str], None] = lambda _: None,
         *,
@@ -95,7 +95,7 @@ class Transport:
         is_nccl, device = world.backend == "nccl", world.device
         if is_nccl and device.type != "cuda":
             raise ConfigError(f"the process group's backend is nccl but the device is {device}; use cuda, or gloo")
-        self._placement = placement
+        self._schedule = schedule
         self._world = world
         self._rank = world.rank
         self._device = device
@@ -113,7 +113,7 @@ class Transport:
         self._answered: list[tuple[_Channel, int]] = []
         self._program: tuple[Sequence[Action], Mapping[int, Sequence[ValueSpec]]] = ((), {})
         self._receives: list[tuple[_Channel, int]] = []
-        self._num_channels = 2 * placement.num_stages + 2
+        self._num_channels = 2 * schedule.num_stages + 2
         self._base = 0
         self._has_posted = False
         """Whether the program has posted receives; the first one that waits does, not the rank that computes first."""
@@ -123,10 +123,13 @@ class Transport:
         self.bytes_received = 0
 
     def _links(self) -> list[_Link]:
-        ranks = [self._placement.rank_of(stage) for stage in range(self._placement.num_stages)]
-        forward = {(source, target, True) for source, target in pairwise(ranks) if source != target}
-        backward = {(target, source, False) for source, target, _ in forward}
-        return sorted(forward | backward)
+        links = {
+            (rank, self._schedule.rank_of(counterpart(action)), action.kind is Kind.SEND_F)
+            for rank, order in enumerate(lower(self._schedule))
+            for action in order
+            if action.kind in _SENDS
+        }
+        return sorted(links)
 
     def _connect(self) -> None:
         if self._ordered:
@@ -210,7 +213,7 @@ class Transport:
         if key not in self._channels:
             cut, forward = action.stage + _CUT_OFFSET[action.kind], action.kind in _FORWARD
             index = 2 * cut + (0 if forward else 1)
-            peer = self._placement.rank_of(cut if action.stage == cut - 1 else cut - 1)
+            peer = self._schedule.rank_of(counterpart(action))
             link = (self._rank, peer, forward) if action.kind in _SENDS else (peer, self._rank, forward)
             post = self._poster(link, peer) if link in self._groups else None
             layout, messages = self._layout(index, forward, crossing[cut])

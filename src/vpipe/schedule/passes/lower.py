@@ -29,7 +29,7 @@ def counterpart(action: Action) -> Action:
 def lower(schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
     """Return each rank's compute actions with the sends and receives they need."""
     last = schedule.num_stages - 1
-    ranks = [schedule.rank_of(stage) for stage in range(schedule.num_stages)]
+    ranks = [schedule.position_of(stage) for stage in range(schedule.num_stages)]
     crosses_before = [stage > 0 and ranks[stage - 1] != ranks[stage] for stage in range(last + 1)]
     crosses_after = [stage < last and ranks[stage + 1] != ranks[stage] for stage in range(last + 1)]
     return tuple(tuple(_lower_rank(order, crosses_before, crosses_after)) for order in schedule.orders)

@@ -58,7 +58,7 @@ def _move(schedule: Schedule, stages: Collection[int], usage: Sequence[StageWeig
         return schedule
     orders = list(schedule.orders)
     for stage in stages:
-        rank = schedule.rank_of(stage)
+        rank = schedule.position_of(stage)
         orders[rank] = tuple(_with_moves(orders[rank], stage, usage[stage].version_of))
     return replace(schedule, orders=tuple(orders))
 

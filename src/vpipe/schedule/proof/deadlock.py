@@ -27,7 +27,7 @@ def find_deadlock(schedule: Schedule) -> list[Violation]:
     stuck = _replay(lower(schedule))
     if not stuck:
         return []
-    senders = {rank: schedule.rank_of(counterpart(receive).stage) for rank, receive in stuck.items()}
+    senders = {rank: schedule.rank_of(counterpart(receive)) for rank, receive in stuck.items()}
     path: list[int] = []
     rank = min(stuck)
     while rank in stuck and rank not in path:
@@ -53,10 +53,10 @@ def find_disorder(schedule: Schedule) -> list[Violation]:
         for action in order:
             if action.kind in _SENDS:
                 receive = counterpart(action)
-                channel = (rank, schedule.rank_of(receive.stage), action.kind.value[-1])
+                channel = (rank, schedule.rank_of(receive), action.kind.value[-1])
                 sent.setdefault(channel, []).append(receive)
             elif action.kind in _RECEIVES:
-                channel = (schedule.rank_of(counterpart(action).stage), rank, action.kind.value[-1])
+                channel = (schedule.rank_of(counterpart(action)), rank, action.kind.value[-1])
                 received.setdefault(channel, []).append(action)
     problems = []
     for channel in sorted(sent.keys() & received.keys()):

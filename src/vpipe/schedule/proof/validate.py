@@ -97,7 +97,7 @@ def _misplaced(schedule: Schedule, rank: int, action: Action) -> str | None:
     if not 0 <= action.microbatch < schedule.num_microbatches:
         last = schedule.num_microbatches - 1
         return f"{action} on rank {rank}: there is no microbatch {action.microbatch}, only 0 to {last}"
-    home = schedule.rank_of(action.stage)
+    home = schedule.rank_of(action)
     if home != rank:
         return f"{action} is on rank {rank}, but stage {action.stage} is on rank {home}"
     return None
@@ -135,16 +135,18 @@ def _check_moves(listed: set[Action]) -> Iterator[Violation]:
 def _needed_before(schedule: Schedule, action: Action) -> Iterator[Action]:
     """Yield what must come before `action` on its own rank, if it is there at all (B, or I and W in its place)."""
     stage, kind, microbatch = action.stage, action.kind, action.microbatch
-    rank = schedule.rank_of(stage)
+    rank = schedule.rank_of(action)
     if kind is Kind.F:
-        if stage > 0 and schedule.rank_of(stage - 1) == rank:
-            yield Action(stage - 1, Kind.F, microbatch)
+        earlier = Action(stage - 1, Kind.F, microbatch)
+        if stage > 0 and schedule.rank_of(earlier) == rank:
+            yield earlier
     elif kind in (Kind.B, Kind.I):
         yield Action(stage, Kind.F, microbatch)
         yield Action(stage, Kind.R, microbatch)
         yield Action(stage, Kind.FETCH, microbatch)
-        if stage < schedule.num_stages - 1 and schedule.rank_of(stage + 1) == rank:
-            yield Action(stage + 1, Kind.B, microbatch)
+        later = Action(stage + 1, Kind.B, microbatch)
+        if stage < schedule.num_stages - 1 and schedule.rank_of(later) == rank:
+            yield later
             yield Action(stage + 1, Kind.I, microbatch)
     elif kind is Kind.W:
         yield Action(stage, Kind.I, microbatch)
@@ -221,8 +223,9 @@ def _bad_update(update: Action, gradients: list[int]) -> str | None:
 
 def _check_versions(schedule: Schedule) -> Iterator[Violation]:
     for stage, microbatch, needed, available in find_unavailable(schedule):
-        rank = schedule.rank_of(stage)
-        index = schedule.orders[rank].index(Action(stage, Kind.F, microbatch))
+        forward = Action(stage, Kind.F, microbatch)
+        rank = schedule.rank_of(forward)
+        index = schedule.orders[rank].index(forward)
         yield Violation(unavailable_reason(stage, microbatch, needed, available), ((rank, index),))
         return  # the later ones follow from the first
     if schedule.weight_rule is WeightRule.NEWEST:

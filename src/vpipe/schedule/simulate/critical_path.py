@@ -64,7 +64,7 @@ class _Tracer:
         forward = event.action.kind is Kind.F
         stage += -1 if forward else 1
         wanted = [Action(stage, kind, microbatch) for kind in ((Kind.F,) if forward else (Kind.B, Kind.I))]
-        rank = self._schedule.rank_of(stage)
+        rank = self._schedule.rank_of(wanted[0])
         events = self._events[rank]
         index = bisect_right(events, event.start, key=lambda other: other.start) - 1
         while events[index].action not in wanted:

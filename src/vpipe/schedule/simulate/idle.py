@@ -107,7 +107,7 @@ class _Explainer:
 
     def _waits(self) -> Iterator[_Wait]:
         schedule = self._simulation.schedule
-        width, ranks = schedule.num_microbatches, [schedule.rank_of(stage) for stage in range(schedule.num_stages)]
+        width, ranks = schedule.num_microbatches, [schedule.position_of(stage) for stage in range(schedule.num_stages)]
         forward_ends, backward_ends = _ends(self._simulation)
         for rank, events in enumerate(self._events):
             moved = {move.end for move in self._simulation.moves[rank]}

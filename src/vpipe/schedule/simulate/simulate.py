@@ -125,7 +125,7 @@ class _Run:
         self._durations = costs.durations(stages)
         self._again = self._recomputed_in_backwards(costs)
         self._hops_forward, self._hops_backward = costs.hops(schedule.placement)
-        self._rank_of = [schedule.rank_of(stage) for stage in range(stages)]
+        self._rank_of = [schedule.position_of(stage) for stage in range(stages)]
         # When the input of a forward / backward is there, at stage * num_microbatches + microbatch; None: not sent yet.
         width = schedule.num_microbatches
         self._inputs: list[float | None] = [0.0] * width + [None] * (size - width)

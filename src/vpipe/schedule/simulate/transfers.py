@@ -36,9 +36,11 @@ def transfers_of(simulation: Simulation, sender: int) -> list[Transfer]:
             continue
         kind, step = _SENDS[action.kind]
         target = action.stage + step
-        if not 0 <= target < schedule.num_stages or schedule.rank_of(target) == sender:
+        if (
+            not 0 <= target < schedule.num_stages
+            or (receiver := schedule.rank_of(Action(target, action.kind, action.microbatch))) == sender
+        ):
             continue
-        receiver = schedule.rank_of(target)
         hop = ahead[action.stage] if step > 0 else back[target]
         start = done
         if hop.occupied:
