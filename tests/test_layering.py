@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -101,6 +102,17 @@ WITHOUT_TORCH = {"errors", "_version", "config", "draw", "plan", "planner", "sch
 HEAVY = {"huggingface_hub", "matplotlib", "numpy", "pydantic", "pytorch_optimizer", "rich", "tokenizers", "torch"}
 HEAVY |= {"transformers"}
 # Private names of torch and of NamedTuple that classes here use for themselves, too.
+# Functions of more than eight parameters, and why a value would not do.
+MAX_PARAMETERS = 8
+WIDE = {
+    "vpipe.cli.plan.command": "a command has a parameter for each of its options",
+    "vpipe.launch.local.launch_local": "one call starts, watches and ends a run",
+    "vpipe.planner.estimate.estimate.estimate": "what a caller may leave out, by name, as in a request",
+    "vpipe.runtime.executor.Executor.__init__": "the parts of a pipeline that an action may need, each used as it is",
+    "vpipe.runtime.pipeline.Pipeline.__init__": "the front door: each argument is a value of its own",
+    "vpipe.schedule.search.searched.build_searched": "a builder's keyword parameters are its options",
+    "vpipe.schedule.simulate.costs.Costs.from_rank_shares": "the fields of Costs, each split over the stages of a rank",
+}
 FOREIGN = {"_buffers", "_fields", "_modules", "_replace", "_version"}
 LAZY = {
     "vpipe.cli.data",
@@ -348,6 +360,70 @@ def test_every_part_of_a_room_with_folders_has_a_row(room: str) -> None:
 def test_folders_can_be_read_at_a_glance(folder: Path) -> None:
     num_modules = sum(path.suffix == ".py" for path in folder.iterdir())
     assert num_modules <= MAX_MODULES, f"{folder} has {num_modules} modules; which rooms are in it?"
+
+
+def _wide_functions() -> dict[str, int]:
+    """Return the functions with too many parameters, with their number; `self` and `cls` do not count."""
+    found = {}
+    for module, source in SOURCES.items():
+        tree = ast.parse(source)
+        methods = {
+            item: f"{owner.name}." for owner in tree.body if isinstance(owner, ast.ClassDef) for item in owner.body
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                given = node.args
+                names = [item.arg for item in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+                count = len(names) + (given.vararg is not None) + (given.kwarg is not None)
+                count -= bool(names) and names[0] in ("self", "cls")
+                if count > MAX_PARAMETERS:
+                    found[f"{module}.{methods.get(node, '')}{node.name}"] = count
+    return found
+
+
+def test_functions_take_few_parameters_or_say_why() -> None:
+    assert sorted(_wide_functions()) == sorted(WIDE)
+
+
+def test_the_front_door_takes_at_most_ten() -> None:
+    assert _wide_functions()["vpipe.runtime.pipeline.Pipeline.__init__"] <= 10
+
+
+def test_one_module_asks_torch_for_its_rank() -> None:
+    asking = [module for module, source in SOURCES.items() if re.search(r"dist\.get_(rank|world_size)\(", source)]
+    assert asking == ["vpipe.runtime.comm.world"]
+
+
+CHANGES = {"add", "append", "clear", "extend", "insert", "pop", "remove", "setdefault", "update"}
+
+
+def _changed_globals(source: str) -> Iterator[str]:
+    """Yield the names of a module that a function of it assigns to, or changes in place."""
+    tree = ast.parse(source)
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                yield from node.names
+            changed: ast.AST | None = None
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                changed = node.value
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+                changed = node.func.value
+            if isinstance(changed, ast.Name) and changed.id in names:
+                yield changed.id
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_module_changes_its_globals(module: str) -> None:
+    assert list(_changed_globals(SOURCES[module])) == []
+
+
+@pytest.mark.parametrize("body", ["global x\n    x = 1", "x['a'] = 1", "x.append(1)"])
+def test_changed_globals_are_found(body: str) -> None:
+    assert list(_changed_globals(f"x = []\n\ndef f():\n    {body}\n")) == ["x"]
 
 
 def test_no_two_public_classes_share_a_name() -> None:

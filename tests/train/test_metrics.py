@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vpipe.report.metrics import MetricsWriter
-from vpipe.runtime.memory import workspace
-from vpipe.runtime.memory.workspace import WorkspaceMeter
+from vpipe.runtime.memory.workspace import GpuPeak, WorkspaceMeter
 from vpipe.schedule.action import Action, Kind
 from vpipe.train import metrics
 from vpipe.train.metrics import ThroughputMeter, peak_memory_bytes
@@ -87,7 +87,7 @@ def test_peak_memory_grows_with_what_is_allocated_and_stays() -> None:
     before = peak_memory_bytes()
     assert before > 10 * 1024**2
     held = torch.ones(max(before, 64 * 1024**2) // 4)  # as much again as the process ever had
-    during = peak_memory_bytes("cpu")
+    during = peak_memory_bytes()
     assert during > before
     del held
     assert peak_memory_bytes() > 0.95 * during  # the kernel counts in batches
@@ -95,15 +95,15 @@ def test_peak_memory_grows_with_what_is_allocated_and_stays() -> None:
 
 def test_the_peak_of_a_gpu_outlives_what_measures_single_actions(monkeypatch: pytest.MonkeyPatch) -> None:
     device, peak = torch.device("cuda:0"), [700]
-    monkeypatch.setattr(workspace, "_peaks", {})
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.__setitem__(0, 100))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
-    meter = WorkspaceMeter(device)
+    gpu = GpuPeak(device)
+    meter = WorkspaceMeter(device, gpu)
     for microbatch in range(2):
         meter.run(lambda _: peak.__setitem__(0, 300), Action(0, Kind.F, microbatch), has_gradients=False)
     assert meter.excess(0) == 200
-    assert peak_memory_bytes("cuda:0") == 700
+    assert peak_memory_bytes(SimpleNamespace(device=device, peak=gpu)) == 700
 
 
 def test_peak_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ def delay_sigterm(seconds: float, speak: Callable[[], None]) -> None:
     signal.signal(
         signal.SIGTERM, lambda number, frame: None
     )  # without a handler nothing would be written to the socket
-    signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
+    # Detached: a socket that nobody refers to would be closed.
+    signal.set_wakeup_fd(teller.detach(), warn_on_full_buffer=False)
 
     def watch() -> None:
         while signal.SIGTERM not in told.recv(1):
@@ -37,8 +38,3 @@ def delay_sigterm(seconds: float, speak: Callable[[], None]) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="last words").start()
-    _KEPT.append(teller)
-
-
-_KEPT: list[socket.socket] = []
-"""The sockets that signals are written to: one that nobody refers to would be closed."""

@@ -24,7 +24,8 @@ def configure_logging() -> None:
     package = logging.getLogger("vpipe")
     package.addHandler(handler)
     if RUN_DIRECTORY not in os.environ:
-        package.addHandler(_EARLY)
+        # Keeps the lines from before the run's directory is known.
+        package.addHandler(MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1))
     package.setLevel(logging.INFO)
     package.propagate = False
 
@@ -33,16 +34,14 @@ def add_log_file(path: Path) -> None:
     """Copy VPipe's log lines to `path` as well, the earlier ones too, for ranks whose output nobody redirected."""
     handler = logging.FileHandler(path)
     handler.setFormatter(_formatter())
-    logging.getLogger("vpipe").addHandler(handler)
-    _EARLY.setTarget(handler)
-    _EARLY.close()  # which writes what it kept
-    logging.getLogger("vpipe").removeHandler(_EARLY)
+    package = logging.getLogger("vpipe")
+    package.addHandler(handler)
+    for early in [item for item in package.handlers if isinstance(item, MemoryHandler)]:
+        early.setTarget(handler)
+        early.close()  # which writes what it kept
+        package.removeHandler(early)
 
 
 def _formatter() -> logging.Formatter:
     rank = os.environ.get("RANK", "0")
     return logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-
-
-# Lines from before the run's directory is known.
-_EARLY = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)

@@ -16,7 +16,6 @@ from vpipe.measure.trial import BlockTrial
 from vpipe.runtime.comm.message import MessageLayout
 from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.memory.swap import SMALL_BYTES
-from vpipe.runtime.memory.workspace import reset_peak
 from vpipe.runtime.stage.activations import place_of
 from vpipe.runtime.stage.split import held_tensors
 
@@ -168,7 +167,7 @@ class _Meter:
     def _on_gpu(self, do: Callable[[], object]) -> tuple[int, int]:
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_allocated(self._device)
-        reset_peak(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
         result = do()
         torch.cuda.synchronize(self._device)
         end = torch.cuda.memory_allocated(self._device)

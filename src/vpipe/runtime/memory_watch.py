@@ -13,10 +13,10 @@ from functools import partial
 from threading import Lock
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.memory.host_link import Owner
 from vpipe.runtime.memory.ledger import Ledger
 from vpipe.runtime.memory.swap import Parcel
@@ -53,7 +53,7 @@ class MemoryWatch:
         ledger: Ledger,
         stages: Mapping[int, tuple[Stage, WeightVersions]],
         transport: Transport,
-        device: torch.device,
+        world: World,
         num_steady: int,
         *,
         for_ever: bool,
@@ -61,10 +61,11 @@ class MemoryWatch:
         self.ledger = ledger
         self._stages = stages
         self._transport = transport
-        self._meter = WorkspaceMeter(device)
+        self._world = world
+        self._meter = WorkspaceMeter(world.device, world.peak)
         self._meters: dict[int, WorkspaceMeter] = {}  # of evaluations, by the shapes of their microbatches
         self._shapes = 0
-        self._device = device
+        self._device = world.device
         self._num_steady = num_steady
         self._for_ever = for_ever or ledger.limit is not None
         self._is_on = False
@@ -140,7 +141,7 @@ class MemoryWatch:
         Raises:
             MemoryLimitError: the rank held more than its limit.
         """
-        meter = self._meters.setdefault(self._shapes, WorkspaceMeter(self._device))
+        meter = self._meters.setdefault(self._shapes, WorkspaceMeter(self._device, self._world.peak))
         before = self._without_brought()
         meter.run(handler, action, has_gradients=False)
         self._enter_messages(self._transport.memory(), handed_over())

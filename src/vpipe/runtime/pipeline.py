@@ -138,7 +138,7 @@ class Pipeline:
         stages = {index: (item.stage, item.weights) for index, item in self.held.items()}
         steady = self.plan.num_batches_until_steady
         self._watch = MemoryWatch(
-            self.ledger, stages, self.transport, self.device, steady, for_ever=memory.watch == "all"
+            self.ledger, stages, self.transport, self.world, steady, for_ever=memory.watch == "all"
         )
         self.host_link = connect(
             self.held, self.programs.swapping, self.device, memory.swap_directory, self._watch.moved

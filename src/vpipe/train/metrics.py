@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from vpipe.runtime.memory.workspace import peak_allocated
+from vpipe.runtime.comm.world import World
 
 __all__ = ["ThroughputMeter", "peak_memory_bytes"]
 
@@ -85,10 +83,10 @@ class ThroughputMeter:
         return (iterations + last - first, seconds + ends[last] - ends[first]) if last > first else self._finished
 
 
-def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """Return the most memory this process ever held: of the GPU's for tensors, or on the CPU all that was resident."""
-    if torch.device(device).type == "cuda":
-        return peak_allocated(torch.device(device))
+def peak_memory_bytes(world: World | None = None) -> int:
+    """Return the most memory this process ever held: of the world's GPU for tensors, or else all that was resident."""
+    if world is not None and world.device.type == "cuda":
+        return world.peak.most()
     try:
         # Better than getrusage on Linux, where a new process starts with the peak of the one that started it.
         for line in _PROCESS_STATUS.read_text().splitlines():

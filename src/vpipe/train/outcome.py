@@ -58,7 +58,7 @@ def summarize_run(
     mine = {
         "bytes_sent": pipeline.transport.bytes_sent,
         "bytes_received": pipeline.transport.bytes_received,
-        "peak_memory_bytes": peak_memory_bytes(world.device),
+        "peak_memory_bytes": peak_memory_bytes(world),
         "memory_by_kind": dict(pipeline.ledger.peak.by_kind),
         "peak_ledger_bytes": pipeline.ledger.peak.total,
         "bytes_offloaded": pipeline.host_link.bytes_offloaded if pipeline.host_link else 0,

@@ -145,7 +145,7 @@ class Trainer:
         transport = self.pipeline.transport
         logger.info(
             "Iteration %d: sent %d bytes, received %d bytes, peak memory %d bytes, weight versions %s",
-            iteration, transport.bytes_sent, transport.bytes_received, peak_memory_bytes(self.world.device),
+            iteration, transport.bytes_sent, transport.bytes_received, peak_memory_bytes(self.world),
             {stage: held.weights.num_sets for stage, held in self.pipeline.held.items()},
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from vpipe.errors import ConfigError, VPipeError
 from vpipe.runtime.comm.failure import Failures, raise_if_peer_lost
 from vpipe.runtime.comm.joining import as_device, check_backend, choose_backend, connect, let_threads_rest, local_rank
 from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.memory.workspace import GpuPeak
 
 __all__ = ["World"]
 
@@ -154,6 +156,11 @@ class World:
         control = _new_group(processes, timeout, "gloo", processes) if len(processes) > 1 else None
         position = processes.index(process)
         return cls(processes, position, local_rank(), dist.get_backend(), device, timeout, control, shared_memory)
+
+    @cached_property
+    def peak(self) -> GpuPeak:
+        """What this process's tensors took of the device at most, where that is a GPU."""
+        return GpuPeak(self.device)
 
     @property
     def rank(self) -> int:

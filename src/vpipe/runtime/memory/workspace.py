@@ -16,7 +16,7 @@ from torch.autograd.profiler import record_function
 from vpipe.runtime.torch_log import errors_only
 from vpipe.schedule.action import COMPUTE, Action, Kind
 
-__all__ = ["WorkspaceMeter", "peak_allocated", "reset_peak"]
+__all__ = ["GpuPeak", "WorkspaceMeter"]
 
 _NUM_SAMPLES = 3
 """Of each stage and kind of action."""
@@ -26,26 +26,30 @@ _FREED = "vpipe frees bytes "
 
 _Key = tuple[int, Kind, bool]
 
-_peaks: dict[torch.device, int] = {}
-"""Of GPUs whose peak was reset: the highest until then."""
 
+class GpuPeak:
+    """The most bytes that this process's tensors ever took on a GPU, although single actions are watched, too."""
 
-def reset_peak(device: torch.device) -> None:
-    """Let torch look for a GPU's peak anew; `peak_allocated` still knows of those before."""
-    _peaks[device] = peak_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
 
+    def reset(self) -> None:
+        """Let torch look for the peak anew; `most` still knows of those before."""
+        self._before = self.most()
+        torch.cuda.reset_peak_memory_stats(self._device)
 
-def peak_allocated(device: torch.device) -> int:
-    """Return the most bytes that this process's tensors ever took on a GPU."""
-    return max(_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
+    def most(self) -> int:
+        """Return the highest peak."""
+        return max(self._before, torch.cuda.max_memory_allocated(self._device))
 
 
 class WorkspaceMeter:
     """Watches the allocator during the first few actions of each kind and stage, and takes later ones to be alike."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, peak: GpuPeak | None = None) -> None:
         self._device = device
+        self._peak = peak or GpuPeak(device)
         self._largest: dict[_Key, int] = {}
         self._taken: Counter[_Key] = Counter()
         self._key: _Key = (0, Kind.F, False)
@@ -100,7 +104,7 @@ class WorkspaceMeter:
 
     def _on_gpu(self, handler: Callable[[Action], None], action: Action) -> tuple[int, int]:
         before = torch.cuda.memory_allocated(self._device)
-        reset_peak(self._device)
+        self._peak.reset()
         handler(action)
         after = torch.cuda.memory_allocated(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before, after - before
