@@ -156,10 +156,17 @@ def test_what_does_not_fit_together_is_told(fields: dict[str, Any], error: type[
 
 
 def test_stages_that_are_not_there_cannot_do_anything_besides() -> None:
-    for name in ("recompute_ahead", "swap_versions"):
-        plan = closed(schedule="pipedream", **{name: [2]})
-        with pytest.raises(ScheduleError, match="there is no stage 2"):
-            plan.build()
+    with pytest.raises(ScheduleError, match="there is no stage 2 to recompute ahead"):
+        closed(schedule="pipedream", recompute_ahead=[2]).build()
+    with pytest.raises(ScheduleError, match="there is no stage 2 whose weight versions could be moved"):
+        closed(schedule="pipedream", swap_versions=[2])
+
+
+def test_stages_with_nothing_to_move_are_not_named() -> None:
+    moving = closed(3, schedule="pipedream", swap_versions=True)
+    assert moving.moving_versions == (0,)
+    assert moving == closed(3, schedule="pipedream", swap_versions=[0, 2])
+    assert closed(3, swap_versions=True) == closed(3)
 
 
 def test_the_order_has_what_stages_do_besides() -> None:

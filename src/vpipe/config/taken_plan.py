@@ -26,7 +26,7 @@ def take_plan(tree: Tree, content: PartitionFile) -> list[str]:
     set_key(tree, "plan.partition", content.partition)
     other = _take_keys(tree, content.run)
     is_own_schedule = "pipeline.schedule" in other
-    replaced = _take_policies(tree, content)
+    replaced = _take_policies(tree, content, is_own_schedule=is_own_schedule)
     for key, value in () if is_own_schedule else content.besides.items():
         if get_key(tree, f"plan.{key}") is None and not (replaced and BESIDES[key] == "activations"):
             set_key(tree, f"plan.{key}", value)
@@ -61,7 +61,7 @@ def _take_keys(tree: Tree, planned: Mapping[str, Any]) -> dict[str, tuple[Any, A
     return other
 
 
-def _take_policies(tree: Tree, content: PartitionFile) -> str | None:
+def _take_policies(tree: Tree, content: PartitionFile, *, is_own_schedule: bool) -> str | None:
     """Do with activations what the file says, unless the run itself says something about that; return its key then."""
     mode = get_key(tree, "pipeline.recompute")
     if own := next((key for key in _SAYS_ALL if get_key(tree, key) is not None), None):
@@ -71,7 +71,7 @@ def _take_policies(tree: Tree, content: PartitionFile) -> str | None:
     if mode not in (None, True):
         keeps_all = isinstance(content.policies, list) and set(content.policies) == {"keep"}
         return None if keeps_all and mode in (False, "never") else "pipeline.recompute"
-    if content.recompute == "except_last":
+    if content.recompute == "except_last" and not is_own_schedule:
         set_key(tree, "pipeline.recompute", content.recompute)
     elif content.policies is not None:
         set_key(tree, "plan.policies", content.policies)

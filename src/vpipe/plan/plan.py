@@ -159,7 +159,9 @@ class Plan(Recipe):
                 f"policies {[str(Policy(name).value) for name in policies]} has {len(policies)} entries for "
                 f"{cut.num_blocks} blocks; give one per block"
             )
-        return replace(sized, partition=cut, policies=policies, recompute_ratio=0.0)
+        closed = replace(sized, partition=cut, policies=policies, recompute_ratio=0.0)
+        # Stages that have nothing to move are not named, so plans that do the same are equal.
+        return closed.with_useful_moves() if self.swap_versions else closed
 
     def fingerprint(self) -> str:
         """Hash all that ranks must agree on, as 16 hexadecimal digits.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Self
 
 from vpipe.errors import PlanError, ScheduleError
 from vpipe.schedule.action import Action, Kind
@@ -131,7 +132,7 @@ class Recipe:
         """Return the stages whose activations move to host memory: a recipe by itself has no blocks that could."""
         return frozenset()
 
-    def taken_by(self, entry: Entry) -> Recipe:
+    def taken_by(self, entry: Entry) -> Self:
         """Return the recipe without the options that a family does not have."""
         lacking = [option for option in OPTIONS if option.builder not in entry.options]
         return replace(self, **{option.name: option.default for option in lacking})  # type: ignore[arg-type]
@@ -192,7 +193,7 @@ class Recipe:
         deepest = max([num_ranks, *(self.depths or ())])
         return 2 + -(-2 * deepest // count)
 
-    def deeper(self) -> list[Recipe]:
+    def deeper(self) -> list[Self]:
         """Return the same with warmups deeper than the least, which hide latency; none where that is not possible."""
         num_ranks, count = self.sizes
         if "depths" not in self.entry.options or self.depths is not None:
@@ -211,23 +212,23 @@ class Recipe:
         own = {item.name: getattr(self, item.name) for item in fields(Recipe) if item.name not in BESIDES}
         return Recipe(**own)
 
-    def for_any_stages(self) -> Recipe:
+    def for_any_stages(self) -> Self:
         """Return the same without what is listed stage by stage, which is for one number of them."""
         return replace(self, depths=None)
 
-    def with_ahead(self, stages: Sequence[int]) -> Recipe:
+    def with_ahead(self, stages: Sequence[int]) -> Self:
         """Return the same with `stages` recomputing before the gradient arrives, and no others."""
         return replace(self, recompute_ahead=tuple(stages))
 
-    def without_moves(self) -> Recipe:
+    def without_moves(self) -> Self:
         """Return the same with all weight versions on the device."""
         return replace(self, swap_versions=())
 
-    def with_all_moves(self) -> Recipe:
+    def with_all_moves(self) -> Self:
         """Return the same with the weight versions of all stages moved."""
         return replace(self, swap_versions=True)
 
-    def with_useful_moves(self) -> Recipe:
+    def with_useful_moves(self) -> Self:
         """Return the same, naming those stages alone whose weight versions wait long enough to be moved."""
         if self.synchronous or not self.swap_versions:
             return self.without_moves()
