@@ -106,3 +106,20 @@ def test_recompute_true_keeps_the_policies_of_a_plan(tmp_path: Path) -> None:
 def test_a_broken_prediction_is_refused(tmp_path: Path, predicted: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"plan\.predicted has "):
         read(tmp_path, PLAN | {"predicted": predicted})
+
+
+def test_what_recomputes_for_all_but_the_last_microbatch_is_taken_with_its_schedule(tmp_path: Path) -> None:
+    plan = {
+        "partition": [3, 2],
+        "recompute_ratio": [1, 1],
+        "recompute": "except_last",
+        "schedule": "gpipe",
+        "num_microbatches": 4,
+        "microbatch_size": 2,
+        "stages_per_rank": 1,
+    }
+    run, _ = read(tmp_path, plan)
+    assert (run.pipeline.schedule, run.pipeline.recompute) == ("gpipe", "except_last")
+    own, warnings = read(tmp_path, plan, "pipeline.schedule=1f1b")
+    assert (own.pipeline.recompute, own.recompute_ratios) == (None, [1.0, 1.0])
+    assert len(warnings) == 1

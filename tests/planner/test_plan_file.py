@@ -43,6 +43,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ]
 
 
+def test_the_planner_returns_a_plan_and_a_prediction() -> None:
+    outcome = find_plan(Request(uniform_profile(6), 2, 4))
+    assert outcome.plan.is_closed
+    assert (outcome.plan.cut, outcome.plan.block_policies) == (outcome.best.partition, outcome.best.policies)
+    assert outcome.plan.build().num_microbatches == outcome.best.setting.num_microbatches
+    prediction = outcome.prediction
+    assert (prediction.step_ms, prediction.lower_bound_ms) == (outcome.best.step_ms, outcome.lower_bound_ms)
+    assert [kinds["total"] for kinds in prediction.memory_bytes] == [each.total for each in outcome.best.memory]
+
+
 def test_the_depths_of_a_plan_are_written() -> None:
     profile = uniform_profile(4)
     plan = find_plan(Request(profile, 2, 8, options=Recipe(depths=[3, 1], vertical_sync=True))).best

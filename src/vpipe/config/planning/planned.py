@@ -52,8 +52,7 @@ class Decision:
     @property
     def prediction(self) -> Prediction:
         """What it is expected to take."""
-        bound = None if self.found is None else self.found.lower_bound_ms
-        return self.chosen.predict(self.request.profile, bound)
+        return self.chosen.predict(self.request.profile) if self.found is None else self.found.prediction
 
 
 def own_counts(run: RunConfig) -> list[int] | None:

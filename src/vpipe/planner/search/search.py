@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from vpipe.errors import PlanError
+from vpipe.plan.plan import Plan
+from vpipe.plan.prediction import Prediction
 from vpipe.planner.cost.policies import Frontiers
 from vpipe.planner.cut.candidates import naive_cuts
 from vpipe.planner.search.bounds import lower_bound_ms
@@ -62,6 +64,16 @@ class Outcome:
     where ranks have several stages, among the cuts."""
     situations: tuple[Situation, ...] = field(repr=False, compare=False)
     """All settings that were looked at."""
+
+    @property
+    def plan(self) -> Plan:
+        """The best plan, as what runs."""
+        return self.best.plan
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the best plan is expected to take."""
+        return self.best.predict(self.request.profile, self.lower_bound_ms)
 
     @property
     def gap(self) -> float:
