@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [ROOT / "scripts" / name for name in ("setup", "demo", "test", "check")] + [ROOT / ".ci" / "run"]
+SCRIPTS = [ROOT / "scripts" / name for name in ("setup", "demo", "test", "check", "gpu-check")] + [ROOT / ".ci" / "run"]
 
 # Stands in for an interpreter: is recent or not, "makes" an environment by copying itself, logs what pip is asked.
 FAKE_PYTHON = """#!/bin/bash
