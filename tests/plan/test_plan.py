@@ -132,7 +132,7 @@ def test_only_what_is_said_is_printed() -> None:
             PlanError,
             "policies has 'drop' for block 1; use one of keep, rec",
         ),
-        ({"policies": "keep"}, PlanError, "policies is the word 'keep'; give a list with one of keep"),
+        ({"policies": "keep"}, PlanError, "policies is 'keep'; give a list with one of keep"),
         ({"policies": ["keep"] * 4}, PlanError, "has 4 entries for 5 blocks; give one per block"),
         ({"policies": ["keep"] * 5, "recompute_ratio": 0.5}, PlanError, "say the same thing twice; keep one"),
         ({"recompute_ratio": [0.5]}, PlanError, "has 1 entries for 2 stages"),
@@ -152,6 +152,34 @@ def test_only_what_is_said_is_printed() -> None:
 def test_what_does_not_fit_together_is_told(fields: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error) as raised:
         closed(**fields)
+    assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"schedule": 3}, "schedule is 3; give a name from `vpipe schedule --list`"),
+        ({"num_microbatches": "8"}, "num_microbatches is '8'; give a whole number from 1 on"),
+        ({"num_microbatches": True}, "num_microbatches is True; give a whole number from 1 on"),
+        ({"num_ranks": 0}, "num_ranks is 0; give a whole number from 1 on"),
+        ({"stages_per_rank": 1.5}, "stages_per_rank is 1.5; give a whole number from 1 on"),
+        ({"depths": 3}, "depths is 3; give a list of warmup forwards, one per stage, each a whole number from 0 on"),
+        ({"depths": "abc"}, "depths is 'abc'; give a list of warmup forwards"),
+        ({"depths": [2, -1]}, "depths is [2, -1]; give a list of warmup forwards"),
+        ({"macrobatch": "yes"}, "macrobatch is 'yes'; give True or False"),
+        ({"recompute_ahead": 0}, "recompute_ahead is 0; give a list of stages"),
+        ({"swap_versions": "yes"}, "swap_versions is 'yes'; give a list of stages"),
+        ({"max_in_flight": "x"}, "max_in_flight is 'x'; give a number, or a list of numbers"),
+        ({"rank_times": 3}, "rank_times is 3; give a mapping of forward, input_grad, weight_grad to a list each"),
+        ({"rank_times": {"forward": ["a"]}}, "rank_times forward is 'a'; give a number"),
+        ({"partition": 3}, "partition is 3; give a list of blocks per stage"),
+        ({"policies": 3}, "policies is 3; give a list with one of keep"),
+        ({"recompute_ratio": "x"}, "recompute_ratio is 'x'; give a number"),
+    ],
+)
+def test_what_is_no_value_of_a_field_is_told_at_once(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        Plan(**fields)
     assert text in str(raised.value)
 
 
@@ -202,7 +230,7 @@ def test_a_file_of_the_original_is_shown_as_far_as_it_says() -> None:
 
 
 def test_a_file_that_is_no_plan_is_refused() -> None:
-    with pytest.raises(PlanError, match="the partition has 'a'; give a whole number of blocks for each stage"):
+    with pytest.raises(PlanError, match="give a list of blocks per stage, each a whole number"):
         plan_from_dict({"partition": ["a", 2], "schedule": "1f1b"})
 
 

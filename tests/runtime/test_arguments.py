@@ -113,6 +113,34 @@ def test_an_unknown_argument_is_told_with_what_is_near():
         Pipeline(MODULES, LOSS, optimiser=torch.optim.SGD)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"memory": 3}, "memory is 3; give a vpipe.Memory"),
+        ({"update": 0.1}, "update is 0.1; give a vpipe.Update"),
+        ({"world": "cpu"}, "world is 'cpu'; give a vpipe.World"),
+        ({"hooks": 3}, "hooks is 3; give a vpipe.Hooks"),
+        ({"seed": "x"}, "seed is 'x'; give a whole number"),
+    ],
+)
+def test_arguments_of_another_kind_are_told(arguments, text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        Pipeline(MODULES, LOSS, optimizer=torch.optim.SGD, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"limit": "4GiB"}, "the memory limit is '4GiB'; give a number of bytes"),
+        ({"watch": "never"}, "watch is 'never'; choose one of first, all"),
+        ({"swap_directory": 3}, "swap_directory is 3; give a path"),
+    ],
+)
+def test_what_a_rank_may_hold_is_checked(arguments, text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        Memory(**arguments)
+
+
 def test_the_front_door_has_few_arguments():
     assert len(inspect.signature(Pipeline.__init__).parameters) - 1 <= 10
 

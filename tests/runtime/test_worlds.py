@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +43,17 @@ def test_ranks_that_are_none_are_refused(ranks: list[int], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         World.join(ranks=ranks)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"timeout_seconds": "x"}, "timeout_seconds is 'x'; give a number of seconds above 0"),
+        ({"timeout_seconds": -1}, "timeout_seconds is -1; give a number of seconds above 0"),
+        ({"ranks": 3}, "ranks is 3; give a list of torch's ranks"),
+        ({"ranks": ["a"]}, r"ranks is \['a'\]; give a list of torch's ranks"),
+    ],
+)
+def test_what_no_world_can_be_made_of_is_told(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        World.join(**arguments)

@@ -12,6 +12,7 @@ from vpipe.errors import ConfigError, PlanError
 from vpipe.plan.partition import Partition
 from vpipe.plan.policy import Policy, check_ratios, ratios_of, stages_with, trailing_policies
 from vpipe.plan.recipe import Recipe
+from vpipe.plan.values import as_numbers, as_whole_numbers
 from vpipe.schedule.action import Kind
 
 __all__ = ["Plan", "RecomputeMode"]
@@ -63,18 +64,15 @@ class Plan(Recipe):
         super().__post_init__()
         if self.recompute not in get_args(RecomputeMode):
             raise ConfigError(f"recompute is '{self.recompute}'; choose one of {', '.join(get_args(RecomputeMode))}")
-        ratio = self.recompute_ratio
-        if not isinstance(ratio, float):
-            ratio = tuple(map(float, ratio)) if isinstance(ratio, Sequence) else float(ratio)
-            object.__setattr__(self, "recompute_ratio", ratio)
+        ratio = as_numbers("recompute_ratio", self.recompute_ratio)
+        self._set("recompute_ratio", ratio)
         if not isinstance(self.partition, str):
-            if wrong := [size for size in self.partition if not isinstance(size, int) or isinstance(size, bool)]:
-                raise PlanError(f"the partition has {wrong[0]!r}; give a whole number of blocks for each stage")
-            object.__setattr__(self, "partition", Partition(self.partition))
+            sizes = as_whole_numbers("partition", self.partition, "blocks per stage")
+            self._set("partition", Partition(sizes))
         if self.policies is not None:
             if any(ratio) if isinstance(ratio, tuple) else ratio:
                 raise PlanError(f"recompute_ratio {ratio} and policies say the same thing twice; keep one")
-            object.__setattr__(self, "policies", _read_policies(self.policies))
+            self._set("policies", _read_policies(self.policies))
 
     @classmethod
     def of(
@@ -229,8 +227,8 @@ def _shown(value: object) -> str:
 
 def _read_policies(policies: Sequence[Policy | str]) -> tuple[Policy, ...]:
     known = [policy.value for policy in Policy]
-    if isinstance(policies, str):
-        raise PlanError(f"policies is the word '{policies}'; give a list with one of {', '.join(known)} per block")
+    if isinstance(policies, str) or not isinstance(policies, Sequence):
+        raise PlanError(f"policies is {policies!r}; give a list with one of {', '.join(known)} per block")
     for block, policy in enumerate(policies):
         if policy not in known:
             raise PlanError(f"policies has {policy!r} for block {block}; use one of {', '.join(known)}")

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Self
 
 from vpipe.errors import PlanError, ScheduleError
+from vpipe.plan.values import as_count, as_flag, as_number, as_numbers, as_whole_numbers
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.csv_file import check_csv_run
 from vpipe.schedule.entry import Entry
@@ -44,9 +45,13 @@ class RankTimes:
             PlanError: a name is none of them.
         """
         known = [item.name for item in fields(cls)]
+        if not isinstance(times, Mapping):
+            raise PlanError(f"rank_times is {times!r}; give a mapping of {', '.join(known)} to a list each")
         if unknown := [name for name in times if name not in known]:
             raise PlanError(f"rank_times has '{unknown[0]}'; its times are {', '.join(known)}")
-        return cls(**{name: tuple(map(float, values)) for name, values in times.items()})
+        return cls(
+            **{name: tuple(as_number(f"rank_times {name}", each) for each in values) for name, values in times.items()}
+        )
 
     def to_dict(self) -> dict[str, list[float]]:
         """Return those that were given."""
@@ -101,11 +106,24 @@ class Recipe:
     """In asynchronous schedules, move weight versions that wait to host memory; for all stages, or those listed."""
 
     def __post_init__(self) -> None:
-        for item in fields(Recipe):
-            if isinstance(value := getattr(self, item.name), list):
-                object.__setattr__(self, item.name, tuple(value))
-        if isinstance(self.rank_times, Mapping):
-            object.__setattr__(self, "rank_times", RankTimes.of(self.rank_times) if self.rank_times else None)
+        if not isinstance(self.schedule, str):
+            raise PlanError(f"schedule is {self.schedule!r}; give a name from `vpipe schedule --list`, or a CSV file")
+        for name in ("num_microbatches", "num_ranks", "stages_per_rank"):
+            self._set(name, as_count(name, getattr(self, name)))
+        for name in ("macrobatch", "vertical_sync"):
+            as_flag(name, getattr(self, name))
+        if self.depths is not None:
+            self._set("depths", as_whole_numbers("depths", self.depths, "warmup forwards, one per stage"))
+        self._set("recompute_ahead", as_whole_numbers("recompute_ahead", self.recompute_ahead, "stages"))
+        if not isinstance(self.swap_versions, bool):
+            self._set("swap_versions", as_whole_numbers("swap_versions", self.swap_versions, "stages"))
+        if self.max_in_flight is not None:
+            self._set("max_in_flight", as_numbers("max_in_flight", self.max_in_flight))
+        if self.rank_times is not None and not isinstance(self.rank_times, RankTimes):
+            self._set("rank_times", RankTimes.of(self.rank_times) if self.rank_times else None)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def entry(self) -> Entry:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
+from typing import get_args
 
 from torch import Tensor
 
@@ -24,6 +26,7 @@ __all__ = [
     "Update",
     "as_chain",
     "as_plan",
+    "check_kinds",
     "check_optimizer",
     "count_batches",
     "refuse_moved",
@@ -77,6 +80,8 @@ class Update:
     learning_rate: LearningRate | None = None
 
     def __post_init__(self) -> None:
+        if self.clip_grad_norm is not None and not isinstance(self.clip_grad_norm, Real):
+            raise ConfigError(f"clip_grad_norm is {self.clip_grad_norm!r}; give a number above 0, or None")
         if self.learning_rate is not None and not callable(self.learning_rate):
             raise ConfigError(
                 f"learning_rate is {self.learning_rate!r}; give a function of the iterations done, or set a constant "
@@ -102,6 +107,16 @@ class Memory:
     watch: WatchMode = "first"
     swap_directory: Path | None = None
 
+    def __post_init__(self) -> None:
+        limits = self.limit if isinstance(self.limit, list | tuple) else [self.limit]
+        for limit in limits:
+            if limit is not None and (not isinstance(limit, Integral) or isinstance(limit, bool)):
+                raise ConfigError(f"the memory limit is {limit!r}; give a number of bytes, such as 4 * 2**30")
+        if self.watch not in get_args(WatchMode):
+            raise ConfigError(f"watch is {self.watch!r}; choose one of {', '.join(get_args(WatchMode))}")
+        if self.swap_directory is not None and not isinstance(self.swap_directory, str | Path):
+            raise ConfigError(f"swap_directory is {self.swap_directory!r}; give a path")
+
     def limit_of(self, rank: int, num_ranks: int) -> int | None:
         """Return the bytes that `rank` may hold.
 
@@ -118,6 +133,14 @@ class Memory:
         if any(item is not None and item < 1 for item in limits):
             raise ConfigError(f"the memory limit is {self.limit}; give bytes above 0, or None for no limit")
         return limits[rank]
+
+
+def check_kinds(**given: tuple[object, type]) -> None:
+    """Raise ConfigError for arguments that are of another kind than they have to be."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, Integral if kind is int else kind) or isinstance(value, bool):
+            wanted = "a whole number" if kind is int else f"a vpipe.{kind.__name__}"
+            raise ConfigError(f"{name} is {value!r}; give {wanted}")
 
 
 UPDATE, MEMORY = Update(), Memory()

@@ -23,6 +23,7 @@ from vpipe.runtime.arguments import (
     Update,
     as_chain,
     as_plan,
+    check_kinds,
     check_optimizer,
     count_batches,
     refuse_moved,
@@ -94,7 +95,10 @@ class Pipeline:
         self.chain = as_chain(model, loss)
         open_plan = as_plan(plan)
         check_optimizer(optimizer)
-        self.hooks = hooks or Hooks()
+        self.hooks = Hooks() if hooks is None else hooks
+        check_kinds(update=(update, Update), memory=(memory, Memory), seed=(seed, int), hooks=(self.hooks, Hooks))
+        if world is not None:
+            check_kinds(world=(world, World))
         self._is_busy, self.iteration = False, 0
         self.host_link: HostLink | None = None
         self._owns_world = world is None

@@ -8,10 +8,12 @@ both are the same number.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -97,6 +99,8 @@ class World:
         """
         place = as_device(device)
         check_backend(backend, place)
+        if not isinstance(timeout_seconds, Real) or not 0 < timeout_seconds < math.inf:
+            raise ConfigError(f"timeout_seconds is {timeout_seconds!r}; give a number of seconds above 0")
         timeout = timedelta(seconds=timeout_seconds)
         if dist.is_initialized():
             return cls._beside(ranks, place, timeout, shared_memory)
@@ -264,6 +268,8 @@ class World:
 def _choose_processes(ranks: Sequence[int] | None, process: int, num_processes: int) -> tuple[int, ...]:
     if ranks is None:
         return tuple(range(num_processes))
+    if not isinstance(ranks, Sequence) or not all(isinstance(rank, int) for rank in ranks):
+        raise ConfigError(f"ranks is {ranks!r}; give a list of torch's ranks, such as [0, 1]")
     processes = tuple(ranks)
     if len(set(processes)) < len(processes) or not all(0 <= rank < num_processes for rank in processes):
         raise ConfigError(f"ranks {list(ranks)} are not different ones of 0 to {num_processes - 1}")
