@@ -31,6 +31,29 @@ def test_pipelines_in_turn_and_at_once_on_disjoint_ranks(tmp_path: Path) -> None
     assert num_compared > 100
 
 
+def test_ranks_that_do_not_agree_on_their_order_are_told_and_disturb_nobody(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(Path(__file__).parent)}
+    launch_local(["worlds_toys:run_orders", str(tmp_path)], 3, run_directory=tmp_path, environment=environment)
+    told = [(tmp_path / f"order.{rank}").read_text() for rank in range(3)]
+    assert (
+        told[0]
+        == told[1]
+        == (
+            "ranks do not agree on the order of their world: rank 0 has [0, 1], rank 1 has [1, 0]; "
+            "give the same ranks in the same order on all of them"
+        )
+    )
+    assert told[2] == ""
+
+
+def test_worlds_without_a_group_of_the_caller_leave_it_together_and_join_again(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(Path(__file__).parent)}
+    launch_local(["worlds_toys:run_parts", str(tmp_path)], 3, run_directory=tmp_path, environment=environment)
+    for turn in range(3):
+        assert [(tmp_path / f"part.{turn}.{rank}").read_text() for rank in range(3)] == ["[0]", "[2, 1]", "[2, 1]"]
+    assert {(tmp_path / f"part.3.{rank}").read_text() for rank in range(3)} == {"[0, 1, 2]"}
+
+
 @pytest.mark.parametrize(
     ("ranks", "text"),
     [

@@ -34,17 +34,18 @@ class Failures:
     def __init__(self) -> None:
         self._store: Store | None = None
         self._rank = 0
+        self._key = KEY
 
-    def attach(self, store: Store, rank: int) -> None:
-        """Use `store`, which all ranks see, for the messages of this process, which is `rank`."""
-        self._store, self._rank = store, rank
+    def attach(self, store: Store, rank: int, name: str = "") -> None:
+        """Use `store`, which all ranks see, for what this process, `rank`, says to those of a world called `name`."""
+        self._store, self._rank, self._key = store, rank, KEY + name
 
     def publish(self, message: str) -> None:
         """Tell the other ranks that this one stops because of `message`; the first message of all ranks stays."""
         if self._store is None:
             return
         try:
-            self._store.compare_set(KEY, "", f"rank {self._rank} stopped: {message}")
+            self._store.compare_set(self._key, "", f"rank {self._rank} stopped: {message}")
         except RuntimeError:
             # The store's host is gone too: nobody is left to read the message, and the failure itself is what counts.
             return
@@ -55,11 +56,11 @@ class Failures:
             return None
         deadline = time.monotonic() + wait_seconds
         try:
-            while not self._store.check([KEY]):
+            while not self._store.check([self._key]):
                 if time.monotonic() >= deadline:
                     return None
                 time.sleep(0.05)
-            return bytes(self._store.get(KEY)).decode()
+            return bytes(self._store.get(self._key)).decode()
         except RuntimeError:
             # See `publish`: without the store there is no message to be found.
             return None
@@ -107,7 +108,7 @@ def peer_silent(peer: int | None, waiting_for: str, seconds: float | None = None
     after = "" if seconds is None else f" for {seconds:g} s"
     return PeerLostError(
         f"waited{after} for {waiting_for} from {_who(peer)}, which does not answer; "
-        "if it is only slow, raise launch.timeout_seconds (of Pipeline: timeout_seconds)"
+        "if it is only slow, raise launch.timeout_seconds (of World.join: timeout_seconds)"
     )
 
 

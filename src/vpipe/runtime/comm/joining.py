@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,9 +31,10 @@ def as_device(device: torch.device | str) -> torch.device:
         ConfigError: torch knows no such device, or it is not there.
     """
     try:
-        return use_device(torch.device(device))
-    except RuntimeError as error:
+        meant = torch.device(device)
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device is '{device}', which torch does not know; use cpu, cuda or cuda:<index>") from error
+    return use_device(meant)
 
 
 def let_threads_rest() -> None:
@@ -70,19 +72,32 @@ def connect(timeout: timedelta) -> tuple[Store, int, int]:
             "with `vpipe train` or torchrun, or unset RANK and WORLD_SIZE to run one process"
         )
     try:
-        store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
+        store = _store_at(*(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")), timeout)
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(
             f"rank {os.environ['RANK']} cannot reach the other ranks at {address} within "
             f"{timeout.total_seconds():g} s; check that MASTER_ADDR and MASTER_PORT are right, rank 0 runs, and no "
-            "firewall is in between, or raise launch.timeout_seconds (of Pipeline: timeout_seconds)"
+            "firewall is in between, or raise launch.timeout_seconds (of World.join: timeout_seconds)"
         ) from error
     # The store outlives process groups: addresses and messages of one must not be read by the next, whether torchrun
     # restarted the ranks or they join again.
+    store.set_timeout(timeout)
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     joined = store.add(f"vpipe/{attempt}/joined by {rank}", 1)  # how often; all ranks join equally often
     return PrefixStore(f"vpipe/{attempt}/{joined}", store), rank, num_ranks
+
+
+@cache
+def _store_at(address: str, port: str, rank: str, num_ranks: str, timeout: timedelta) -> Store:
+    """Return the connection to a place where ranks meet, one for as long as the process lives.
+
+    Rank 0 may be the server. Were that to end with a world, another rank that is quicker to join the next one would be
+    connected to a server that is about to go.
+    """
+    store: Store = next(rendezvous("env://", timeout=timeout))[0]
+    return store
 
 
 def local_rank() -> int:

@@ -68,6 +68,8 @@ class World:
     """Keys and values that all ranks see, where this process joined them by itself."""
     failures: Failures = field(default_factory=Failures)
     """What a rank says to the others when it fails."""
+    everyone: dist.ProcessGroup | None = None
+    """All processes of torch's group, where this world made it: they leave it together."""
     _open: list[bool] = field(default_factory=lambda: [True], repr=False)
 
     @classmethod
@@ -103,6 +105,11 @@ class World:
             raise ConfigError(f"timeout_seconds is {timeout_seconds!r}; give a number of seconds above 0")
         timeout = timedelta(seconds=timeout_seconds)
         if dist.is_initialized():
+            if backend is not None and backend != dist.get_backend():
+                raise ConfigError(
+                    f"backend is '{backend}', and the process group that is there already has {dist.get_backend()}; "
+                    "leave it out"
+                )
             return cls._beside(ranks, place, timeout, shared_memory)
         failures = Failures()
         try:
@@ -127,14 +134,16 @@ class World:
         store, process, num_processes = connect(timeout)
         failures.attach(store, process)
         processes = _choose_processes(ranks, process, num_processes)
+        is_whole = len(processes) == num_processes
+        if not is_whole:
+            failures.attach(store, process, f" of {sorted(processes)}")
         try:
+            if num_processes > 1:
+                _agree_on_order(processes, process, timeout, store)
             backend = choose_backend(backend, device, store, process, num_processes)
             dist.init_process_group(backend, store=store, rank=process, world_size=num_processes, timeout=timeout)
-            control = dist.group.WORLD if backend == "gloo" else None
-            if len(processes) < num_processes:
-                _level_groups(processes, timeout)
-                control = None
-            control = control or _new_group(processes, timeout, "gloo", processes)
+            everyone = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+            control = everyone if is_whole else _new_group(processes, timeout, "gloo", processes)
             # A rank that is quick to find a mistake and ends would keep slower ones from connecting, and from finding
             # it.
             dist.barrier(group=control)
@@ -146,7 +155,19 @@ class World:
             backend, process, num_processes,
         )  # fmt: skip
         position = processes.index(process)
-        return cls(processes, position, local_rank(), backend, device, timeout, control, shared_memory, store, failures)
+        return cls(
+            processes,
+            position,
+            local_rank(),
+            backend,
+            device,
+            timeout,
+            control,
+            shared_memory,
+            store,
+            failures,
+            everyone,
+        )
 
     @classmethod
     def _beside(
@@ -155,8 +176,8 @@ class World:
         """Take part in the process group that the caller made; its messages are never met, as groups here are new."""
         process = dist.get_rank()
         processes = _choose_processes(ranks, process, dist.get_world_size())
-        if len(processes) < dist.get_world_size():
-            _level_groups(processes, timeout)
+        if dist.get_world_size() > 1:
+            _agree_on_order(processes, process, timeout, _get_default_store())
         control = _new_group(processes, timeout, "gloo", processes) if len(processes) > 1 else None
         position = processes.index(process)
         return cls(processes, position, local_rank(), dist.get_backend(), device, timeout, control, shared_memory)
@@ -238,8 +259,9 @@ class World:
             PeerLostError: a rank ended before it got here.
         """
         if self.store is not None and self._open[0]:
+            with telling_losses("the end of the run"):
+                dist.barrier(group=self.everyone)
             self._open[0] = False
-            self.meet("the end of the run")
             dist.destroy_process_group()
             let_threads_rest()
 
@@ -285,30 +307,53 @@ def _new_group(
 
     Torch names groups by a count, so all processes of its group have to make the same ones in the same order. A world
     that is a part of them cannot ask that of the others: there only members know of a group. Its name then depends on
-    how many groups a process has, and who is no member makes one by itself, so that the next names agree again.
+    how many groups a process has, so the members make that equal first.
     """
     if len(world) == dist.get_world_size():
         group = dist.new_group(sorted(members), timeout=timeout, backend=backend)
+    elif dist.get_rank() in members:
+        _level_groups(sorted(members), timeout)
+        with telling_losses("the ranks of a group to make it"):
+            group = dist.new_group(sorted(members), timeout=timeout, backend=backend, use_local_synchronization=True)
     else:
-        process = dist.get_rank()
-        own = sorted(members) if process in members else [process]
-        group = dist.new_group(own, timeout=timeout, backend=backend, use_local_synchronization=True)
-        if process not in members:
-            return None
+        return None
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
-def _level_groups(processes: Sequence[int], timeout: timedelta) -> None:
-    """Let all `processes` of a world that is a part of torch's group have equally many groups, see `_new_group`."""
-    process, name = dist.get_rank(), " ".join(map(str, processes))
-    store = PrefixStore(f"vpipe/world {name}", _get_default_store())
-    turn = store.add(f"turns of {process}", 1)
-    store.set(f"{turn}/{process}", str(len(torch_world.pg_names)))
+def _level_groups(members: Sequence[int], timeout: timedelta) -> None:
+    """Let all `members` have equally many groups, by ones of their own."""
+    counts = _exchange(members, f"groups of {members}", str(len(torch_world.pg_names)), timeout, _get_default_store())
+    for _ in range(max(map(int, counts)) - len(torch_world.pg_names)):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+
+
+def _agree_on_order(processes: Sequence[int], process: int, timeout: timedelta, store: Store) -> None:
+    """Check that all processes of a world have them in the same order.
+
+    Raises:
+        ConfigError: they do not; on every rank.
+    """
+    members = sorted(processes)
+    orders = _exchange(members, f"order of {members}", str(list(processes)), timeout, store, process)
+    for other, order in zip(members, orders, strict=True):
+        if order != orders[0]:
+            raise ConfigError(
+                f"ranks do not agree on the order of their world: rank {members[0]} has {orders[0]}, rank {other} has "
+                f"{order}; give the same ranks in the same order on all of them"
+            )
+
+
+def _exchange(
+    members: Sequence[int], what: str, mine: str, timeout: timedelta, store: Store, process: int | None = None
+) -> list[str]:
+    """Return what every member says, in the order of `members`; each says it as often as the others."""
+    own = dist.get_rank() if process is None else process
+    board = PrefixStore(f"vpipe/{what}", store)
+    turn = board.add(f"turns of {own}", 1)
+    board.set(f"{turn}/{own}", mine)
     try:
-        store.wait([f"{turn}/{other}" for other in processes], timeout)
+        board.wait([f"{turn}/{other}" for other in members], timeout)
     except RuntimeError as error:
-        raise_if_peer_lost(error, "the ranks of its world to come")
+        raise_if_peer_lost(error, f"ranks {list(members)} to join the same world")
         raise
-    counts = [int(store.get(f"{turn}/{other}")) for other in processes]
-    for _ in range(max(counts) - len(torch_world.pg_names)):
-        dist.new_group([process], backend="gloo", use_local_synchronization=True)
+    return [board.get(f"{turn}/{other}").decode() for other in members]
