@@ -54,7 +54,7 @@ def count(case: Case) -> ModelWork:
     chain = build_chain(ModelConfig.model_validate(case.model))
 
     def fields(size: int) -> dict[str, torch.Tensor]:
-        shapes = dict.fromkeys(chain.fields, (size, case.sequence_length))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(chain.fields, (size, case.sequence_length))
         if "next_sentence_label" in shapes:
             shapes["next_sentence_label"] = (size,)
         return {name: torch.empty(shape, dtype=torch.int64, device="meta") for name, shape in shapes.items()}

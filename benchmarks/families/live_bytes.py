@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["LiveBytes"]
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this context, every tensor that an operation makes is watched, in forwards and in backwards.
 
     Weights that were there before are not among them. Nothing of the library is asked: not the schedule, which knows
@@ -22,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self._label = ""
 
@@ -36,7 +36,8 @@ class LiveBytes(TorchDispatchMode):
             # Views and what is written in place belong to whoever made them: perhaps before this context.
             if isinstance(tensor, Tensor) and self._identity(tensor) not in known:
                 storage = tensor.untyped_storage()
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), self._label
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._storages[storage._cdata] = reference, storage.nbytes(), self._label
         return result
 
     def _identity(self, tensor: Tensor) -> int:
@@ -52,6 +53,6 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self, label: str = "", without: Iterable[Tensor | None] = ()) -> int:
         """Count the bytes of `label` that are alive now, less those of `without`."""
-        self._storages = {key: item for key, item in self._storages.items() if not item[0].expired()}
+        self._storages = {key: item for key, item in self._storages.items() if not item[0].expired()}  # type: ignore[no-untyped-call]
         left_out = {self._identity(tensor) for tensor in without if tensor is not None}
         return sum(nbytes for key, (_, nbytes, own) in self._storages.items() if own == label and key not in left_out)

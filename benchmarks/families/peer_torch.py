@@ -22,9 +22,9 @@ from benchmarks.common import periods_ms
 from benchmarks.simulator.devices import EmulatedDevice, StageTimes, mean_loss
 from benchmarks.simulator.ranks import NUM_WARMUP_BATCHES, Configuration, fork, free_port
 from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from vpipe.runtime.stage.split import Deferred, run_deferred
-from vpipe.schedule.placement import Placement
 
 __all__ = ["PEERS", "run_torch"]
 
@@ -74,12 +74,12 @@ def run_torch(configuration: Configuration) -> list[float]:
 
 
 def _train(configuration: Configuration, rank: int) -> list[float]:
-    placement: Placement = configuration.build(configuration.num_microbatches).placement
+    placement = configuration.recipe.build().placement
     devices = {
         stage: _Device(configuration.stages[stage], splits=configuration.is_split)
         for stage in placement.stages_of(rank)
     }
-    stages = [
+    stages: list[_PipelineStageBase] = [
         PipelineStage(
             device,
             stage,

@@ -73,16 +73,16 @@ FAMILIES = {
 def predict(configuration: Configuration, calibration: Calibration) -> dict[str, Any]:
     """Simulate one step: with the measured costs of devices, executor and messages, and with nothing but F, I and W."""
     message_bytes = [configuration.message_bytes] * (configuration.num_stages - 1)
-    size = configuration.num_microbatches
-    found = predict_step(configuration.build, costs_of(configuration, calibration), message_bytes, size)
+    found = predict_step(configuration.recipe, costs_of(configuration, calibration), message_bytes)
     return {"simulated_ms": round(found.step_ms, 3), "bare_ms": round(_bare_ms(configuration), 3)}
 
 
 def _bare_ms(configuration: Configuration) -> float:
-    schedule = configuration.build(configuration.num_microbatches)
-    if schedule.synchronous:
-        times = {"forward": TIME_MS, "input_grad": TIME_MS, "weight_grad": TIME_MS}
-        return simulate(schedule, Costs.from_rank_shares(schedule.placement, **times)).makespan
+    recipe = configuration.recipe
+    if recipe.synchronous:
+        schedule = recipe.build()
+        costs = Costs.from_rank_shares(schedule.placement, forward=TIME_MS, input_grad=TIME_MS, weight_grad=TIME_MS)
+        return simulate(schedule, costs).makespan
     work = {
         (stage, kind): time
         for stage, times in enumerate(configuration.stages)
@@ -93,9 +93,7 @@ def _bare_ms(configuration: Configuration) -> float:
         )
     }
     nothing = MeasuredCosts(work, Overheads(), {})
-    return predict_step(
-        configuration.build, nothing, [0.0] * (configuration.num_stages - 1), schedule.num_microbatches
-    ).step_ms
+    return predict_step(recipe, nothing, [0.0] * (configuration.num_stages - 1)).step_ms
 
 
 def _begin(end: float) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ MICROBATCH_SIZE, NUM_TOKENS = 4, 128
 TARGET = 1.05
 
 
-BLOCKS = {
+BLOCKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "BERT base, width 768": (768, lambda: bert_blocks(1, 768)[0]),
     "BERT, width 256": (256, lambda: bert_blocks(1, 256)[0]),
     "nn.TransformerEncoderLayer, width 768": (768, lambda: torch_block(768)),

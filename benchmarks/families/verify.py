@@ -79,8 +79,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "verify.json")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.most_seconds
-    there = arguments.out.exists()
-    results = json.loads(arguments.out.read_text()) if there else {"environment": environment(), "rows": []}
+    results: dict[str, Any] = (
+        json.loads(arguments.out.read_text()) if arguments.out.exists() else {"environment": environment(), "rows": []}
+    )
     rows = results["rows"]
     done = {(row["schedule"], row["num_ranks"], row["stages_per_rank"]) for row in rows}
     left = [case for case in cases() if case not in done]

@@ -27,7 +27,8 @@ OUT = Path(__file__).parent / "results" / "kernels.json"
 SUITES = (
     *(f"tests/runtime/test_{name}equality.py" for name in ("", "family_", "policy_", "searched_", "version_move_")),
     *(f"tests/runtime/test_{name}.py" for name in ("evaluation", "pipeline", "recompute", "split", "stage", "swap")),
-    *(f"tests/train/test_{name}.py" for name in ("reference", "trainer_runs", "verify")),
+    "tests/train/test_trainer_runs.py",
+    *(f"tests/verify/test_{name}.py" for name in ("reference", "verify")),
     *(f"tests/model/test_{name}.py" for name in ("bert", "decoders", "export")),
 )
 OLDEST = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}

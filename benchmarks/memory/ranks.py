@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from benchmarks.common import periods_ms
 from benchmarks.simulator.ranks import fork, free_port
 
@@ -76,9 +75,9 @@ def _join(rank: int, num_ranks: int, port: int) -> None:
 
 
 def _train(config: RunConfig) -> RankRun:
-    with World.join(timeout_seconds=60.0, backend="gloo"):
+    with World.join(timeout_seconds=60.0, backend="gloo") as world:
         setup = build_setup(config)
-        pipeline = build_training_pipeline(setup, torch.device("cpu"), Hooks())
+        pipeline = build_training_pipeline(setup, world, Hooks())
         count = setup.total_iterations
         losses, stamps = [], [time.perf_counter()]
         for result in pipeline.train(setup.batches(pipeline.fields, 0, count), count):

@@ -47,7 +47,7 @@ def predict(configuration: Configuration, profile: Profile) -> tuple[RankMemory,
 
 def compare(configuration: Configuration, predicted: tuple[RankMemory, ...], runs: list[RankRun]) -> Row:
     """Put prediction and measurement beside each other, per rank."""
-    ranks = [
+    ranks: list[Row] = [
         {
             "predicted": {**asdict(memory), "total": memory.total},
             "measured": {**run.at_peak, "total": run.peak_bytes},

@@ -2,14 +2,15 @@
 
 python -m benchmarks.planner.exact [--num-chains 1000] [--num-shared 200] [--only small|shared|deep] [--out FILE]
 
-Brute force and random chains are those of the tests (`tests/plan/planner_oracle.py`): 2 to 5 blocks on 1 to 3 ranks of
-unequal speed, times and bytes drawn at random, six schedules, links and host memory slow or fast, a limit per rank. It
-tries every cut and every combination of policies. There the busiest stage counts, which the planner's programme makes
-as fast as possible.
+Brute force and random chains are those of the tests (`tests/planner/planner_oracle.py`): 2 to 5 blocks on 1 to 3 ranks
+of unequal speed, times and bytes drawn at random, six schedules, links and host memory slow or fast, a limit per rank.
+It tries every cut and every combination of policies. There the busiest stage counts, which the planner's programme
+makes as fast as possible.
 
-`shared` is the same for two stages on each of two ranks (`tests/plan/shared_oracle.py`): 4 or 5 blocks, six schedules,
-4 microbatches, a limit between the least that any plan needs and what is needed when all is kept. There the simulated
-step counts, of every cut with every combination of policies; the 30 best of these may recompute ahead of the gradient.
+`shared` is the same for two stages on each of two ranks (`tests/planner/shared_oracle.py`): 4 or 5 blocks, six
+schedules, 4 microbatches, a limit between the least that any plan needs and what is needed when all is kept. There the
+simulated step counts, of every cut with every combination of policies; the 30 best of these may recompute ahead of the
+gradient.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MOST_S = {False: 1.0, True: 30.0}
 
 def compare(num_chains: int) -> dict[str, Any]:
     """Plan so many chains both ways."""
-    sys.path.insert(0, str(ROOT / "tests" / "plan"))
+    sys.path.insert(0, str(ROOT / "tests" / "planner"))
     from planner_oracle import brute_force, planned
 
     equal, infeasible, costly, seconds = 0, 0, 0, []
@@ -69,7 +70,7 @@ def compare(num_chains: int) -> dict[str, Any]:
 
 def compare_shared(num_chains: int) -> dict[str, Any]:
     """Plan so many chains with two stages per rank both ways, and ask for their smallest limits."""
-    sys.path.insert(0, str(ROOT / "tests" / "plan"))
+    sys.path.insert(0, str(ROOT / "tests" / "planner"))
     from shared_oracle import brute_force, problem
 
     ratios, smallest, refused, seconds = [], [], 0, []

@@ -62,10 +62,10 @@ def begin(end: float) -> dict[str, Any] | None:
         return None
     model = build_setup(config).chain
     request = replace(build_request(config_of("uniform"), profile), is_eager=False)
-    plan = decide(config, profile).plan
+    chosen = decide(config, profile).chosen
     cuts = [Partition.uniform(len(model), NUM_RANKS), Partition.by_weight(model.trainable_sizes(), NUM_RANKS)]
     naive = [judge_partition(request, cut) for cut in cuts]
-    named = zip(("uniform", "parameters", PLANNED), (*naive, plan), strict=True)
+    named = zip(("uniform", "parameters", PLANNED), (*naive, chosen), strict=True)
     head = profile.sizes[0].blocks[-1]
     return {
         "profile": json.loads(profile.to_json()),

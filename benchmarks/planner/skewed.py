@@ -69,12 +69,12 @@ def begin(name: str, end: float) -> dict[str, Any] | None:
         "ideal_ms": round(NUM_MICROBATCHES * ideal_ms(CHAINS[name], speeds), 2),
         "rank_speeds": [round(speed, 3) for speed in profile.rank_speeds],
         "lower_bound_ms": round(decision.found.lower_bound_ms, 2) if decision.found else None,
-        "depths": decision.plan.setting.depths,
+        "depths": decision.plan.depths,
         "contestants": {
             each: {"partition": list(cut), "predicted_ms": round(predicted, 2), "rounds_ms": []}
             for each, cut, predicted in (
                 *((each, cut, naive[each]) for each, cut in cuts.items()),
-                (PLANNED, decision.plan.partition, decision.plan.step_ms),
+                (PLANNED, decision.chosen.partition, decision.chosen.step_ms),
             )
         },
     }

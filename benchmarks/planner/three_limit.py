@@ -34,7 +34,6 @@ from vpipe.plan.policy import Policy
 from vpipe.planner.profile.profile import Profile
 from vpipe.planner.search.search import judge_partition
 from vpipe.words.units import format_bytes
-from vpipe.workload.setup import build_setup
 
 NUM_MICROBATCHES, MICROBATCH_SIZE = 8, 4
 SHARES = {"emulated": 0.72, "bert": 0.6}
@@ -108,22 +107,21 @@ def begin(model: str, end: float) -> dict[str, Any] | None:
         return None
     profile = profiles[NUM_MICROBATCHES]
     free = config_of(model, "PipeDream", NUM_MICROBATCHES, profile.num_blocks)
-    uniform = list(build_setup(free).partition)
-    needed = judge_partition(build_request(free, profile), uniform, [Policy.KEEP] * profile.num_blocks)
+    needed = judge_partition(build_request(free, profile), "uniform", [Policy.KEEP] * profile.num_blocks)
     most = max(memory.total for memory in needed.memory)
     limit = int(SHARES[model] * most)
     contestants = {}
     for name in SCHEDULES:
         config = largest_that_fits(model, name, profiles, limit)
-        plan = decide(config, profiles[config.num_microbatches]).plan
+        chosen = decide(config, profiles[config.num_microbatches]).chosen
         contestants[name] = {
             "num_microbatches": config.num_microbatches,
-            "partition": list(plan.partition),
-            "policies": Counter(policy.value for policy in plan.policies),
-            "predicted_ms": round(plan.step_ms, 2),
-            "predicted_bytes": max(memory.total for memory in plan.memory),
-            "setting": plan.setting.describe(),
-            "lost_ms": [round(time_, 2) for time_ in plan.lost_ms],
+            "partition": list(chosen.partition),
+            "policies": Counter(policy.value for policy in chosen.policies),
+            "predicted_ms": round(chosen.step_ms, 2),
+            "predicted_bytes": max(memory.total for memory in chosen.memory),
+            "setting": chosen.setting.describe(),
+            "lost_ms": [round(time_, 2) for time_ in chosen.lost_ms],
             "rounds_ms": [],
             "measured_bytes": 0,
         }

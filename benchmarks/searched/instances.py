@@ -23,7 +23,9 @@ class Instance:
     num_ranks: int
     num_microbatches: int
     limit: float
-    times: dict[str, tuple[float, ...]]
+    forward: tuple[float, ...]
+    input_grad: tuple[float, ...]
+    weight_grad: tuple[float, ...]
 
     def request(self, stages_per_rank: int | None) -> SearchRequest:
         """Return what is searched for."""
@@ -31,8 +33,10 @@ class Instance:
             self.num_ranks,
             self.num_microbatches,
             stages_per_rank=stages_per_rank,
-            memory_limit=self.limit,
-            **self.times,
+            max_in_flight=self.limit,
+            forward=self.forward,
+            input_grad=self.input_grad,
+            weight_grad=self.weight_grad,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -50,8 +54,5 @@ def draw(number: int, most_ranks: int, most_microbatches: int) -> Instance:
     source = random.Random(f"searched {number} {most_ranks} {most_microbatches}")
     num_ranks, num_microbatches = source.randint(1, most_ranks), source.randint(1, most_microbatches)
     limit = max(1.0, round(source.uniform(num_ranks / 2, 2 * num_ranks), 2))
-    times = {
-        name: tuple(source.randint(MILLI // 2, 3 * MILLI // 2) / MILLI for _ in range(num_ranks))
-        for name in ("forward", "input_grad", "weight_grad")
-    }
-    return Instance(number, num_ranks, num_microbatches, limit, times)
+    times = [tuple(source.randint(MILLI // 2, 3 * MILLI // 2) / MILLI for _ in range(num_ranks)) for _ in range(3)]
+    return Instance(number, num_ranks, num_microbatches, limit, *times)

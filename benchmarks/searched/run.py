@@ -24,7 +24,6 @@ from vpipe.schedule.memory import peak_activations
 from vpipe.schedule.proof.validate import check_schedule
 from vpipe.schedule.registry import SCHEDULES, build_schedule
 from vpipe.schedule.search.search import search
-from vpipe.schedule.simulate.costs import Costs
 from vpipe.schedule.simulate.simulate import simulate
 
 MOST_RANKS, MOST_MICROBATCHES = 8, 16
@@ -43,7 +42,7 @@ def best_family(instance: Instance, counts: Sequence[int]) -> tuple[str, float]:
             except ScheduleError:
                 continue
             if max(peak_activations(schedule)) <= instance.limit:
-                costs = Costs.from_rank_shares(schedule.placement, **instance.times)
+                costs = instance.request(count).costs(schedule.placement)
                 found.append((simulate(schedule, costs).makespan, name))
     makespan, name = min(found)
     return name, makespan
@@ -52,12 +51,12 @@ def best_family(instance: Instance, counts: Sequence[int]) -> tuple[str, float]:
 def compare(instance: Instance, counts: Sequence[int]) -> dict[str, Any]:
     """Search and judge the schedule that comes back by the validator, the simulator and the families."""
     name, family_makespan = best_family(instance, counts)
+    request = instance.request(counts[0] if len(counts) == 1 else None)
     start = time.perf_counter()
-    result = search(instance.request(counts[0] if len(counts) == 1 else None))
+    result = search(request)
     seconds = time.perf_counter() - start
     schedule = result.schedule
-    costs = Costs.from_rank_shares(schedule.placement, **instance.times)
-    makespan = simulate(schedule, costs).makespan
+    makespan = simulate(schedule, request.costs(schedule.placement)).makespan
     return {
         "makespan": makespan,
         "lower_bound": result.lower_bound,
@@ -74,9 +73,8 @@ def compare(instance: Instance, counts: Sequence[int]) -> dict[str, Any]:
 def measure_large() -> dict[str, Any]:
     """Time the search of 32 ranks and 128 microbatches."""
     spread = [1 + ((7 * rank) % 32 - 15.5) / 31 for rank in range(32)]  # within 50 %, in no order
-    names = ("forward", "input_grad", "weight_grad")
-    times = {name: tuple(spread[(rank + 5 * index) % 32] for rank in range(32)) for index, name in enumerate(names)}
-    large = Instance(-1, 32, 128, 32.0, times)
+    times = [tuple(spread[(rank + 5 * index) % 32] for rank in range(32)) for index in range(3)]
+    large = Instance(-1, 32, 128, 32.0, *times)
     start = time.perf_counter()
     result = search(large.request(None))
     return {"seconds": round(time.perf_counter() - start, 2), "gap": result.gap, "best_family": result.best_family}

@@ -99,7 +99,7 @@ def costs_of(configuration: Configuration, calibration: Calibration) -> Measured
         added = {Kind(kind): values[stage == last] for kind, values in extra["added_ms"].items()}
         work[stage, Kind.F] = times.forward_ms + added[Kind.F]
         work[stage, Kind.STEP] = added[Kind.STEP] / per_rank
-        if not configuration.synchronous:
+        if not configuration.recipe.synchronous:
             work[stage, Kind.STEP] = extra["step_asynchronous_ms"][stage == last]
         if configuration.is_split:
             work[stage, Kind.I] = times.input_grad_ms + added[Kind.I]
@@ -112,7 +112,7 @@ def costs_of(configuration: Configuration, calibration: Calibration) -> Measured
 def _overheads(configuration: Configuration, extra: dict[str, Any]) -> Overheads:
     names = {field.name for field in dataclasses.fields(Overheads)}
     given = {name: value for name, value in extra.items() if name in names}
-    if not configuration.synchronous:
+    if not configuration.recipe.synchronous:
         given |= {"turn_ms": extra["turn_asynchronous_ms"], "tell_ms": None}
     return Overheads(**given)
 

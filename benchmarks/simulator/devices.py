@@ -41,7 +41,8 @@ class _Device(torch.autograd.Function):
         to_hidden = grads[0] * weight if ctx.needs_input_grad[0] else None
 
         def weight_grad() -> Tensor:
-            return (grads[0] * hidden).sum().reshape(1)
+            product: Tensor = grads[0] * hidden
+            return product.sum().reshape(1)
 
         if ctx.deferred is None:
             return to_hidden, weight_grad(), None, None
@@ -71,7 +72,8 @@ class EmulatedDevice(nn.Module):
 
     def find_deferred(self) -> Deferred | None:
         """Return where the backward notes its half for weights; None for a full backward."""
-        modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeferWeightGradients)]
+        stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        modes = [mode for mode in stack if isinstance(mode, DeferWeightGradients)]
         return modes[-1]._deferred if modes else None
 
 

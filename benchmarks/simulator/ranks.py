@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from benchmarks.common import periods_ms
@@ -20,12 +19,12 @@ from benchmarks.simulator.devices import EmulatedDevice, StageTimes, mean_loss
 from torch import Tensor, nn
 
 from vpipe.plan.plan import Plan
+from vpipe.plan.recipe import Recipe
 from vpipe.runtime.comm.throttle import SlowLink, emulate_slow_links
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.pipeline import Pipeline
 from vpipe.runtime.trace import TraceEvent, TraceRecorder
-from vpipe.schedule.registry import build_schedule, find_entry
-from vpipe.schedule.schedule import Schedule, uses_split_backward
+from vpipe.schedule.schedule import uses_split_backward
 
 NUM_WARMUP_BATCHES = 3
 
@@ -101,25 +100,23 @@ class Configuration:
         """Count the stages."""
         return len(self.real.cut if self.real else self.stages)
 
-    def build(self, num_microbatches: int) -> Schedule:
-        """Build the schedule of so many microbatches."""
-        options: dict[str, Any] = {} if self.depths is None else {"depths": self.depths}
-        if self.macrobatch:
-            options["microbatches_per_update"] = self.num_microbatches
-        if self.vertical_sync:
-            options["vertical_sync"] = True
-        per_rank = self.num_stages // self.num_ranks
-        return build_schedule(self.schedule, self.num_ranks, num_microbatches, stages_per_rank=per_rank, **options)
+    @property
+    def recipe(self) -> Recipe:
+        """Return the order of its actions."""
+        return Recipe(
+            self.schedule,
+            self.num_microbatches,
+            self.num_ranks,
+            self.num_stages // self.num_ranks,
+            depths=self.depths,
+            macrobatch=self.macrobatch,
+            vertical_sync=self.vertical_sync,
+        )
 
     @property
     def is_split(self) -> bool:
         """Tell whether backwards come in two halves."""
-        return uses_split_backward(self.build(self.num_microbatches))
-
-    @property
-    def synchronous(self) -> bool:
-        """Tell whether all stages update together."""
-        return find_entry(self.schedule).synchronous
+        return uses_split_backward(self.recipe.build())
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ def run_stages_alone(configuration: Configuration) -> list[Run]:
 def _stage_alone(configuration: Configuration, stage: int) -> Configuration:
     """Return a pipeline of one rank: with as many weight versions as the stage has among others, if it has several."""
     assert configuration.real is not None
-    depths = None if configuration.synchronous else (configuration.num_stages - 1 - stage,)
+    depths = None if configuration.recipe.synchronous else (configuration.num_stages - 1 - stage,)
     real = replace(configuration.real, alone=stage)
     return replace(configuration, num_ranks=1, real=real, depths=depths)
 
@@ -214,15 +211,7 @@ def _train(configuration: Configuration, rank: int) -> tuple[list[float], list[T
         modules,
         nn.functional.mse_loss if real else mean_loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-6),
-        plan=Plan(
-            configuration.schedule,
-            num_microbatches=size,
-            partition=real.cut if real else "uniform",
-            stages_per_rank=configuration.num_stages // configuration.num_ranks,
-            depths=configuration.depths,
-            macrobatch=configuration.macrobatch,
-            vertical_sync=configuration.vertical_sync,
-        ),
+        plan=Plan.of(configuration.recipe, partition=real.cut if real else "uniform"),
         hooks=Hooks(record=recorder, waited=recorder.waited),
     )
     if configuration.link is not None:

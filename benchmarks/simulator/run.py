@@ -33,7 +33,7 @@ def predict(configuration: Configuration, calibration: Calibration) -> dict[str,
     """Return what is predicted, and from which costs."""
     costs = costs_of(configuration, calibration)
     message_bytes = [configuration.message_bytes] * (configuration.num_stages - 1)
-    found = predict_step(configuration.build, costs, message_bytes, configuration.num_microbatches)
+    found = predict_step(configuration.recipe, costs, message_bytes)
     return {
         "schedule": configuration.schedule,
         "num_ranks": configuration.num_ranks,

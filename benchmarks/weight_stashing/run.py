@@ -28,9 +28,8 @@ CONTESTANTS = (
 
 def sets_measured(reports: list[dict[str, Any]], rank: int) -> float:
     """Return the memory that a rank held, counted in sets of its parameters: the median of the rounds."""
-    return statistics.median(
-        report["ranks"][rank]["held_bytes"] / report["ranks"][rank]["parameter_bytes"] for report in reports
-    )
+    held = [report["ranks"][rank] for report in reports]
+    return float(statistics.median(each["held_bytes"] / each["parameter_bytes"] for each in held))
 
 
 def main() -> None:

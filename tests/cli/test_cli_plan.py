@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from vpipe.cli import main
 from vpipe.config import read_config
 from vpipe.config.original.files import read_partition_file
 from vpipe.planner.profile.profile import BlockProfile, LinkProfile, Profile, SizeProfile, write_profile
+from vpipe.workload.setup import build_setup
 
 TEXT = """
 data: {synthetic_data: true, sequence_length: 16}
@@ -212,16 +214,21 @@ def test_without_a_profile_it_measures(call: Call, monkeypatch: pytest.MonkeyPat
     assert asked == [(3, (2,)), (3, (1,)), (3, (1, 4))]
 
 
-def test_the_example_of_the_documentation(
+def test_the_examples_of_the_documentation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    planned, by_hand = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
-    exec(compile(program, str(DOCUMENT), "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(planned, str(DOCUMENT), "exec"), names)
     *explained, best, rate = capsys.readouterr().out.splitlines()
     assert explained[0] == "Plan: 1f1b, 4 x 2 samples, partition [4, 3, 2]"
-    assert best.startswith("(4, 3, 2) ")
+    assert best.startswith("Plan('1f1b', num_microbatches=4, num_ranks=3, ")
+    assert "partition=[4, 3, 2]" in best
     assert float(rate) > 0
+    names |= {"chain": build_setup(read_config(folder / "run.yml").config).chain, "world": SimpleNamespace(num_ranks=2)}
+    exec(compile(by_hand, str(DOCUMENT), "exec"), names)
+    assert "num_microbatches=8" in capsys.readouterr().out
 
 
 def test_planning_needs_no_torch(folder: Path) -> None:

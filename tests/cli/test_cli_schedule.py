@@ -122,6 +122,7 @@ def test_a_search_says_the_smallest_limit() -> None:
     assert "max_in_flight 0.5 is below one microbatch" in error
     assert "the smallest limit that an order fits is 1" in error
     assert "has no option 'max_in_flight'" in str(_run("1f1b --max-in-flight 2").exception)
+    assert "are the same option; keep --max-in-flight" in _run("searched --max-in-flight 2 --memory-limit 3").output
     assert "max_in_flight has 2 numbers for 4 ranks" in str(_run("searched --max-in-flight 2,3").exception)
 
 

@@ -16,6 +16,7 @@ from vpipe.config import RunConfig, build_config, dump_config, load_config, read
 from vpipe.config.original.flat import FLAT_KEYS
 from vpipe.config.planning.to_plan import to_plan
 from vpipe.config.problems import native_keys, sections
+from vpipe.config.renamed import with_first_names
 from vpipe.config.sections import ModelConfig
 from vpipe.config.text import parse_yaml
 from vpipe.config.tree import set_key
@@ -358,6 +359,15 @@ def test_an_old_name_works_with_a_warning(tmp_path: Path) -> None:
     (tmp_path / "run.yml").write_text(text.replace("1.5", "1.5, max_in_flight: 2"))
     with pytest.raises(ConfigError, match=r"are the same setting, given twice; keep pipeline\.max_in_flight"):
         read_config(tmp_path / "run.yml")
+    (tmp_path / "run.yml").write_text(text.replace("memory_limit_microbatches", "max_in_flight"))
+    for override in (
+        "pipeline.memory_limit_microbatches=2",
+        f"pipeline={text.partition('pipeline: ')[2]}".replace("1.5", "2"),
+    ):
+        run, warnings = read_config(tmp_path / "run.yml", [override])
+        assert run.pipeline.max_in_flight == 2
+        assert len(warnings) == 1
+    assert "memory_limit_microbatches: 2.0" in with_first_names(dump_config(run))
 
 
 texts = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12)

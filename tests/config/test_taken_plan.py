@@ -123,3 +123,28 @@ def test_what_recomputes_for_all_but_the_last_microbatch_is_taken_with_its_sched
     own, warnings = read(tmp_path, plan, "pipeline.schedule=1f1b")
     assert (own.pipeline.recompute, own.recompute_ratios) == (None, [1.0, 1.0])
     assert len(warnings) == 1
+
+
+def test_what_stages_do_besides_by_the_run_counts_and_is_told(tmp_path: Path) -> None:
+    run, warnings = read(tmp_path, PLAN, "plan.recompute_ahead=[1]")
+    assert (run.plan.recompute_ahead, run.plan.predicted) == ([1], None)
+    assert "was planned for plan.recompute_ahead = [0], and the run has [1], which counts" in warnings[0]
+    run, warnings = read(tmp_path, PLAN | {"recompute_ahead": []}, "plan.recompute_ahead=[]")
+    assert (run.plan.predicted is None, warnings) == (False, ())
+
+
+def test_under_a_limit_of_the_run_what_recomputes_is_the_planners_to_say(tmp_path: Path) -> None:
+    plan = PLAN | {"schedule": "gpipe", "stages_per_rank": 1, "recompute": "except_last", "recompute_ahead": []}
+    run, warnings = read(tmp_path, plan, "plan.memory_limit=1GiB")
+    assert (run.pipeline.recompute, run.plan.policies, run.needs_plan) == (None, None, True)
+    assert "plan.memory_limit = '1GiB' of the run counts instead" in warnings[0]
+
+
+def test_a_mode_of_recomputing_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recompute = 'allways' is none of always, except_last, never; did you mean"):
+        read(tmp_path, PLAN | {"recompute": "allways"})
+    never = PLAN | {"recompute": "never", "recompute_ahead": []}
+    run, _ = read(tmp_path, never)
+    assert run.plan.policies == ["keep"] * 5
+    run, _ = read(tmp_path, never | {"policies": None})
+    assert (run.plan.policies, run.recompute_ratios) == (None, [0.0] * 4)

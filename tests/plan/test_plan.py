@@ -146,6 +146,11 @@ def test_only_what_is_said_is_printed() -> None:
         ),
         ({"schedule": "1f1c"}, ScheduleError, "unknown schedule '1f1c'; did you mean '1f1b'"),
         ({"depths": [3, 1], "schedule": "gpipe"}, ScheduleError, "schedule 'gpipe' has no option 'depths'"),
+        (
+            {"rank_times": {"forward": [1, 2]}},
+            ScheduleError,
+            "schedule '1f1b' has no option 'rank_times'; its options: depths",
+        ),
         ({"macrobatch": True}, ScheduleError, "update once per batch, which '1f1b' does anyway; leave it out"),
     ],
 )
@@ -172,6 +177,9 @@ def test_what_does_not_fit_together_is_told(fields: dict[str, Any], error: type[
         ({"max_in_flight": "x"}, "max_in_flight is 'x'; give a number, or a list of numbers"),
         ({"rank_times": 3}, "rank_times is 3; give a mapping of forward, input_grad, weight_grad to a list each"),
         ({"rank_times": {"forward": ["a"]}}, "rank_times forward is 'a'; give a number"),
+        ({"rank_times": {"forward": 3}}, "rank_times forward is 3; give a list with one time per rank"),
+        ({"max_in_flight": {"0": 1}}, "max_in_flight is {'0': 1}; give a number, or a list of numbers"),
+        ({"depths": {"0": 1}}, "depths is {'0': 1}; give a list of warmup forwards"),
         ({"partition": 3}, "partition is 3; give a list of blocks per stage"),
         ({"policies": 3}, "policies is 3; give a list with one of keep"),
         ({"recompute_ratio": "x"}, "recompute_ratio is 'x'; give a number"),
@@ -229,9 +237,68 @@ def test_a_file_of_the_original_is_shown_as_far_as_it_says() -> None:
     assert plan_from_dict(older) == closed(num_microbatches=4, recompute_ratio=[0.34, 0])
 
 
-def test_a_file_that_is_no_plan_is_refused() -> None:
-    with pytest.raises(PlanError, match="give a list of blocks per stage, each a whole number"):
-        plan_from_dict({"partition": ["a", 2], "schedule": "1f1b"})
+FILE: dict[str, Any] = {
+    "partition": [3, 2],
+    "policies": ["keep"] * 5,
+    "schedule": "1f1b",
+    "num_microbatches": 4,
+    "predicted": {"step_ms": 1.5, "memory_bytes": [{"total": 3}, {"total": 4}]},
+    "stages": [{"stage": 0, "blocks": ["a", "b", "c"]}, {"stage": 1, "blocks": ["d", "e"]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"partition": ["a", 2]}, "partition is ['a', 2]; give a list of blocks per stage, each a whole number"),
+        ({"partition": []}, "partition [] has 0 stages"),
+        ({"partition": [3, 0]}, "gives stage 1 0 blocks; a stage has at least 1"),
+        ({"partition": [3, 1, 1], "num_ranks": 2}, "partition [3, 1, 1] has 3 entries for 2 stages"),
+        ({"schedule": "zb-v", "partition": [2, 2, 1]}, "has 3 stages, which are no multiple of stages_per_rank 2"),
+        ({"stages_per_rank": 0}, "stages_per_rank is 0; give a whole number from 1 on"),
+        ({"stages_per_rank": "x"}, "stages_per_rank is 'x'; give a whole number"),
+        ({"num_ranks": None, "stages_per_rank": 2, "schedule": "gpipe"}, "schedule 'gpipe' runs one stage per rank"),
+        ({"policies": ["keep"] * 4}, "has 4 entries for 5 blocks; give one per block"),
+        ({"stage_to_depth_map": {"0": 3}}, "depths is {'0': 3}; give a list of warmup forwards"),
+        ({"microbatch_size": "2"}, "microbatch_size is '2'; give a whole number"),
+        ({"predicted": 3}, "predicted is 3; it is a mapping with step_ms and memory_bytes"),
+        ({"predicted": {"memory_bytes": []}}, "predicted has step_ms = None; it is a number, in ms"),
+        ({"predicted": {"step_ms": 1, "lower_bound_ms": "x"}}, "predicted has lower_bound_ms = 'x'; it is a number"),
+        ({"predicted": {"step_ms": 1}}, "predicted has no memory_bytes with a 'total' for each rank; plan again"),
+        ({"predicted": {"step_ms": 1, "memory_bytes": [{}]}}, "predicted has no memory_bytes with a 'total'"),
+        ({"predicted": FILE["predicted"] | {"made_of": 3}}, "predicted has made_of = 3; it is a mapping"),
+        ({"stages": 3}, "stages is not a list of"),
+        ({"stages": [{"blocks": 3}]}, "stages is not a list of"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(changes: dict[str, Any], text: str) -> None:
+    assert show_lines(FILE)[-2:] == ["   0     3 B", "   1     4 B"]
+    with pytest.raises((PlanError, ScheduleError)) as raised:
+        show_lines(FILE | changes)
+    assert text in str(raised.value)
+
+
+def test_a_file_holds_stages_as_its_schedule_does() -> None:
+    plan = plan_from_dict({"partition": [2, 1, 1, 1], "schedule": "zb-v", "num_microbatches": 4})
+    assert (plan.num_ranks, plan.stages_per_rank) == (2, 2)
+    assert plan == closed(schedule="zb-v", num_microbatches=4)
+
+
+def test_never_recomputing_is_keeping() -> None:
+    policies = ["keep", "swap", "recompute", "keep", "recompute"]
+    plan = closed(policies=policies, recompute="never")
+    assert plan == closed(policies=["keep", "swap", "keep", "keep", "keep"])
+    assert closed(recompute_ratio=0.5, recompute="never").fingerprint() == closed().fingerprint()
+    assert plan_from_dict(plan_to_dict(plan)) == plan
+
+
+def test_a_recipe_for_any_number_of_stages_lists_nothing_by_stage_or_rank() -> None:
+    listed = Plan("searched", max_in_flight=[2, 1], rank_times={"forward": [1, 2]}, swap_versions=[0], depths=[1, 0])
+    assert listed.for_any_stages() == Plan("searched")
+    everywhere = Plan("searched", max_in_flight=2, swap_versions=True, num_microbatches=4)
+    assert everywhere.for_any_stages() == everywhere
+    assert RankTimes([1, 2]) == RankTimes((1.0, 2.0))
+    assert Plan(swap_versions=False) == Plan()
 
 
 def test_a_plan_for_other_ranks_is_refused() -> None:

@@ -143,6 +143,8 @@ def command(
     gc.disable()
     click.get_current_context().call_on_close(gc.enable)
     if (old := given.pop("memory_limit")) is not None:
+        if given["max_in_flight"] is not None:
+            raise click.UsageError("--memory-limit and --max-in-flight are the same option; keep --max-in-flight")
         click.echo("warning: --memory-limit is called --max-in-flight now; memory limits are bytes", err=True)
         given["max_in_flight"] = old
     options = {option: value for option in _OPTIONS if (value := given.pop(option)) is not None}

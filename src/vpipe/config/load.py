@@ -12,7 +12,7 @@ from vpipe.config.fields import show
 from vpipe.config.original.flat import FLAT_KEYS, Translation, translate
 from vpipe.config.paths import make_paths_absolute
 from vpipe.config.problems import Problem, raise_problems, sections, validate_tree, without
-from vpipe.config.renamed import take_old_names
+from vpipe.config.renamed import present_name, take_old_names
 from vpipe.config.resolve import read_initial_model, read_partition, resolve_run
 from vpipe.config.run import RunConfig
 from vpipe.config.text import format_yaml, parse_yaml, read_text, with_text_keys
@@ -88,14 +88,17 @@ def dump_config(config: RunConfig) -> str:
 
 def _build(content: Mapping[Any, Any], folder: Path, overrides: Iterable[str], where: str) -> LoadedConfig:
     flat, tree = _split(with_text_keys(content))
+    problems, warnings = take_old_names(tree)
     changes = [parse_override(override) for override in overrides]
     flat_changes = {key: value for key, value in changes if key in FLAT_KEYS}
     translation = translate(flat | flat_changes, tree, folder)
-    problems = [*translation.problems, *_merge(tree, translation, flat_changes)]
+    problems += [*translation.problems, *_merge(tree, translation, flat_changes)]
     for key, value in changes:
         if key not in FLAT_KEYS:
-            set_key(tree, key, value)
-    old_problems, old_warnings = take_old_names(tree)
+            present, renamed = present_name(key)
+            set_key(tree, present, value)
+            warnings += renamed
+    old_problems, old_warnings = take_old_names(tree)  # an override may be a whole section
     make_paths_absolute(tree, folder)
     file_problems, file_warnings = read_partition(tree)
     file_problems += read_initial_model(tree)
@@ -104,7 +107,7 @@ def _build(content: Mapping[Any, Any], folder: Path, overrides: Iterable[str], w
     problems += [*old_problems, *file_problems, *broken]
     problems += without(check_config(run), problems)
     raise_problems(problems, where, translation.origins)
-    return LoadedConfig(run, (*translation.warnings, *old_warnings, *file_warnings, *run_warnings))
+    return LoadedConfig(run, (*translation.warnings, *warnings, *old_warnings, *file_warnings, *run_warnings))
 
 
 def _split(content: dict[str, Any]) -> tuple[dict[str, Any], Tree]:

@@ -27,9 +27,8 @@ def take_plan(tree: Tree, content: PartitionFile) -> list[str]:
     other = _take_keys(tree, content.run)
     is_own_schedule = "pipeline.schedule" in other
     replaced = _take_policies(tree, content, is_own_schedule=is_own_schedule)
-    for key, value in () if is_own_schedule else content.besides.items():
-        if get_key(tree, f"plan.{key}") is None and not (replaced and BESIDES[key] == "activations"):
-            set_key(tree, f"plan.{key}", value)
+    if not is_own_schedule:
+        other |= _take_besides(tree, content, replaced)
     if content.predicted is not None and not other and not replaced:
         set_key(tree, "plan.predicted", content.predicted)
     warnings = [
@@ -61,6 +60,19 @@ def _take_keys(tree: Tree, planned: Mapping[str, Any]) -> dict[str, tuple[Any, A
     return other
 
 
+def _take_besides(tree: Tree, content: PartitionFile, replaced: str | None) -> dict[str, tuple[Any, Any]]:
+    """Let stages do besides what the file says; return what the run itself says otherwise, with both."""
+    other: dict[str, tuple[Any, Any]] = {}
+    for name, what in BESIDES.items():
+        key, planned = f"plan.{name}", content.besides.get(name)
+        own = get_key(tree, key)
+        if own is not None and content.run and (own or planned) and own != planned:
+            other[key] = planned, own
+        elif own is None and planned is not None and not (replaced and what == "activations"):
+            set_key(tree, key, planned)
+    return other
+
+
 def _take_policies(tree: Tree, content: PartitionFile, *, is_own_schedule: bool) -> str | None:
     """Do with activations what the file says, unless the run itself says something about that; return its key then."""
     mode = get_key(tree, "pipeline.recompute")
@@ -72,6 +84,8 @@ def _take_policies(tree: Tree, content: PartitionFile, *, is_own_schedule: bool)
         keeps_all = isinstance(content.policies, list) and set(content.policies) == {"keep"}
         return None if keeps_all and mode in (False, "never") else "pipeline.recompute"
     if content.recompute == "except_last" and not is_own_schedule:
+        if get_key(tree, "plan.memory_limit") is not None:
+            return "plan.memory_limit"
         set_key(tree, "pipeline.recompute", content.recompute)
     elif content.policies is not None:
         set_key(tree, "plan.policies", content.policies)

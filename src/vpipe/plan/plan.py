@@ -73,6 +73,16 @@ class Plan(Recipe):
             if any(ratio) if isinstance(ratio, tuple) else ratio:
                 raise PlanError(f"recompute_ratio {ratio} and policies say the same thing twice; keep one")
             self._set("policies", _read_policies(self.policies))
+        if self.recompute == "never":
+            self._recompute_nothing()
+
+    def _recompute_nothing(self) -> None:
+        """Say `never` as a plan whose blocks keep what they else would compute again, so that equal plans are equal."""
+        self._set("recompute", "always")
+        self._set("recompute_ratio", 0.0)
+        if self.policies is not None:
+            kept = {Policy.RECOMPUTE: Policy.KEEP}
+            self._set("policies", tuple(kept.get(policy, policy) for policy in map(Policy, self.policies)))
 
     @classmethod
     def of(
@@ -148,18 +158,34 @@ class Plan(Recipe):
         count = 2 * world.num_ranks if self.num_microbatches is None else self.num_microbatches
         sized = replace(self, num_ranks=world.num_ranks, num_microbatches=count)
         # What stages do besides is checked when the closed plan is built: here its blocks are not known yet.
-        cut = _resolve_partition(self.partition, chain, sized.bare().build().num_stages)
+        placement = sized.bare().build().placement
+        cut = _resolve_partition(self.partition, chain, placement.num_stages)
         policies = self.policies
         if policies is None:
             policies = trailing_policies(cut, self._ratios(cut.num_stages))
-        elif len(policies) != cut.num_blocks:
-            raise PlanError(
-                f"policies {[str(Policy(name).value) for name in policies]} has {len(policies)} entries for "
-                f"{cut.num_blocks} blocks; give one per block"
-            )
-        closed = replace(sized, partition=cut, policies=policies, recompute_ratio=0.0)
+        else:
+            _check_policies(policies, cut)
+        closed = replace(
+            sized,
+            stages_per_rank=placement.num_stages // world.num_ranks,
+            partition=cut,
+            policies=policies,
+            recompute_ratio=0.0,
+        )
         # Stages that have nothing to move are not named, so plans that do the same are equal.
         return closed.with_useful_moves() if self.swap_versions else closed
+
+    def check(self) -> None:
+        """Check that the parts of a closed plan fit each other.
+
+        Raises:
+            PlanError: they do not, or the plan is open.
+            ScheduleError: the schedule cannot be built for its sizes and options.
+        """
+        policies = self.block_policies
+        Partition.checked(self.cut, self.cut.num_blocks, self.bare().build().num_stages)
+        _check_policies(policies, self.cut)
+        self.build()
 
     def fingerprint(self) -> str:
         """Hash all that ranks must agree on, as 16 hexadecimal digits.
@@ -233,6 +259,14 @@ def _read_policies(policies: Sequence[Policy | str]) -> tuple[Policy, ...]:
         if policy not in known:
             raise PlanError(f"policies has {policy!r} for block {block}; use one of {', '.join(known)}")
     return tuple(map(Policy, policies))
+
+
+def _check_policies(policies: Sequence[Policy | str], cut: Partition) -> None:
+    if len(policies) != cut.num_blocks:
+        raise PlanError(
+            f"policies {[Policy(name).value for name in policies]} has {len(policies)} entries for {cut.num_blocks} "
+            "blocks; give one per block"
+        )
 
 
 def _resolve_partition(partition: Sequence[int] | str, chain: _Blocks, num_stages: int) -> Partition:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vpipe.errors import PlanError
 from vpipe.plan.plan import Plan
 from vpipe.plan.prediction import Prediction
 from vpipe.plan.recipe import BESIDES, OPTIONS, RankTimes
@@ -75,18 +76,33 @@ def plan_from_dict(content: Mapping[str, Any], base: Plan | None = None) -> Plan
         if content.get(name) is not None:
             said[name] = content[name]
     said |= {option.name: content[option.key] for option in OPTIONS if content.get(option.key) is not None}
-    if (partition := content.get("partition")) is not None:
-        said["partition"] = tuple(partition)
-        per_rank = said.get("stages_per_rank", 1)
-        said.setdefault("num_ranks", len(said["partition"]) // per_rank)
     if (policies := content.get("policies")) is not None:
         said |= {"policies": policies, "recompute_ratio": 0.0}
     elif (ratios := content.get("recompute_ratio")) is not None:
         said |= {"policies": None, "recompute_ratio": ratios}
     plan = replace(base or Plan(), **said)
-    if "partition" in said and plan.policies is None:
+    if (partition := content.get("partition")) is None:
+        return plan
+    plan = replace(plan, partition=partition)
+    if "num_ranks" not in said:
+        plan = replace(plan, num_ranks=_count_ranks(plan))
+    if plan.policies is None:
         plan = replace(plan, policies=plan.block_policies, recompute_ratio=0.0)
+    if plan.is_closed:
+        plan.check()
+        plan = replace(plan, stages_per_rank=plan.cut.num_stages // plan.sizes[0])
     return plan
+
+
+def _count_ranks(plan: Plan) -> int:
+    """Count the ranks that the stages of a plan lie on, as its schedule holds them."""
+    per_rank = plan.stages_per_rank or plan.entry.default_stages_per_rank
+    if plan.cut.num_stages % per_rank or not plan.cut.num_stages:
+        raise PlanError(
+            f"partition {list(plan.cut)} has {plan.cut.num_stages} stages, which are no multiple of stages_per_rank "
+            f"{per_rank}; give num_ranks and as many stages as it holds"
+        )
+    return plan.cut.num_stages // per_rank
 
 
 def _plain(value: object) -> object:

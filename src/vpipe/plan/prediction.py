@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from vpipe.errors import PlanError
+from vpipe.plan.values import is_number
 
 __all__ = ["Prediction"]
 
@@ -37,12 +40,31 @@ class Prediction:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], profile: str | None = None) -> Prediction:
-        """Read what `to_dict` returned; of memory, only the `total` of every rank has to be there."""
+        """Read what `to_dict` returned; of memory, only the `total` of every rank has to be there.
+
+        Raises:
+            PlanError: it is no prediction.
+        """
+        if not isinstance(content, Mapping):
+            raise PlanError(f"predicted is {content!r}; it is a mapping with step_ms and memory_bytes")
+        for name in ("step_ms", "sample_ms", "lower_bound_ms"):
+            value = content.get(name)
+            if not is_number(value) and (value is not None or name == "step_ms"):
+                raise PlanError(f"predicted has {name} = {value!r}; it is a number, in ms")
+        ranks = content.get("memory_bytes")
+        if not isinstance(ranks, Sequence) or not all(map(_is_memory, ranks)):
+            raise PlanError("predicted has no memory_bytes with a 'total' for each rank; plan again")
+        if not isinstance(made_of := content.get("made_of", {}), Mapping):
+            raise PlanError(f"predicted has made_of = {made_of!r}; it is a mapping, or left out")
         return cls(
             content["step_ms"],
             content.get("sample_ms"),
-            tuple(content["memory_bytes"]),
+            tuple(ranks),
             content.get("lower_bound_ms"),
             profile,
-            content.get("made_of", {}),
+            made_of,
         )
+
+
+def _is_memory(kinds: object) -> bool:
+    return isinstance(kinds, Mapping) and is_number(kinds.get("total"))

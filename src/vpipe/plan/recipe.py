@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Self
 
 from vpipe.errors import PlanError, ScheduleError
-from vpipe.plan.values import as_count, as_flag, as_number, as_numbers, as_whole_numbers
+from vpipe.plan.values import as_count, as_flag, as_numbers, as_whole_numbers
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.csv_file import check_csv_run
 from vpipe.schedule.entry import Entry
@@ -33,9 +33,14 @@ Stages = Sequence[int]
 class RankTimes:
     """The time of each rank's share of one microbatch, in any unit; None: 1 on every rank."""
 
-    forward: tuple[float, ...] | None = None
-    input_grad: tuple[float, ...] | None = None
-    weight_grad: tuple[float, ...] | None = None
+    forward: Sequence[float] | None = None
+    input_grad: Sequence[float] | None = None
+    weight_grad: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if (values := getattr(self, item.name)) is not None:
+                object.__setattr__(self, item.name, _as_times(f"rank_times {item.name}", values))
 
     @classmethod
     def of(cls, times: Mapping[str, Sequence[float]]) -> RankTimes:
@@ -49,14 +54,19 @@ class RankTimes:
             raise PlanError(f"rank_times is {times!r}; give a mapping of {', '.join(known)} to a list each")
         if unknown := [name for name in times if name not in known]:
             raise PlanError(f"rank_times has '{unknown[0]}'; its times are {', '.join(known)}")
-        return cls(
-            **{name: tuple(as_number(f"rank_times {name}", each) for each in values) for name, values in times.items()}
-        )
+        return cls(**times)
 
     def to_dict(self) -> dict[str, list[float]]:
         """Return those that were given."""
         given = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: list(values) for name, values in given.items() if values is not None}
+
+
+def _as_times(name: str, values: object) -> tuple[float, ...]:
+    times = as_numbers(name, values)
+    if not isinstance(times, tuple):
+        raise PlanError(f"{name} is {times:g}; give a list with one time per rank")
+    return times
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,9 @@ class Recipe:
         if self.depths is not None:
             self._set("depths", as_whole_numbers("depths", self.depths, "warmup forwards, one per stage"))
         self._set("recompute_ahead", as_whole_numbers("recompute_ahead", self.recompute_ahead, "stages"))
-        if not isinstance(self.swap_versions, bool):
+        if self.swap_versions is False:
+            self._set("swap_versions", ())
+        elif self.swap_versions is not True:
             self._set("swap_versions", as_whole_numbers("swap_versions", self.swap_versions, "stages"))
         if self.max_in_flight is not None:
             self._set("max_in_flight", as_numbers("max_in_flight", self.max_in_flight))
@@ -170,6 +182,7 @@ class Recipe:
                 f"macrobatch makes an asynchronous schedule update once per batch, which '{self.schedule}' does "
                 "anyway; leave it out"
             )
+        self._check_options()
         own = build_schedule(
             self.schedule,
             num_ranks,
@@ -184,6 +197,14 @@ class Recipe:
             swapping=self.swapping,
             swap_versions=(range(own.num_stages) if moving else ()) if isinstance(moving, bool) else moving,
         )
+
+    def _check_options(self) -> None:
+        """Refuse options that the family does not have, by the names that they have here."""
+        known = [option.name for option in OPTIONS if option.builder in self.entry.options]
+        for name in self.options:
+            if name not in known:
+                told = ", ".join(known) or "none"
+                raise ScheduleError(f"schedule '{self.schedule}' has no option '{name}'; its options: {told}")
 
     @cached_property
     def sample(self) -> Schedule:
@@ -231,8 +252,10 @@ class Recipe:
         return Recipe(**own)
 
     def for_any_stages(self) -> Self:
-        """Return the same without what is listed stage by stage, which is for one number of them."""
-        return replace(self, depths=None)
+        """Return the same without what is listed by stage or by rank, which is for one number of them."""
+        listed = [item for item in fields(Recipe) if isinstance(getattr(self, item.name), Sequence | RankTimes)]
+        kept = {item.name: item.default for item in listed if item.name != "schedule"}
+        return replace(self, **kept)  # type: ignore[arg-type]
 
     def with_ahead(self, stages: Sequence[int]) -> Self:
         """Return the same with `stages` recomputing before the gradient arrives, and no others."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vpipe.errors import PlanError
 from vpipe.plan.plan import Plan
 from vpipe.plan.plan_file import plan_from_dict
 from vpipe.plan.policy import Policy
 from vpipe.plan.prediction import Prediction
+from vpipe.plan.values import as_count
 from vpipe.words.near import plural
 from vpipe.words.table import format_table
 from vpipe.words.units import format_bytes
@@ -35,7 +37,7 @@ def show_lines(content: Mapping[str, Any]) -> list[str]:
 
 def _sizes(plan: Plan, content: Mapping[str, Any]) -> list[str]:
     num_ranks, num_microbatches = plan.sizes
-    size = content.get("microbatch_size")
+    size = as_count("microbatch_size", content.get("microbatch_size"))
     samples = "" if size is None else f" of {plural(size, 'sample', 'samples')}"
     kind = "synchronous" if plan.synchronous else "asynchronous"
     return [
@@ -48,7 +50,7 @@ def _sizes(plan: Plan, content: Mapping[str, Any]) -> list[str]:
 
 def _stage_table(plan: Plan, content: Mapping[str, Any]) -> list[str]:
     """Return a row for every stage; names of blocks are in the file where a run or the planner wrote it."""
-    names = {stage["stage"]: stage.get("blocks", ()) for stage in content.get("stages", ())}
+    names = _block_names(content.get("stages") or ())
     rows = [["stage", "rank", "blocks", "warmup", "keep", "recompute", "swap", "from", "to"]]
     policies, warmups = plan.block_policies, plan.warmups()
     for stage, (start, stop) in enumerate(plan.cut.ranges):
@@ -58,6 +60,18 @@ def _stage_table(plan: Plan, content: Mapping[str, Any]) -> list[str]:
         rank = plan.sample.position_of(stage)
         rows.append([str(stage), str(rank), str(stop - start), str(warmups[stage]), *counts, blocks[0], blocks[-1]])
     return format_table(rows, left=(7, 8))
+
+
+def _block_names(stages: object) -> dict[int, Sequence[str]]:
+    """Return the names of every stage's blocks.
+
+    Raises:
+        PlanError: `stages` is not what a run or the planner writes.
+    """
+    try:
+        return {int(stage["stage"]): [str(name) for name in stage.get("blocks", ())] for stage in stages}  # type: ignore[attr-defined]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PlanError("stages is not a list of {'stage': 0, 'blocks': ['embedding', ...]}; leave it out") from error
 
 
 def _prediction_lines(prediction: Prediction) -> list[str]:

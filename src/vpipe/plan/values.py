@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from typing import TypeGuard
 
 from vpipe.errors import PlanError
 
-__all__ = ["as_count", "as_flag", "as_number", "as_numbers", "as_whole_numbers"]
+__all__ = ["as_count", "as_flag", "as_number", "as_numbers", "as_whole_numbers", "is_number"]
 
 
 def as_count(name: str, value: object) -> int | None:
@@ -40,10 +41,11 @@ def as_whole_numbers(name: str, value: object, of: str) -> tuple[int, ...]:
     Raises:
         PlanError: it is none; the text says what the list is `of`.
     """
-    if isinstance(value, Iterable) and not isinstance(value, str):
+    if _is_list(value):
         items = list(value)
-        if all(isinstance(item, Integral) and not isinstance(item, bool) and int(item) >= 0 for item in items):
-            return tuple(map(int, items))
+        whole = [item for item in items if isinstance(item, Integral) and not isinstance(item, bool) and int(item) >= 0]
+        if len(whole) == len(items):
+            return tuple(map(int, whole))
     raise PlanError(f"{name} is {value!r}; give a list of {of}, each a whole number from 0 on")
 
 
@@ -53,7 +55,7 @@ def as_number(name: str, value: object) -> float:
     Raises:
         PlanError: it is none.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if not is_number(value):
         raise PlanError(f"{name} is {value!r}; give a number, or a list of numbers")
     return float(value)
 
@@ -64,6 +66,15 @@ def as_numbers(name: str, value: object) -> float | tuple[float, ...]:
     Raises:
         PlanError: it is neither.
     """
-    if isinstance(value, Iterable) and not isinstance(value, str):
+    if _is_list(value):
         return tuple(as_number(name, item) for item in value)
     return as_number(name, value)
+
+
+def is_number(value: object) -> TypeGuard[Real]:
+    """Tell whether a value is a number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> TypeGuard[Iterable[object]]:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)

@@ -56,7 +56,7 @@ def build_stages(
     """
     _, num_microbatches = plan.sizes
     policies = plan.block_policies
-    spared = {"always": num_microbatches, "except_last": num_microbatches - 1, "never": 0}[plan.recompute]
+    spared = num_microbatches - (plan.recompute == "except_last")
     swaps = {block for block, policy in enumerate(policies) if policy is Policy.SWAP}
 
     def recomputes(block: int, microbatch: int) -> bool:

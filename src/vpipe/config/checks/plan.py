@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from vpipe.config.fields import show
 from vpipe.config.problems import Problem
 from vpipe.config.run import RunConfig
+from vpipe.errors import PlanError
+from vpipe.plan.prediction import Prediction
 from vpipe.plan.recipe import BESIDES, OPTIONS
 from vpipe.schedule.csv_file import is_csv_file
 from vpipe.schedule.registry import find_entry
@@ -99,17 +101,15 @@ def _check_schedule(run: RunConfig) -> Iterator[Problem]:
 
 
 def _check_predicted(run: RunConfig) -> Iterator[Problem]:
-    predicted = run.plan.predicted
-    if predicted is None:
+    if run.plan.predicted is None:
         return
-    ranks, keys = predicted.get("memory_bytes"), ("plan.predicted", "plan.partition", "pipeline.num_ranks")
-    if not _is_number(predicted.get("step_ms")):
-        yield Problem(keys, f"plan.predicted has step_ms = {show(predicted.get('step_ms'))}; it is a number, in ms")
-    totals = [rank.get("total") for rank in ranks if isinstance(rank, dict)] if isinstance(ranks, list) else []
-    if len(totals) != run.num_ranks or not all(map(_is_number, totals)):
-        text = f"plan.predicted has no memory_bytes with a 'total' for each of {run.num_ranks} ranks; plan again"
-        yield Problem(keys, text)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    keys = ("plan.predicted", "plan.partition", "pipeline.num_ranks")
+    try:
+        predicted = Prediction.from_dict(run.plan.predicted)
+    except PlanError as error:
+        yield Problem(keys, f"plan.{error}")
+        return
+    if (count := len(predicted.memory_bytes)) != run.num_ranks:
+        yield Problem(
+            keys, f"plan.predicted has memory_bytes of {count} ranks and there are {run.num_ranks}; plan again"
+        )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 from vpipe.config.fields import show
 from vpipe.config.text import parse_json, read_text
 from vpipe.errors import ConfigError
+from vpipe.plan.plan import RecomputeMode
 from vpipe.plan.plan_file import DERIVED_KEYS, PLAN_KEYS
 from vpipe.plan.recipe import BESIDES, OPTIONS
 from vpipe.words.near import did_you_mean
@@ -65,9 +66,17 @@ def read_partition_file(path: Path) -> PartitionFile:
         raise ConfigError(
             f"{path}: partition = {show(partition)} is not a list with a whole number of at least 1 per stage"
         )
+    if (mode := content.get("recompute")) is not None and mode not in get_args(RecomputeMode):
+        near = did_you_mean(str(mode), get_args(RecomputeMode))
+        raise ConfigError(f"{path}: recompute = {show(mode)} is none of {', '.join(get_args(RecomputeMode))}{near}")
     besides = {name: content[name] for name in BESIDES if content.get(name) is not None}
+    policies = content.get("policies")
+    if mode == "never":
+        ratios = None
+        if isinstance(policies, list):
+            policies = ["keep" if policy == "recompute" else policy for policy in policies]
     more = (
-        *(content.get("policies"), content.get("recompute"), besides),
+        *(policies, mode, besides),
         *(_run_keys(content, len(partition)), content.get("predicted")),
     )
     if ratios is None:

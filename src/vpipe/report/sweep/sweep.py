@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from vpipe.config import RunConfig, dump_config, read_config
+from vpipe.config.renamed import with_first_names
 from vpipe.config.tree import parse_override
 from vpipe.errors import ConfigError, VPipeError
 
@@ -58,7 +59,7 @@ class Combination:
         if self.run is None:
             return ""
         text = dump_config(self.run.model_copy(update={"log_directory": Path()}))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(with_first_names(text).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
