@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from vpipe.errors import ConfigError, ModelError
+from vpipe.errors import ConfigError, ExecutionError, ModelError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.plan.plan import Plan
@@ -22,6 +22,7 @@ from vpipe.runtime.arguments import (
     check_optimizer,
     count_batches,
 )
+from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Pipeline
 
 MODULES = [nn.Linear(2, 2), nn.Tanh()]
@@ -181,3 +182,34 @@ def test_one_limit_is_for_all_ranks_and_several_are_one_each() -> None:
 def test_limits_that_fit_no_rank_are_refused(limit: list[int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Memory(limit).limit_of(0, 2)
+
+
+class Trainer(Pipeline):
+    """A pipeline with an argument of its own."""
+
+    def __init__(self, model, loss, *, patience, **options):
+        super().__init__(model, loss, **options)
+        self.patience = patience
+
+
+def test_a_class_of_the_users_own_may_have_other_arguments():
+    with Trainer(MODULES, LOSS, patience=3, optimizer=torch.optim.SGD) as trainer:
+        assert trainer.patience == 3
+        assert trainer.step(torch.ones(2, 2), torch.ones(2, 2)).loss > 0
+    with pytest.raises(ConfigError, match="no argument 'schedule' any more"):
+        Trainer(MODULES, LOSS, patience=3, optimizer=torch.optim.SGD, schedule="gpipe")
+    assert list(inspect.signature(Pipeline).parameters)[:3] == ["model", "loss", "plan"]
+
+
+def test_a_pipeline_that_was_closed_says_so():
+    batch = torch.ones(2, 2), torch.ones(2, 2)
+    with Pipeline(MODULES, LOSS, optimizer=torch.optim.SGD) as pipeline:
+        pipeline.step(*batch)
+    assert set(pipeline.state_dict()) == {"0.weight", "0.bias"}
+    with World.join() as world:
+        left = Pipeline(MODULES, LOSS, optimizer=torch.optim.SGD, world=world)
+    for closed in (pipeline, left):
+        with pytest.raises(ExecutionError, match="the pipeline was closed, so its ranks cannot be reached any more"):
+            closed.step(*batch)
+        with pytest.raises(ExecutionError, match="the pipeline was closed"):
+            closed.evaluate([batch])

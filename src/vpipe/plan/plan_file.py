@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,20 +34,20 @@ def plan_to_dict(
     *,
     microbatch_size: int | None = None,
     prediction: Prediction | None = None,
-    by_ratio: bool = False,
+    ratios: Sequence[float] | None = None,
     **beside: Any,
 ) -> dict[str, Any]:
     """Return a closed plan for JSON, with what it is expected to take and what else is known `beside` it.
 
     `policies` holds what a ratio cannot say: what every block does, in model order. `depths` are the warmup forwards of
-    every stage, whether they were given or not. A plan whose ratios say all of it may be written `by_ratio`, without
+    every stage, whether they were given or not. `ratios` that say all of it are written as they were given, without
     policies.
     """
     num_ranks, num_microbatches = plan.sizes
     return {
         "partition": list(plan.cut),
-        "recompute_ratio": list(plan.ratios),
-        **({} if by_ratio else {"policies": [policy.value for policy in plan.block_policies]}),
+        "recompute_ratio": list(plan.ratios if ratios is None else ratios),
+        **({} if ratios is not None else {"policies": [policy.value for policy in plan.block_policies]}),
         **({} if plan.recompute == "always" else {"recompute": plan.recompute}),
         "schedule": plan.schedule,
         "synchronous": plan.synchronous,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import get_args
+from typing import ParamSpec, get_args
 
 from torch import Tensor
 
@@ -29,8 +30,10 @@ __all__ = [
     "check_kinds",
     "check_optimizer",
     "count_batches",
-    "refuse_moved",
+    "refusing_moved",
 ]
+
+P = ParamSpec("P")
 
 
 def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chain:
@@ -177,8 +180,18 @@ _MOVED = {
 """Where what was an argument of `Pipeline` is said now."""
 
 
-def refuse_moved(given: Iterable[str]) -> None:
-    """Raise ConfigError for arguments that `Pipeline` does not have; what it had once, with its new place."""
+def refusing_moved(initialise: Callable[P, None]) -> Callable[P, None]:
+    """Let the `__init__` of `Pipeline` refuse what is no argument, and tell where what once was one is said now."""
+
+    @functools.wraps(initialise)
+    def checked(*arguments: P.args, **given: P.kwargs) -> None:
+        _refuse_moved(given)
+        initialise(*arguments, **given)
+
+    return checked
+
+
+def _refuse_moved(given: Iterable[str]) -> None:
     known = ("model", "loss", "plan", "optimizer", "update", "memory", "world", "seed", "hooks")
     for name in given:
         if name in known:

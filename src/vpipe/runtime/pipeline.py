@@ -26,7 +26,7 @@ from vpipe.runtime.arguments import (
     check_kinds,
     check_optimizer,
     count_batches,
-    refuse_moved,
+    refusing_moved,
 )
 from vpipe.runtime.assembly import build_stages, connect, named_state, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
@@ -53,7 +53,7 @@ __all__ = ["Hooks", "Pipeline", "StepResult"]
 
 
 class Pipeline:
-    """Trains a chain of blocks that is spread over the ranks of the default process group.
+    """Trains a chain of blocks that is spread over the ranks of a `World`.
 
     Every rank makes the same `Pipeline` and gives it the same batches; each builds and trains only its own stages.
     Under torchrun it joins the other ranks by itself, and leaves them at the end of a `with` block or by `close`;
@@ -74,11 +74,7 @@ class Pipeline:
         ConfigError, PlanError, ScheduleError, ModelError: what was given does not fit together, or ranks disagree.
     """
 
-    def __new__(cls, *arguments: object, **given: object) -> Pipeline:
-        """Refuse what is no argument, and tell where what once was one is said now."""
-        refuse_moved(given.keys())
-        return super().__new__(cls)
-
+    @refusing_moved
     def __init__(
         self,
         model: Chain | Modules,
@@ -99,7 +95,7 @@ class Pipeline:
         check_kinds(update=(update, Update), memory=(memory, Memory), seed=(seed, int), hooks=(self.hooks, Hooks))
         if world is not None:
             check_kinds(world=(world, World))
-        self._is_busy, self.iteration = False, 0
+        self._is_busy, self._is_closed, self.iteration = False, False, 0
         self.host_link: HostLink | None = None
         self._owns_world = world is None
         self.world = World.join() if world is None else world
@@ -202,6 +198,7 @@ class Pipeline:
             DataError, ConfigError: a batch is not one of the model's, or cannot be cut into microbatches.
             NonFiniteLossError: the loss is no number any more; on every rank.
         """
+        self._check_open()
         count = count_batches(batches, num_batches, synchronous=self.programs.synchronous)
         stream = (as_batch(data, self.chain) for data in itertools.islice(iter(batches), count))
         return self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
@@ -274,6 +271,7 @@ class Pipeline:
         Raises:
             DataError, MemoryLimitError: a batch is not one of the model's; a rank held more than its limit.
         """
+        self._check_open()
         sums = LossSums(self.chain.loss.parts)
         stream = (as_batch(data, self.chain) for data in batches)
         with evaluating([item.weights.newest for item in self.held.values()]):
@@ -288,6 +286,13 @@ class Pipeline:
             raise AssertionError("an evaluation has no updates")
         self.transport.finish()
         sums.take(self._executor.losses, self._executor.counts)
+
+    def _check_open(self) -> None:
+        if self._is_closed or not self.world.is_open:
+            raise ExecutionError(
+                "the pipeline was closed, so its ranks cannot be reached any more; make another one, or train inside "
+                "of the `with` block"
+            )
 
     def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
@@ -317,6 +322,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""
+        self._is_closed = True
         if self.host_link is not None:
             self.host_link.close()
         if self._owns_world:

@@ -23,7 +23,7 @@ def describe_plan(plan: Plan, setup: Setup, prediction: Prediction | None = None
         plan,
         microbatch_size=setup.config.microbatch_size,
         prediction=prediction,
-        by_ratio=setup.config.plan.policies is None,
+        ratios=setup.config.recompute_ratios if setup.config.plan.policies is None else None,
         stages=_stages(plan, setup),
         cuts=_cuts(plan, setup),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from vpipe.model.chain import ValueSpec
 from vpipe.runtime.comm.message import MessageLayout
 from vpipe.runtime.comm.shared_links import share_memory
 from vpipe.runtime.comm.shared_memory import Inbox
-from vpipe.runtime.comm.wait import post, wait_for
+from vpipe.runtime.comm.wait import telling_losses, wait_for
 from vpipe.runtime.comm.world import World
 
 __all__ = ["LossBoard"]
@@ -57,14 +57,16 @@ class LossBoard:
         self._num_published += 1
         far = [rank for rank in self._others if (self._source, rank) not in self._outboxes]
         if far:
-            self._sends.append(
-                [
-                    (post(dist.isend, vector, self._world.processes[rank], _WHAT, self._world.control, _TAG), vector)
-                    for rank in far
-                ]
-            )
+            self._sends.append([(self._post(dist.isend, vector, rank), vector) for rank in far])
         if len(self._sends) > _SENDS_KEPT:
             self._wait_oldest()
+
+    def _post(self, operation: Callable[..., dist.Work | None], vector: Tensor, rank: int) -> dist.Work:
+        """Start `dist.isend` or `dist.irecv`; torch knows a rank by its process."""
+        with telling_losses(_WHAT, rank):
+            work = operation(vector, self._world.processes[rank], self._world.control, _TAG)
+        assert work is not None  # None is for ranks outside the group
+        return work
 
     def _wait_oldest(self) -> None:
         for work, _ in self._sends.popleft():
@@ -74,10 +76,7 @@ class LossBoard:
         """Elsewhere: post the receive of the next vector, so that it is here when `collect` asks."""
         if self._rank != self._source and self._inbox is None and self._posted is None:
             vector = torch.empty(self._num_values, dtype=torch.float64)
-            self._posted = (
-                post(dist.irecv, vector, self._world.processes[self._source], _WHAT, self._world.control, _TAG),
-                vector,
-            )
+            self._posted = self._post(dist.irecv, vector, self._source), vector
 
     def collect(self) -> list[float]:
         """Return the next vector."""

@@ -37,7 +37,7 @@ class Failures:
         self._key = KEY
 
     def attach(self, store: Store, rank: int, name: str = "") -> None:
-        """Use `store`, which all ranks see, for what this process, `rank`, says to those of a world called `name`."""
+        """Use `store`, which all ranks see, for what `rank` says to the others of a world called `name`."""
         self._store, self._rank, self._key = store, rank, KEY + name
 
     def publish(self, message: str) -> None:

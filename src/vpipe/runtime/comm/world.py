@@ -134,9 +134,8 @@ class World:
         store, process, num_processes = connect(timeout)
         failures.attach(store, process)
         processes = _choose_processes(ranks, process, num_processes)
-        is_whole = len(processes) == num_processes
-        if not is_whole:
-            failures.attach(store, process, f" of {sorted(processes)}")
+        position, is_whole = processes.index(process), len(processes) == num_processes
+        failures.attach(store, position, "" if is_whole else f" of {sorted(processes)}")
         try:
             if num_processes > 1:
                 _agree_on_order(processes, process, timeout, store)
@@ -154,7 +153,6 @@ class World:
             "Finished initializing process group; backend: %s, rank: %d, world size: %d",
             backend, process, num_processes,
         )  # fmt: skip
-        position = processes.index(process)
         return cls(
             processes,
             position,
@@ -181,6 +179,11 @@ class World:
         control = _new_group(processes, timeout, "gloo", processes) if len(processes) > 1 else None
         position = processes.index(process)
         return cls(processes, position, local_rank(), dist.get_backend(), device, timeout, control, shared_memory)
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether this world can be used: one that joined the others ends when it leaves them."""
+        return self._open[0]
 
     @cached_property
     def peak(self) -> GpuPeak:
