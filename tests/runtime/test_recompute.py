@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpipe.errors import ModelError
 from vpipe.runtime.stage.recompute import Recomputation
+from vpipe.runtime.stage.state import ChangingState
 
 
 class Counted(nn.Module):
@@ -23,12 +25,12 @@ class Counted(nn.Module):
         super().__init__()
         torch.manual_seed(2)
         self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.num_first = self.num_last = 0
+        self.runs: Counter[str] = Counter()  # no state that a second run brings back
 
     def forward(self, value: Tensor) -> Tensor:
-        self.num_first += 1
+        self.runs["first"] += 1
         hidden = self.first(value).tanh()
-        self.num_last += 1
+        self.runs["last"] += 1
         return self.last(hidden)
 
 
@@ -58,9 +60,9 @@ def test_it_runs_again_when_the_backward_asks_and_only_then() -> None:
     module = Counted()
     again, value = prepare(module)
     output = again.run(value)
-    assert module.num_first == 1
+    assert module.runs["first"] == 1
     output.sum().backward()
-    assert module.num_first == 2
+    assert module.runs["first"] == 2
 
 
 def test_it_runs_again_when_told_and_not_once_more_in_the_backward() -> None:
@@ -69,23 +71,23 @@ def test_it_runs_again_when_told_and_not_once_more_in_the_backward() -> None:
     output = again.run(value)
     again.fill()
     again.fill()
-    assert module.num_first == 2
+    assert module.runs["first"] == 2
     output.sum().backward()
-    assert module.num_first == 2
+    assert module.runs["first"] == 2
 
 
 def test_what_comes_after_the_last_saved_tensor_is_not_run_again() -> None:
     class Tail(Counted):
         def forward(self, value: Tensor) -> Tensor:
             result = super().forward(value)
-            self.num_last += 10
+            self.runs["last"] += 10
             return result
 
     module = Tail()
     again, value = prepare(module)
     again.run(value).sum().backward()
     # The output of the last layer is saved by nobody: its second run ends before the layer computes.
-    assert module.num_last == 11 + 1
+    assert module.runs["last"] == 11 + 1
 
 
 def test_between_the_runs_only_the_inputs_are_held() -> None:
@@ -124,7 +126,7 @@ def test_what_is_never_used_is_never_run_again_and_leaves_nothing() -> None:
     del again, output
     gc.collect()
     assert reference() is None
-    assert module.num_first == 1
+    assert module.runs["first"] == 1
 
 
 def test_without_anything_to_train_there_is_nothing_to_do() -> None:
@@ -133,7 +135,7 @@ def test_without_anything_to_train_there_is_nothing_to_do() -> None:
     again.run(value.detach())
     assert not again.is_needed
     again.fill()
-    assert module.num_first == 1
+    assert module.runs["first"] == 1
 
 
 def test_what_follows_the_block_is_computed_again_with_it() -> None:
@@ -219,3 +221,117 @@ def test_an_input_that_was_changed_since_is_an_error() -> None:
     inner.mul_(2)
     with pytest.raises(ModelError, match="an input of block 'middle' was changed in place"):
         output.sum().backward()
+
+
+class Averaging(nn.Module):
+    """State of every kind that a forward reads and writes: buffers, plain tensors and numbers, what comes later."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(2000 if kind == "large" else 1))
+        self.register_buffer("same", self.mean)
+        self.attribute = torch.zeros(1)
+        self.number = 0
+
+    def _next(self, value: Tensor) -> Tensor:
+        if self.kind in ("buffer", "large"):
+            return self.mean.mul_(0.5).add_(value.detach().mean()).clone()
+        if self.kind == "reassigned":
+            self.mean = self.mean * 0.5 + value.detach().mean()
+            return self.mean
+        if self.kind == "attribute":
+            return self.attribute.mul_(0.5).add_(value.detach().mean()).clone()
+        if self.kind == "made later":
+            self.later = getattr(self, "later", torch.zeros(1)) * 0.5 + value.detach().mean()
+            return self.later
+        if self.kind == "number":
+            self.number += 1
+            return torch.tensor(float(self.number))
+        self.counted = getattr(self, "counted", 0) + 1
+        return torch.tensor(float(self.counted))
+
+    def forward(self, value: Tensor) -> Tensor:
+        scale = self._next(value).sum()
+        return (self.inner(value) * scale).tanh()
+
+
+@pytest.mark.parametrize("kind", ["buffer", "large", "reassigned", "attribute", "made later", "number", "counted"])
+def test_the_second_run_meets_the_state_that_the_first_one_met(kind: str) -> None:
+    found = []
+    for recomputes in (False, True):
+        torch.manual_seed(3)
+        module, state, outputs = Averaging(kind), ChangingState("middle"), []
+        values = [torch.randn(5, 4, requires_grad=True) for _ in range(4)]
+        for value in values:
+            again = Recomputation("middle", module, module, state)
+            outputs.append(again.run(value) if recomputes else module(value))
+        for output in outputs:
+            output.square().sum().backward()
+        held = [module.mean, module.attribute, getattr(module, "later", torch.zeros(1))]
+        numbers = torch.tensor([module.number, getattr(module, "counted", 0)])
+        found.append([*gradients(module.inner, values[0]), *held, numbers, *(value.grad for value in values)])
+        assert module.same is module.mean or kind == "reassigned"
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+
+
+def test_only_state_that_changes_is_kept() -> None:
+    module, state = Averaging("large"), ChangingState("middle")
+    module.register_buffer("mask", torch.ones(3000))
+    for _ in range(2):
+        again = Recomputation("middle", module, module, state)
+        again.run(torch.randn(5, 4, requires_grad=True))
+    assert sorted(tensor.numel() for tensor in again.tensors()) == [
+        20,
+        2000,
+        2000,
+    ]  # one has two names
+
+
+def test_a_large_tensor_that_changes_late_is_told() -> None:
+    class Late(Averaging):
+        def forward(self, value: Tensor) -> Tensor:
+            self.number += 1
+            if self.number == 3:
+                self.mean.add_(1)
+            return self.inner(value).tanh()
+
+    module, state = Late("large"), ChangingState("middle")
+    for _ in range(2):
+        Recomputation("middle", module, module, state).run(torch.randn(5, 4, requires_grad=True))
+    with pytest.raises(ModelError, match="block 'middle' changed 'mean' in this forward and in none before"):
+        Recomputation("middle", module, module, state).run(torch.randn(5, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_forward_with_a_backward_of_its_own_is_computed_again(twice: bool) -> None:
+    class Saliency(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 4))
+
+        def forward(self, value: Tensor) -> Tensor:
+            probe = value.detach().requires_grad_()
+            before = self.inner(value)
+            (slope,) = torch.autograd.grad(self.inner(probe).square().sum(), probe, create_graph=twice)
+            return before + self.inner(value) * slope + torch.rand(4)
+
+    found = []
+    for recomputes in (False, True):
+        torch.manual_seed(3)
+        module = Saliency()
+        again, value = prepare(module, lambda value, module=module: torch.manual_seed(4) and module(value))
+        output = again.run(value) if recomputes else (torch.manual_seed(4), module(value))[1]
+        if recomputes:
+            assert all(place.tensor is None for place in again._alive())
+        output.square().sum().backward()
+        found.append([output, *gradients(module, value)])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+
+
+def test_what_torch_cannot_tell_cannot_be_computed_again() -> None:
+    module = nn.Linear(4, 4)
+    again, value = prepare(module, lambda value: module(value) + torch.func.grad(lambda x: x.square().sum())(value))
+    with pytest.raises(ModelError, match=r"block 'middle' uses a transform of torch\.func.*cannot be computed again"):
+        again.run(value)

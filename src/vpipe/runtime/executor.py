@@ -240,10 +240,9 @@ class Executor:
         self._feed.done(serial)
 
     def _evaluate_loss(self, stage: Stage, serial: int, values: Mapping[str, Tensor], ready: _Prepared) -> None:
-        loss = stage.chain.loss
-        self.counts[serial] = loss.count(ready.fields, ready.num_samples)
-        with torch.no_grad():
-            self.losses[serial] = loss(values, dict.fromkeys(self.counts[serial], 1.0), ready.num_samples)
+        self.counts[serial] = stage.chain.loss.count(ready.fields, ready.num_samples)
+        totals = dict.fromkeys(self.counts[serial], 1.0)
+        self.losses[serial] = stage.evaluate_loss(values, totals, ready.num_samples, ready.key)
 
     def _totals_of(self, serial: int, stage: Stage) -> dict[str, float]:
         """Return the target counts of all microbatches whose gradients go into the same update."""

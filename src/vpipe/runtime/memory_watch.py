@@ -19,6 +19,7 @@ from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.memory.host_link import Owner
 from vpipe.runtime.memory.ledger import Ledger
+from vpipe.runtime.memory.storages import num_bytes, sizes_of
 from vpipe.runtime.memory.swap import Parcel
 from vpipe.runtime.memory.workspace import WorkspaceMeter
 from vpipe.runtime.stage.stage import Stage
@@ -197,8 +198,8 @@ class MemoryWatch:
     def _enter_messages(self, places: Mapping[int, int], handed_over: Iterable[Tensor]) -> int:
         """Enter messages, and values that are none yet; return the bytes of these. What is an activation counts so."""
         is_held = self.ledger.is_held
-        others = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, handed_over)}
-        handed = sum(size for place, size in others.items() if place not in places and not is_held(place))
+        others = sizes_of(handed_over, places)
+        handed = sum(size for place, size in others.items() if not is_held(place))
         self.ledger.put("buffers", "messages", sum(size for place, size in places.items() if not is_held(place)))
         self.ledger.put("buffers", "handed over", handed)
         return handed
@@ -237,12 +238,3 @@ class MemoryWatch:
     def _enter_all_gradients(self) -> None:
         for index, (_, weights) in self._stages.items():
             self._enter_gradients(index, weights)
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Add up the storages under `tensors`, each once."""
-    sizes = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())

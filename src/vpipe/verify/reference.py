@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vpipe.errors import DataError, PlanError, ScheduleError
 from vpipe.model.chain import Chain, call_block
 from vpipe.model.loss import sum_parts
-from vpipe.model.rng import derive_seed, seed_everything, seeded
+from vpipe.model.rng import derive_seed, seed_everything, seeded, seeding_others
 from vpipe.schedule.weights import StageWeights
 
 __all__ = ["OptimizerFactory", "Reference", "ReferenceResult"]
@@ -279,9 +279,12 @@ class Reference:
     ) -> dict[str, Tensor]:
         values = {name: tensor.to(self._device) for name, tensor in fields.items()}
         for index, (block, call) in enumerate(zip(self.chain.blocks, calls, strict=True)):
-            seed_everything(derive_seed(self._seed, "dropout", iteration, microbatch, index))
-            values.update(call_block(block, call, values))
-        return self.chain.loss(values, totals, _num_samples(fields))
+            seed = derive_seed(self._seed, "dropout", iteration, microbatch, index)
+            seed_everything(seed)
+            with seeding_others(seed):
+                values.update(call_block(block, call, values))
+        with seeding_others(derive_seed(self._seed, "dropout", iteration, microbatch, len(calls))):
+            return self.chain.loss(values, totals, _num_samples(fields))
 
     def _totals(self, microbatches: Sequence[Fields]) -> dict[str, float]:
         totals: dict[str, float] = {}

@@ -6,14 +6,15 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from vpipe.runtime.memory.storages import place_of, sizes_of
 from vpipe.runtime.memory.swap import Kept, Parcel, Swapped, take
+from vpipe.runtime.stage.findings import Findings, are_hooks_refused, telling_refused_hooks
 from vpipe.runtime.stage.recompute import Recomputation
 
-__all__ = ["Activations", "place_of", "sizes_of"]
+__all__ = ["Activations"]
 
 
 class Activations:
@@ -23,7 +24,15 @@ class Activations:
     batch: they are neither moved nor counted. With `is_watched` all memory is noted, for the ledger.
     """
 
-    def __init__(self, swaps: Container[int], shared: Iterable[Tensor] = (), *, is_watched: bool = False) -> None:
+    def __init__(
+        self,
+        swaps: Container[int],
+        shared: Iterable[Tensor] = (),
+        *,
+        is_watched: bool = False,
+        findings: Findings | None = None,
+    ) -> None:
+        self._findings = Findings() if findings is None else findings
         self._swaps = swaps
         self._swapped = Swapped() if swaps else None
         self._recomputations: list[Recomputation] = []
@@ -48,16 +57,18 @@ class Activations:
             self._modules.append(module)
             self.shared.update(_places(module))
         if recomputes:
-            recomputation = Recomputation(name, module, call)
+            recomputation = Recomputation(name, module, call, self._findings.state_of(block, name))
             self._recomputations.append(recomputation)
             self._around_loss = recomputation.go_on
             return recomputation.run
-        if not self._notes:
+        if self._swapped is not None and block in self._swaps:
+            self._around_loss = self._swapped.run
+            return partial(self._swapping, name, call)
+        if not self._notes or block in self._findings.unseen:
             self._around_loss = _plainly
             return call
-        swapped = self._swapped if block in self._swaps else None
-        self._around_loss = self._noting if swapped is None else swapped.run
-        return partial(self._around_loss, call)
+        self._around_loss = self._noting_loss
+        return partial(self._noting_block, block, call)
 
     def around_loss(self, call: Callable[[tuple[Tensor, ...]], Any], written: tuple[Tensor, ...]) -> Any:
         """Run the loss on what the last block wrote, by that block's policy."""
@@ -100,6 +111,27 @@ class Activations:
         for item in self._recomputations:
             yield from item.tensors()
 
+    def _swapping(self, name: str, call: Callable[..., Any], *inputs: Any) -> Any:
+        assert self._swapped is not None
+        with telling_refused_hooks(name, "moved to host memory"):
+            return self._swapped.run(call, *inputs)
+
+    def _noting_block(self, block: int, call: Callable[..., Any], *inputs: Any) -> Any:
+        try:
+            return self._noting(call, *inputs)
+        except RuntimeError as error:
+            if are_hooks_refused(error):
+                self._findings.add(self._findings.unseen, block)
+            raise
+
+    def _noting_loss(self, call: Callable[..., Any], *inputs: Any) -> Any:
+        try:
+            return self._noting(call, *inputs)
+        except RuntimeError as error:
+            if are_hooks_refused(error):
+                return call(*inputs)
+            raise
+
     def _noting(self, call: Callable[..., Any], *inputs: Any) -> Any:
         with saved_tensors_hooks(self._note, take):
             return call(*inputs)
@@ -113,22 +145,5 @@ def _places(module: nn.Module) -> Iterator[int]:
     return (place_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-def place_of(tensor: Tensor) -> int:
-    """Return where the memory of a tensor begins."""
-    return tensor.untyped_storage().data_ptr()
-
-
 def _plainly(call: Callable[..., Any], *inputs: Any) -> Any:
     return call(*inputs)
-
-
-def sizes_of(tensors: Iterable[Tensor], shared: Container[int]) -> dict[int, int]:
-    """Return place and bytes of the storages under `tensors`, but for those at the places `shared`."""
-    found = {}
-    for tensor in tensors:
-        if tensor.layout is not torch.strided:
-            continue
-        storage = tensor.untyped_storage()
-        if (place := storage.data_ptr()) and place not in shared:
-            found[place] = storage.nbytes()
-    return found

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from vpipe.errors import ModelError
+from vpipe.model.rng import RandomState
+from vpipe.runtime.stage.findings import telling_refused_hooks
+from vpipe.runtime.stage.state import ChangingState, Place, meeting
 
 __all__ = ["Recomputation"]
 
@@ -44,27 +47,45 @@ class Recomputation:
     `call` runs `module`, and gives the same bits every time.
     """
 
-    def __init__(self, name: str, module: nn.Module, call: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, call: Callable[..., Any], state: ChangingState | None = None
+    ) -> None:
         self._name = name
         self._module = module
+        self._state = ChangingState(name) if state is None else state
+        self._met: dict[Place, Any] = {}
         self._calls: list[Callable[..., Any]] = [call]
         self._inputs: tuple[Tensor, ...] = ()
         self._versions: tuple[int, ...] = ()
         self._places: list[weakref.ref[_Place]] = []
-        self._is_filled = False
+        self._is_running = self._was_asked = self._is_filled = False
 
     def run(self, *inputs: Tensor) -> Any:
         """Run the block for the first time."""
         self._inputs = tuple(value.detach().requires_grad_(value.requires_grad) for value in inputs)
         self._versions = tuple(value._version for value in inputs)
-        with saved_tensors_hooks(self._leave_out, _take):
+        with self._running(), self._state.keeping(self._module, self._met):
             return self._calls[0](*inputs)
 
     def go_on(self, call: Callable[[Any], Any], result: Any) -> Any:
         """Run `call` on what the block returned; its activations are computed again together with the block's."""
         self._calls.append(call)
-        with saved_tensors_hooks(self._leave_out, _take):
+        with self._running():
             return call(result)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Leave out what is saved."""
+        self._is_running = True
+        try:
+            with telling_refused_hooks(self._name, "computed again"), saved_tensors_hooks(self._leave_out, _take):
+                yield
+        finally:
+            self._is_running = False
+        if self._was_asked:
+            self._was_asked = False
+            for place in self._alive():
+                place.tensor = None
 
     @property
     def is_needed(self) -> bool:
@@ -72,32 +93,46 @@ class Recomputation:
         return bool(self._places)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield what is held now: the inputs, or what was computed again."""
+        """Yield what is held now: the inputs and what the block's state was, or what was computed again."""
         yield from self._inputs
-        for reference in self._places:
-            place = reference()
-            if place is not None and place.tensor is not None:
+        yield from (value for value in self._met.values() if isinstance(value, Tensor))
+        for place in self._alive():
+            if place.tensor is not None:
                 yield place.tensor
+
+    def _alive(self) -> Iterator[_Place]:
+        for reference in self._places:
+            if (place := reference()) is not None:
+                yield place
 
     def fill(self) -> None:
         """Run the block again, unless that was done already, and forget its inputs.
 
+        Where the first run itself has a backward that asks for what was saved, it goes on as if nothing had happened.
+
         Raises:
             ModelError: the second run is not like the first.
         """
-        if self._is_filled:
-            return
-        self._is_filled = True
-        calls, inputs = self._calls, self._inputs
+        if self._is_running:
+            self._was_asked = True
+            state = RandomState()
+            self._run_again()
+            state.restore()
+        elif not self._is_filled:
+            self._is_filled = True
+            self._run_again()
+            self._calls, self._inputs, self._met = [], (), {}
+
+    def _run_again(self) -> None:
         self._check_inputs()
-        self._calls, self._inputs = [], ()
         if not self._places:
             return
         filler = _Filler(self._name, self._places)
+        inputs = tuple(value.detach().requires_grad_(value.requires_grad) for value in self._inputs)
         try:
-            with torch.enable_grad(), _keeping_buffers(self._module), saved_tensors_hooks(filler.put, _take):
-                result = calls[0](*inputs)
-                for call in calls[1:]:
+            with torch.enable_grad(), meeting(self._module, self._met), saved_tensors_hooks(filler.put, _as_it_is):
+                result = self._calls[0](*inputs)
+                for call in self._calls[1:]:
                     result = call(result)
         except _Enough:
             return
@@ -127,7 +162,8 @@ class _Filler:
         self._places = places
         self.count = 0
 
-    def put(self, tensor: Tensor) -> None:
+    def put(self, tensor: Tensor) -> Tensor:
+        """Return what the second run itself has saved, for a backward in it."""
         place = self._places[self.count]()
         self.count += 1
         if place is not None:
@@ -140,6 +176,7 @@ class _Filler:
             place.tensor = tensor.detach()
         if self.count == len(self._places):
             raise _Enough
+        return tensor.detach()
 
 
 def _take(place: _Place) -> Tensor:
@@ -149,19 +186,5 @@ def _take(place: _Place) -> Tensor:
     return place.tensor
 
 
-@contextmanager
-def _keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Undo what a second run does to buffers: running statistics have seen the microbatch already."""
-    kept = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for part, name, buffer, value in kept:
-            # As batch norm's own update does, this goes past autograd's version counter.
-            buffer.data.copy_(value)
-            part._buffers[name] = buffer
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

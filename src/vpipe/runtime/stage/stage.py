@@ -6,9 +6,10 @@ Weights are passed in, so the same stage serves every weight version.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,23 @@ from vpipe.errors import ModelError
 from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import derive_seed, seed_everything
+from vpipe.runtime.memory.storages import sizes_of
 from vpipe.runtime.memory.swap import Parcel
-from vpipe.runtime.stage.activations import Activations, sizes_of
+from vpipe.runtime.stage.activations import Activations
 from vpipe.runtime.stage.entry import Entrance, enter_as_leaves, enter_through_nodes
-from vpipe.runtime.stage.split import Deferred, DeferWeightGradients, held_tensors, run_deferred
+from vpipe.runtime.stage.findings import Findings, RunAgain
+from vpipe.runtime.stage.split import (
+    Deferred,
+    DeferWeightGradients,
+    blocks_with_unseen_uses,
+    held_tensors,
+    run_deferred,
+)
+from vpipe.runtime.stage.state import Snapshot
 
 __all__ = ["MicrobatchKey", "Stage"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,14 +47,18 @@ class MicrobatchKey:
     iteration: int
     microbatch: int
 
+    def seed_of(self, block: int) -> int:
+        """Return the seed of a block; what comes after the last one is the loss."""
+        return _derive(self.seed, self.iteration, self.microbatch, block)
+
     def prepare(self, blocks: range) -> None:
         """Derive the seeds of `blocks` ahead of their use, while there is nothing else to do."""
         for block in blocks:
-            _derive(self.seed, self.iteration, self.microbatch, block)
+            self.seed_of(block)
 
     def seed_block(self, block: int) -> None:
         """Set the random state in which `block` runs for this microbatch."""
-        seed_everything(_derive(self.seed, self.iteration, self.microbatch, block))
+        seed_everything(self.seed_of(block))
 
 
 @lru_cache(maxsize=4096)
@@ -54,6 +70,7 @@ def _derive(seed: int, iteration: int, microbatch: int, block: int) -> int:
 class _Saved:
     """What a forward leaves for its backward, and where the outputs' graphs begin."""
 
+    key: MicrobatchKey
     entrance: Entrance
     activations: Activations
     deferred: Deferred | None
@@ -92,6 +109,8 @@ class Stage:
         self._owed: frozenset[str] = frozenset()
         self._saved: dict[int, _Saved] = {}
         self._deferred: dict[int, Deferred] = {}
+        self._findings = Findings()
+        self._has_run = self._has_state = False
         self._shared: dict[int, Container[int]] = {}
 
     def expect(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
@@ -129,12 +148,22 @@ class Stage:
             ModelError: a value needs a gradient although it did not when shapes were inferred, or the other way round.
         """
         entrance = self._enter(inputs, self._differentiable)
-        deferred: Deferred | None = [] if split else None
-        activations = Activations(self._swaps, fields.values(), is_watched=is_watched)
-        activations.note(entrance.held())
-        values = self._run(modules, {**fields, **entrance.values}, key, deferred, activations)
+
+        deferred = Deferred(self._findings) if split else None
+        is_first = not self._has_run
+
+        def run() -> tuple[dict[str, Tensor], Activations]:
+            activations = Activations(self._swaps, fields.values(), is_watched=is_watched, findings=self._findings)
+            activations.note(entrance.held())
+            values = self._run(modules, {**fields, **entrance.values}, key, deferred, activations)
+            if split and is_first:
+                for block in blocks_with_unseen_uses(values.values()) - self._findings.whole:
+                    self._findings.add(self._findings.whole, block)
+            return values, activations
+
+        values, activations = self._run_again(run, modules) if split or is_watched else run()
         entrance.values = {}
-        saved = self._saved[serial] = _Saved(entrance, activations, deferred)
+        saved = self._saved[serial] = _Saved(key, entrance, activations, deferred)
         if self.is_last:
             return values
         activations.forget_needless()
@@ -148,6 +177,26 @@ class Stage:
             )
         return {name: value.detach() for name, value in outputs.items()}
 
+    def _run_again(self, run: Callable[[], T], modules: nn.ModuleList) -> T:
+        """Run a forward, once more whenever it is found out that a block has to be run otherwise.
+
+        That is found out with the first microbatch, before which all state is kept. Later that is so only where there
+        is none; else the microbatch goes on as it is.
+        """
+        kept = None if self._has_run else Snapshot(modules)
+        self._has_state = self._has_state or (kept is not None and kept.has_tensors)
+        self._findings.may_repeat = not self._has_run or not self._has_state
+        self._has_run = True
+        while True:
+            try:
+                result = run()
+            except RunAgain:
+                if kept is not None:
+                    kept.restore()
+                continue
+            self._findings.may_repeat = False
+            return result
+
     def loss(
         self, serial: int, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
@@ -160,7 +209,8 @@ class Stage:
 
         def call(written: Any) -> dict[str, Tensor]:
             tensors = written if isinstance(written, tuple) else (written,)
-            return self.chain.loss({**others, **dict(zip(names, tensors, strict=True))}, totals, num_samples)
+            given = {**others, **dict(zip(names, tensors, strict=True))}
+            return self._call_loss(saved.key, given, totals, num_samples)
 
         parts = saved.activations.around_loss(call, tuple(values[name] for name in names))
         saved.activations.forget_needless()
@@ -168,6 +218,20 @@ class Stage:
         if total.requires_grad:
             saved.loss = _edge(total), torch.ones_like(total)
         return {name: part.detach() for name, part in parts.items()}
+
+    def evaluate_loss(
+        self, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int, key: MicrobatchKey
+    ) -> dict[str, Tensor]:
+        """Compute the parts of the loss of what `evaluate` returned."""
+        with torch.no_grad():
+            return self._call_loss(key, values, totals, num_samples)
+
+    def _call_loss(
+        self, key: MicrobatchKey, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
+    ) -> dict[str, Tensor]:
+        end = len(self.chain)
+        call = partial(self.chain.loss, values, totals, num_samples)
+        return self._findings.run_seeded(end, key.seed_of(end), None, call)
 
     def evaluate(
         self, modules: nn.ModuleList, inputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], key: MicrobatchKey
@@ -187,12 +251,21 @@ class Stage:
     ) -> dict[str, Tensor]:
         for index, module in zip(range(self.start, self.stop), modules, strict=True):
             block = self.chain.blocks[index]
-            call: Callable[..., Any] = partial(_seeded, key, index, module, deferred)
+            noted = None if deferred is None or index in self._findings.whole else deferred
+            call: Callable[..., Any] = partial(self._call_seeded, key, index, module, noted)
             if activations is not None:
                 recomputes = self._recomputes(index, key.microbatch)
                 call = activations.around(index, block.name, module, call, recomputes=recomputes)
             values.update(call_block(block, call, values))
         return values
+
+    def _call_seeded(
+        self, key: MicrobatchKey, block: int, module: nn.Module, deferred: Deferred | None, *inputs: Tensor
+    ) -> Any:
+        # Inside the call, so that a recomputed forward draws the same random numbers and is split in the same way.
+        key.seed_block(block)
+        call = partial(_call, module, deferred, block, *inputs)
+        return self._findings.run_seeded(block, key.seed_of(block), module, call)
 
     def recompute(self, serial: int) -> None:
         """Compute again, ahead of the backward, what the forward of microbatch `serial` left out."""
@@ -225,7 +298,8 @@ class Stage:
             names = [name for name in saved.roots if name in gradients]
             roots, seeds = [saved.roots[name] for name in names], [gradients[name] for name in names]
         if roots:
-            torch.autograd.backward(roots, seeds)
+            with nullcontext() if saved.deferred is None else saved.deferred.collecting():
+                torch.autograd.backward(roots, seeds)
         if saved.deferred is not None:
             self._deferred[serial], self._shared[serial] = saved.deferred, saved.activations.shared
         return saved.entrance.gradients()
@@ -251,10 +325,8 @@ def _edge(value: Tensor) -> GradientEdge:
     return GradientEdge(node, 0)
 
 
-def _seeded(key: MicrobatchKey, block: int, module: nn.Module, deferred: Deferred | None, *inputs: Tensor) -> Any:
-    # Inside the call, so that a recomputed forward draws the same random numbers and is split in the same way.
-    key.seed_block(block)
+def _call(module: nn.Module, deferred: Deferred | None, block: int, *inputs: Tensor) -> Any:
     if deferred is None:
         return module(*inputs)
-    with DeferWeightGradients(deferred):
+    with DeferWeightGradients(deferred, block):
         return module(*inputs)
