@@ -43,11 +43,12 @@ if TYPE_CHECKING:
     from vpipe.planner.profile.profile import Profile, read_profile
     from vpipe.planner.search.search import find_plan
     from vpipe.report.sweep.simulation import simulate_run
-    from vpipe.runtime.arguments import Memory, Update
+    from vpipe.runtime.arguments import Memory
     from vpipe.runtime.batch import Batch
     from vpipe.runtime.comm.world import World
     from vpipe.runtime.hooks import Hooks
     from vpipe.runtime.pipeline import Pipeline, StepResult
+    from vpipe.runtime.weights.update import Update
     from vpipe.schedule.action import Action, Kind
     from vpipe.schedule.placement import Placement
     from vpipe.schedule.proof.validate import validate_schedule
@@ -127,11 +128,12 @@ _HOMES = {
     "vpipe.plan.prediction": ("Prediction",),
     "vpipe.plan.recipe": ("RankTimes", "Recipe"),
     "vpipe.report.sweep.simulation": ("simulate_run",),
-    "vpipe.runtime.arguments": ("Memory", "Update"),
+    "vpipe.runtime.arguments": ("Memory",),
     "vpipe.runtime.batch": ("Batch",),
     "vpipe.runtime.comm.world": ("World",),
     "vpipe.runtime.hooks": ("Hooks",),
     "vpipe.runtime.pipeline": ("Pipeline", "StepResult"),
+    "vpipe.runtime.weights.update": ("Update",),
     "vpipe.schedule.action": ("Action", "Kind"),
     "vpipe.schedule.simulate.costs": ("Costs",),
     "vpipe.schedule.placement": ("Placement",),

@@ -6,9 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 from vpipe.plan.plan import Plan
-from vpipe.runtime.arguments import Memory, Update, as_chain
+from vpipe.runtime.arguments import Memory, as_chain
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Pipeline
+from vpipe.runtime.weights.update import Update
 
 _PLAN = {item.name for item in fields(Plan)}
 _UPDATE = {item.name for item in fields(Update)}

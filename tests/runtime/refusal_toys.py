@@ -113,8 +113,21 @@ def not_a_number(schedule: str) -> str:
     return f"no error: {losses}"
 
 
-def tied_from_other_weights() -> list[bool]:
+def other_weights() -> None:
     torch.manual_seed(100 + RANK)  # a script that forgot to seed its ranks equally
+    build(Chain.from_modules([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)], MSE), partition=[1, 1])
+
+
+def other_buffers() -> None:
+    torch.manual_seed(100)
+    layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
+    if not RANK:  # as with data parallelism, where the first rank's weights are sent to all
+        layers.load_state_dict(layers.state_dict() | {"1.running_mean": torch.ones(WIDTH)})
+    build(Chain.from_modules(layers, MSE), partition=[1, 1])
+
+
+def tied_weights() -> list[bool]:
+    torch.manual_seed(100)
     shared = nn.Linear(WIDTH, WIDTH)
     chain = Chain.from_modules([shared, nn.Tanh(), shared], MSE)
     pipeline = build(chain, partition=[1, 2], schedule="gpipe")
@@ -203,7 +216,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "other_partition": other_partition,
     "other_seed": other_seed,
     "own_fields_only": own_fields_only,
-    "tied_from_other_weights": tied_from_other_weights,
+    "other_buffers": other_buffers,
+    "other_weights": other_weights,
+    "tied_weights": tied_weights,
     "wrong_shape": wrong_shape,
 }
 

@@ -218,11 +218,10 @@ def test_a_loss_that_is_no_number_stops_the_training(build, schedule):
     x, y = batch()
     pipeline = build(schedule=schedule)
     with pytest.raises(
-        NonFiniteLossError, match=r"the loss became nan .*clip gradients \(clip_grad_norm\), or look for"
+        NonFiniteLossError, match=r"the loss became nan .*clip gradients \(clip_grad_norm\), look for empty"
     ):
         list(pipeline.train([(x, y), (x * math.nan, y), (x, y)]))
-    with pytest.raises(ExecutionError, match="did not get to its last batch"):
-        pipeline.step(x, y)
+    assert next(iter(pipeline.train([(x, y)]))).loss > 0
 
 
 def test_an_evaluation_leaves_every_part_in_its_mode(build):

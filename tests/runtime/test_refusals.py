@@ -74,8 +74,18 @@ def test_a_loss_that_is_no_number_is_told_to_all_and_the_next_pipeline_works(fou
     )
 
 
-def test_copies_of_a_weight_start_and_stay_equal_whatever_the_ranks_drew(found):
-    assert found["tied_from_other_weights"] == [[True] * 3] * 2
+def test_copies_of_a_weight_start_and_stay_equal(found):
+    assert found["tied_weights"] == [[True] * 3] * 2
+
+
+@pytest.mark.parametrize(("name", "weight"), [("other_weights", "0.weight"), ("other_buffers", "1.running_mean")])
+def test_other_weights_are_refused_by_all(found, name, weight):
+    first, second = found[name]
+    assert first == second
+    assert first.startswith(
+        f"ConfigError: rank 0 and rank 1 were given different weights: '{weight}' is not the same. Each rank trains "
+        "its part of the model that it was given, so make the same on all of them: draw it with the same seed"
+    )
 
 
 def test_messages_give_the_same_weights_whatever_way_they_take(found):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.weights.update import TiedCopy, TiedGroup, Updater
+from vpipe.runtime.weights.update import TiedCopy, TiedGroup, Update, Updater
 from vpipe.runtime.weights.weights import WeightVersions
 
 
@@ -24,7 +24,7 @@ class One(nn.Module):
         self.weight = nn.Parameter(torch.tensor([start]))
 
 
-def build(starts=(1.0, 2.0), tied=(), *, synchronous=True, clip=None, rate=None, hooks=None):
+def build(starts=(1.0, 2.0), tied=(), *, synchronous=True, clip=None, rate=None, hooks=None, loss=1.0, **options):
     weights = {stage: WeightVersions([One(start)], [f"{stage}.weight"], sgd) for stage, start in enumerate(starts)}
     for item in weights.values():
         item.start([0])
@@ -34,9 +34,9 @@ def build(starts=(1.0, 2.0), tied=(), *, synchronous=True, clip=None, rate=None,
         weights,
         names,
         tied,
+        Update(clip, rate, **options),
         synchronous=synchronous,
-        clip_grad_norm=clip,
-        learning_rate=rate,
+        loss_of_batch=lambda: loss,
         world=SimpleNamespace(peers=None),
         hooks=hooks or Hooks(),
     )
@@ -138,3 +138,41 @@ def test_what_an_update_waits_for_is_announced_and_measured():
     updater.step(1, 0, 0.0)
     assert told == ["waiting for the gradient norm from other ranks", "running"]
     assert len(waited) == 1
+
+
+def test_what_is_not_finite_is_not_applied():
+    weights, updater = build(loss=math.nan)
+    give(weights, 1.0, 1.0)
+    for stage in (0, 1):
+        updater.step(stage, 0, 0.0)
+    assert values(weights) == [1.0, 2.0]
+    assert [item.parameters[0].grad for item in weights.values()] == [None, None]
+    assert updater.take_refused(range(1)) == ["the loss became nan"] * 2
+    assert updater.take_refused(range(1)) == []
+
+
+def test_stages_that_update_by_themselves_look_at_their_own_gradients():
+    weights, updater = build(synchronous=False, loss=math.nan)
+    give(weights, math.inf, 1.0)
+    for stage in (0, 1):
+        updater.step(stage, 3, 0.0)
+    assert values(weights) == [1.0, 1.0]
+    assert updater.take_refused(range(2, 4)) == ["a gradient became NaN or infinite"]
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"on_non_finite": "skip"}, "a gradient"), ({"clip": 1.0}, "norm")])
+def test_one_stage_keeps_all_of_a_synchronous_batch_back(options, reason):
+    weights, updater = build(**options)
+    give(weights, 1.0, math.nan)
+    for stage in (0, 1):
+        updater.step(stage, 0, 0.0)
+    assert values(weights) == [1.0, 2.0]
+    assert reason in updater.take_refused(range(1))[0]
+
+
+def test_a_gradient_that_nobody_looks_at_is_applied():
+    weights, updater = build()
+    give(weights, 1.0, math.inf)
+    for stage in (0, 1):
+        updater.step(stage, 0, 0.0)
+    assert values(weights) == [0.0, -math.inf]

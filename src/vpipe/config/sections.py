@@ -263,6 +263,10 @@ class TrainConfig(Section):
     """Samples per batch of an evaluation; null takes `batch_size`."""
     eval_batches: Natural | None = None
     """Batches per evaluation; null takes all held-out data, 0 never evaluates."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient does, which is never applied: end the run, or leave that update out."""
+    gradient_norm: bool = False
+    """Write the gradient norm to the metrics without clipping, too; ranks wait for each other to add it up."""
     save_model: bool = True
     """Write the trained weights to `model` in the run's folder; transformers' `from_pretrained` loads a BERT."""
 

@@ -58,6 +58,8 @@ class ValueSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    alias: str | None = None
+    """Another value or batch field that stands on the same memory, where a change in place changes both."""
 
     @property
     def num_bytes(self) -> int:

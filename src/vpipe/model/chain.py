@@ -8,7 +8,7 @@ a cut: a stage that needs one reads it from the batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from vpipe.data.source import FieldSpec
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef, ValueSpec, call_block
-from vpipe.model.infer import build_on_meta, leaf_of, run_on_meta, spec_of
+from vpipe.model.infer import build_on_meta, find_aliases, leaf_of, run_on_meta, spec_of
 from vpipe.model.initialise import initialise_meta
-from vpipe.model.loss import Loss
-from vpipe.model.modules import Modules, chain_modules
+from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, as_loss, has_weights
+from vpipe.model.modules import LossEnd, Modules, chain_modules
 from vpipe.model.rng import derive_seed, seeded
 
 __all__ = ["Block", "Chain", "ParameterRef", "ValueSpec", "call_block"]
@@ -42,6 +42,9 @@ class Chain:
     fields: tuple[str, ...]
     loss: Loss
     tied: tuple[tuple[ParameterRef, ...], ...] = field(default=())
+    whole_fields: tuple[str, ...] = ()
+    """Those fields that every microbatch gets as they are, such as a mask or the edges of a graph: they have no row for
+    each sample."""
     field_specs: Mapping[str, FieldSpec] | None = field(default=None, compare=False)
     """What the batch's fields look like, where batches hold only the fields that a rank needs; None: they hold all."""
 
@@ -50,6 +53,8 @@ class Chain:
             raise ModelError("a chain needs at least one block")
         _check_distinct("block names", [block.name for block in self.blocks])
         _check_distinct("batch fields", self.fields)
+        _check_known("the declaration whole_fields", self.whole_fields, set(self.fields))
+        self._check_loss()
         known = set(self.fields)
         for block in self.blocks:
             _check_known(f"block '{block.name}'", block.inputs, known)
@@ -60,6 +65,18 @@ class Chain:
         _check_known("the loss", self.loss.inputs, known)
         self._check_read()
         self._check_tied()
+
+    def _check_loss(self) -> None:
+        if not isinstance(self.loss, Loss):
+            raise ModelError(
+                f"the loss of a chain is of type {type(self.loss).__name__}; give vpipe.CallableLoss(function), or an "
+                "object with the methods of vpipe.Loss"
+            )
+        if has_weights(self.loss):
+            raise ModelError(
+                "the loss has weights to train, and a chain trains those of its blocks; let the last block compute it "
+                "from the batch's fields, as vpipe.Chain.from_modules(modules, loss) does with a loss module"
+            )
 
     def _check_read(self) -> None:
         needed = set(self.loss.inputs)
@@ -93,9 +110,10 @@ class Chain:
     def from_modules(
         cls,
         modules: Modules,
-        loss: Loss,
+        loss: Loss | Callable[..., Tensor],
         *,
         fields: Sequence[str] = ("input", "target"),
+        whole_fields: Sequence[str] = (),
     ) -> Chain:
         """Make a chain of modules that each take the previous one's tensor; the first takes the first of `fields`.
 
@@ -103,13 +121,23 @@ class Chain:
         when they are materialised. Parameters that several modules share become tied. Blocks may stand among the
         modules where one tensor is not enough; the module after one takes its first output.
 
+        A function as loss is put into a `CallableLoss`. A module that has weights to train becomes a part of the last
+        block; the weights' names begin with `loss.`.
+
         Raises:
+            ConfigError: `loss` is no loss.
             ModelError: `modules` is no list of modules and blocks, or the chain does not fit together.
         """
         if not fields:
             raise ModelError("a chain of modules needs at least one batch field, which its first module takes")
-        blocks, tied = chain_modules(modules, fields[0])
-        return cls(blocks, tuple(fields), loss, tied)
+        ending = as_loss(loss)
+        if not isinstance(ending, CallableLoss) or not has_weights(ending):
+            blocks, tied = chain_modules(modules, fields[0])
+            return cls(blocks, tuple(fields), ending, tied, tuple(whole_fields))
+        assert isinstance(ending.function, nn.Module)
+        learned = LearnedLoss(ending, ending.function)
+        blocks, tied = chain_modules(modules, fields[0], LossEnd(learned.module, ending.inputs, learned.value))
+        return cls(blocks, tuple(fields), learned, tied, tuple(whole_fields))
 
     def with_field_specs(self, specs: Mapping[str, FieldSpec]) -> Chain:
         """Return the chain with what its batch fields look like, so that a batch may hold only those a rank needs."""
@@ -160,6 +188,20 @@ class Chain:
                 "differ, and tie weights that are one with Chain(tied=...)"
             )
         return sizes
+
+    def given_weights(self) -> dict[str, Tensor]:
+        """Return those weights and buffers that are there already, by model-wide names: a user's own modules have them.
+
+        What a block draws when it is built is not there yet.
+        """
+        with torch.device("meta"):
+            modules = [block.build() for block in self.blocks]
+        return {
+            block.global_name(name): tensor
+            for block, module in zip(self.blocks, modules, strict=True)
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+            if not tensor.is_meta
+        }
 
     def trainable_sizes(self) -> list[int]:
         """Return each block's number of trainable parameter elements; a tied weight counts wherever it is held."""
@@ -235,7 +277,8 @@ class Chain:
                 if index in cuts:
                     # As in a run, the next stage gets leaves, and nothing but what crosses.
                     leaves = {name: leaf_of(values[name]) for name in self.crossing(index)}
-                    specs[index] = tuple(spec_of(name, leaf) for name, leaf in leaves.items())
+                    aliases = find_aliases({**batch, **leaves})
+                    specs[index] = tuple(spec_of(name, leaf, aliases.get(name)) for name, leaf in leaves.items())
                     values = {**batch, **leaves}
                 if index < last:
                     values.update(run_on_meta(self.blocks[index], values, training=training))

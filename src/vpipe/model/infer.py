@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ValueSpec, call_block
+from vpipe.model.copying import like_parameter
 from vpipe.model.modes import evaluating
 
-__all__ = ["build_on_meta", "leaf_of", "run_on_meta", "spec_of"]
+__all__ = ["build_on_meta", "find_aliases", "leaf_of", "run_on_meta", "spec_of"]
 
 
 def build_on_meta(block: Block) -> nn.Module:
@@ -29,7 +31,7 @@ def run_on_meta(block: Block, values: Mapping[str, Tensor], *, training: bool = 
     module = build_on_meta(block)
     tensors = {name: tensor.to("meta") for name, tensor in module.named_buffers()}
     for name, parameter in module.named_parameters():
-        tensors[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        tensors[name] = like_parameter(parameter.detach().to("meta"), parameter)
     try:
         with evaluating([] if training else [module]):
             return call_block(block, lambda *inputs: torch.func.functional_call(module, tensors, inputs), values)
@@ -48,6 +50,24 @@ def leaf_of(value: Tensor) -> Tensor:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def spec_of(name: str, value: Tensor) -> ValueSpec:
+def spec_of(name: str, value: Tensor, alias: str | None = None) -> ValueSpec:
     """Return what a receiver must know of `value`."""
-    return ValueSpec(name, tuple(value.shape), value.dtype, value.requires_grad)
+    return ValueSpec(name, tuple(value.shape), value.dtype, value.requires_grad, alias)
+
+
+def find_aliases(values: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each of `values` that shares elements in memory with another one the name of that one."""
+    found: dict[str, str] = {}
+    for (one, first), (two, second) in combinations(values.items(), 2):
+        if first.untyped_storage()._cdata == second.untyped_storage()._cdata and _elements(first) & _elements(second):
+            found.setdefault(one, two)
+            found.setdefault(two, one)
+    return found
+
+
+def _elements(value: Tensor) -> set[int]:
+    """Return which bytes of its storage the elements of `value` begin at."""
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        places = (places.unsqueeze(-1) + torch.arange(size, device="cpu") * stride).flatten()
+    return {value.element_size() * (value.storage_offset() + place) for place in places.tolist()}

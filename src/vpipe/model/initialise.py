@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from vpipe.errors import ModelError
+from vpipe.model.copying import carry_over
 
 __all__ = ["initialise_meta"]
 
@@ -24,7 +25,11 @@ def initialise_meta(name: str, module: nn.Module) -> nn.Module:
     resets = [_find_reset(name, path, part) for path, part in parts]
     places = _places_of_shared_parameters(module)
     for _, part in parts:
+        before = dict(part._parameters)
         part.to_empty(device="cpu", recurse=False)
+        for local, original in before.items():
+            if original is not None:
+                carry_over(original, getattr(part, local))
     # Emptying gives every place a tensor of its own.
     for first, *others in places:
         shared = module.get_parameter(first)

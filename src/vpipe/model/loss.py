@@ -7,16 +7,20 @@ whole batch. A microbatch contributes its share; the shares of all microbatches 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from vpipe.errors import ModelError
+from vpipe.errors import ConfigError, ModelError
+from vpipe.model.loss_probe import LossProbe
+from vpipe.model.torch_losses import TorchLoss
 
-__all__ = ["CallableLoss", "Loss", "sum_parts"]
+__all__ = ["CallableLoss", "LearnedLoss", "Loss", "as_loss", "has_weights", "sum_parts"]
 
 
+@runtime_checkable
 class Loss(Protocol):
     """What the last stage computes for one microbatch."""
 
@@ -39,35 +43,168 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class CallableLoss:
-    """Wrap a function that returns the mean over the samples it is given, such as those of `torch.nn.functional`."""
+    """Wrap a function that returns one number for the samples it is given, such as those of `torch.nn.functional`.
+
+    Of torch's own losses is known what they average over: targets that are not ignored, by the weights of their
+    classes, or samples. Of others it is tried, once, on the first batch, whether they are the mean over samples.
+
+    Args:
+        function: takes the tensors that `inputs` names and returns one number.
+        inputs: the values and batch fields that it reads, in its order.
+        parts: the name of the number.
+        reduction: `sum`: it adds over the samples it is given; `mean`: microbatches' losses are averaged, whatever it
+            does, as a contrastive one wants it; None: as torch's losses say it, and for others it has to be a mean.
+        num_targets: where the mean is not over samples: how many targets it is over, of those `inputs` that are batch
+            fields, in their order.
+
+    Raises:
+        ModelError: what is given does not go together.
+    """
 
     function: Callable[..., Tensor]
     inputs: tuple[str, ...] = ("hidden", "target")
     parts: tuple[str, ...] = ("loss",)
+    reduction: Literal["mean", "sum"] | None = None
+    num_targets: Callable[..., float | Tensor] | None = None
+    _torch: TorchLoss | None = field(init=False, repr=False, compare=False)
+    _probe: LossProbe = field(init=False, repr=False, compare=False, default_factory=LossProbe)
+
+    def __post_init__(self) -> None:
+        known = TorchLoss.of(self.function)
+        object.__setattr__(self, "_torch", known)
+        if len(self.parts) != 1:
+            raise ModelError(f"a function gives one number, and parts names {len(self.parts)}; give one name")
+        if self.reduction not in (None, "mean", "sum"):
+            raise ModelError(f"reduction is {self.reduction!r}; choose mean or sum")
+        if known is not None and self.reduction not in (None, known.reduction):
+            raise ModelError(
+                f"reduction is {self.reduction!r}, and the loss itself has reduction={known.reduction!r}; leave the "
+                "first out"
+            )
+        if self.num_targets is not None and self._is_sum:
+            raise ModelError("a loss that adds over its targets does not count them; leave num_targets out")
+
+    @property
+    def _is_sum(self) -> bool:
+        return "sum" in (self.reduction, self._torch.reduction if self._torch is not None else None)
 
     def count(self, fields: Mapping[str, Tensor], num_samples: int) -> dict[str, float]:
-        """Count samples."""
-        return {"loss": float(num_samples)}
+        """Count targets, where the mean is over them, or else samples."""
+        return {self.parts[0]: self._count(fields, num_samples)}
+
+    def _count(self, tensors: Mapping[str, Tensor], num_samples: int) -> float:
+        given = [tensors[name] for name in self.inputs[1:] if name in tensors]
+        if self.num_targets is not None:
+            return float(self.num_targets(*given))
+        if self._torch is not None and self._torch.by_targets and given:
+            return self._torch.count(given[-1])
+        return float(num_samples)
 
     def __call__(
         self, tensors: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
-        """Return the mean over this microbatch, weighted by its share of the batch's samples.
+        """Return this microbatch's share; a batch without targets has a loss of zero.
 
         Raises:
-            ModelError: the function does not return one number.
+            ModelError: the function does not return one number, or is no mean over samples.
         """
-        mean = self.function(*(tensors[name] for name in self.inputs))
-        if not isinstance(mean, Tensor) or mean.numel() != 1:
-            got = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
+        given = [tensors[name] for name in self.inputs]
+        self._check_weight(given[-1], num_samples)
+        if self._torch is None or not self._torch.by_targets or self._is_sum:
+            return self.share(self.function(*given), tensors, totals, num_samples)
+        (total,) = totals.values()
+        if not self._torch.is_one_quotient and self._count(tensors, num_samples) == total > 0:
+            return {self.parts[0]: self.function(*given)}
+        return {self.parts[0]: self._torch.summed(*given) / (total or 1.0)}
+
+    def share(
+        self, value: object, tensors: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
+    ) -> dict[str, Tensor]:
+        """Return the share of this microbatch, of which the function returned `value`.
+
+        Raises:
+            ModelError: that is not one number, or the function is no mean over samples.
+        """
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ModelError(
                 f"the loss function returned {got}; it must return a tensor with one number, the mean over the samples "
                 "it is given (reduction='mean')"
             )
-        share = num_samples / totals["loss"]
-        number = mean.reshape(()) if mean.dim() else mean
-        # Where a microbatch is an update of its own there is nothing to weigh, nor to undo in the backward.
-        return {"loss": number if share == 1 else number * share}
+        number, (part,), (total,) = value.reshape(()), self.parts, totals.values()
+        if self._is_sum:
+            return {part: number}
+        count = self._count(tensors, num_samples)
+        if count == total:
+            # Where a microbatch is an update of its own there is nothing to weigh, nor to undo in the backward.
+            return {part: number if count else torch.zeros_like(number)}
+        if self._torch is None and self.num_targets is None and self.reduction is None and torch.is_grad_enabled():
+            self._probe.look(self.function, [tensors[name] for name in self.inputs], num_samples)
+        # The mean over no targets is no number, and has no gradient that is one.
+        return {part: number * (count / total) if count else torch.zeros_like(number)}
+
+    def _check_weight(self, target: Tensor, num_samples: int) -> None:
+        weight = None if self._torch is None else self._torch.sample_weight
+        if weight is not None and weight.dim() == target.dim() and weight.shape[0] not in (1, num_samples):
+            raise ModelError(
+                f"the loss has a weight of shape {tuple(weight.shape)}, a row for each sample of a batch, which is not "
+                "cut into microbatches with it; make it a field of the batch that the loss reads: "
+                "vpipe.CallableLoss(loss, inputs=('hidden', 'target', 'weight'))"
+            )
+
+
+@dataclass(frozen=True)
+class LearnedLoss:
+    """A loss with weights of its own: the last block computes it, so that they are trained as all others are."""
+
+    loss: CallableLoss
+    module: nn.Module
+    """Where the weights come from."""
+    value: ClassVar[str] = "learned_loss"
+    """What the last block calls it."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Name the loss, and what it was computed of."""
+        return (self.value, *self.loss.inputs)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Name the number."""
+        return self.loss.parts
+
+    def count(self, fields: Mapping[str, Tensor], num_samples: int) -> dict[str, float]:
+        """Count targets or samples."""
+        return self.loss.count(fields, num_samples)
+
+    def __call__(
+        self, tensors: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
+    ) -> dict[str, Tensor]:
+        """Return this microbatch's share."""
+        return self.loss.share(tensors[self.value], tensors, totals, num_samples)
+
+
+def as_loss(loss: Loss | Callable[..., Tensor] | None) -> Loss:
+    """Return the loss that is meant: a function stands for the mean that it is.
+
+    Raises:
+        ConfigError: it is neither a function nor a `Loss`.
+    """
+    if isinstance(loss, type):
+        raise ConfigError(f"the loss is the class {loss.__name__}, not a function; make one: {loss.__name__}()")
+    if not callable(loss):
+        got = "none was given" if loss is None else f"got {type(loss).__name__}"
+        raise ConfigError(
+            f"modules need a loss, and {got}; give a function of the last module's output and the batch's target that "
+            "returns the mean over samples, e.g. torch.nn.functional.mse_loss"
+        )
+    return loss if isinstance(loss, Loss) else CallableLoss(loss)
+
+
+def has_weights(loss: object) -> bool:
+    """Tell whether a loss has weights to train."""
+    module = loss.function if isinstance(loss, CallableLoss) else loss
+    return isinstance(module, nn.Module) and any(item.requires_grad for item in module.parameters())
 
 
 def sum_parts(parts: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from vpipe.errors import ModelError
-from vpipe.model.block import Block, ParameterRef
+from vpipe.model.block import Block, ParameterRef, call_block
+from vpipe.model.copying import check_memory, copy_module
 
-__all__ = ["Modules", "chain_modules"]
+__all__ = ["LossEnd", "Modules", "chain_modules"]
 
 Modules = nn.Sequential | nn.ModuleList | Sequence[nn.Module | Block]
 
 
-def chain_modules(modules: Modules, first_field: str) -> tuple[tuple[Block, ...], tuple[tuple[ParameterRef, ...], ...]]:
+@dataclass(frozen=True)
+class LossEnd:
+    """A loss that the last block computes: its module, what that reads, and what its value is called."""
+
+    module: nn.Module
+    inputs: tuple[str, ...]
+    value: str
+
+
+def chain_modules(
+    modules: Modules, first_field: str, end: LossEnd | None = None
+) -> tuple[tuple[Block, ...], tuple[tuple[ParameterRef, ...], ...]]:
     """Return the blocks of `modules` and the groups of parameters that several of them share.
 
     Raises:
         ModelError: `modules` is no list of modules and blocks, or one whose state is more than parameters is in it
-            more than once.
+            more than once, or parameters share their memory.
     """
     blocks: list[Block] = []
     places: dict[int, list[ParameterRef]] = {}
     owners: dict[int, str] = {}
+    given: list[tuple[str, Tensor]] = []
     for name, item in _named_items(modules):
         if isinstance(item, Block):
             blocks.append(item)
@@ -35,8 +48,74 @@ def chain_modules(modules: Modules, first_field: str) -> tuple[tuple[Block, ...]
         for local, parameter in item.named_parameters():
             places.setdefault(id(parameter), []).append(ParameterRef(len(blocks), local))
         _check_own_buffers(name, item, owners)
+        given += _named_tensors(name, item)
         blocks.append(Block(name, _copying(item), (source,), ("hidden",)))
+    if end is not None and blocks:
+        _check_own_buffers("loss", end.module, owners)
+        given += _named_tensors("loss", end.module)
+        _place_loss(end.module, len(blocks) - 1, places)
+        blocks[-1] = _ending(blocks[-1], end)
+    check_memory(given)
+    _check_hooks(blocks, places, given)
     return tuple(blocks), tuple(tuple(refs) for refs in places.values() if len(refs) > 1)
+
+
+def _named_tensors(name: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(f"{name}.{local}", item) for local, item in (*module.named_parameters(), *module.named_buffers())]
+
+
+def _check_hooks(blocks: list[Block], places: dict[int, list[ParameterRef]], given: list[tuple[str, Tensor]]) -> None:
+    """Refuse hooks of a shared parameter: each block's copy has a part of the gradient, and a hook wants the sum."""
+    for _, tensor in given:
+        refs = places.get(id(tensor), [])
+        if len(refs) > 1 and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
+            names = " and ".join(f"'{blocks[ref.block].global_name(ref.name)}'" for ref in refs)
+            raise ModelError(
+                f"{names} are one weight with a hook for its gradient, of which each block has a part only; do what "
+                "the hook does in a module that holds the weight, or in the optimizer"
+            )
+
+
+def _place_loss(loss: nn.Module, last: int, places: dict[int, list[ParameterRef]]) -> None:
+    """Enter the parameters of a loss that becomes a part of block `last`, and how those of the block are called now."""
+    for refs in places.values():
+        refs[:] = [replace(ref, name=f"block.{ref.name}") if ref.block == last else ref for ref in refs]
+    for local, parameter in loss.named_parameters():
+        refs = places.setdefault(id(parameter), [])
+        if any(ref.block == last for ref in refs):
+            raise ModelError(
+                f"the loss shares its weight '{local}' with the last module of the chain; let one module hold it and "
+                "compute both"
+            )
+        refs.append(ParameterRef(last, f"loss.{local}"))
+
+
+def _ending(block: Block, end: LossEnd) -> Block:
+    """Return `block` with the loss behind it; it writes the loss and what it wrote before."""
+    copied = _copying(end.module)
+    return Block(
+        block.name,
+        lambda: _EndingInLoss(block, block.build(), end.inputs, copied()),
+        tuple(dict.fromkeys((*block.inputs, *(name for name in end.inputs if name not in block.outputs)))),
+        (end.value, *block.outputs),
+        (*((f"block.{prefix}", name) for prefix, name in block.keys), ("block.", f"{block.name}."), ("loss.", "loss.")),
+    )
+
+
+class _EndingInLoss(nn.Module):
+    """A block's module, and the loss of what it returns."""
+
+    def __init__(self, spec: Block, block: nn.Module, inputs: tuple[str, ...], loss: nn.Module) -> None:
+        super().__init__()
+        self.block, self.loss = block, loss
+        self._spec, self._inputs = spec, inputs
+        self._names = tuple(dict.fromkeys((*spec.inputs, *(name for name in inputs if name not in spec.outputs))))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        values = dict(zip(self._names, tensors, strict=True))
+        written = call_block(self._spec, self.block, values)
+        values.update(written)
+        return (self.loss(*(values[name] for name in self._inputs)), *written.values())
 
 
 def _named_items(modules: Modules) -> Iterator[tuple[str, nn.Module | Block]]:
@@ -78,7 +157,7 @@ def _copying(module: nn.Module) -> Callable[[], nn.Module]:
 
 def _copy(module: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(module)
+        return copy_module(module)
     except RuntimeError as error:
         reason = str(error).split(".")[0]
         raise ModelError(

@@ -12,7 +12,15 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["RandomState", "derive_seed", "seed_everything", "seeded", "seeding_others", "seeding_user_code"]
+__all__ = [
+    "RandomState",
+    "derive_seed",
+    "noticing_draws",
+    "seed_everything",
+    "seeded",
+    "seeding_others",
+    "seeding_user_code",
+]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -69,6 +77,14 @@ def seeding_others(seed: int) -> Iterator[Callable[[], bool]]:
         np.random.set_state(of_numpy)
 
 
+@contextmanager
+def noticing_draws() -> Iterator[Callable[[], bool]]:
+    """Run a block of code and leave all generators as they were; yield a function that tells whether any was used."""
+    with seeding_others(0) as drew_others, seeded(0):
+        begun = RandomState()
+        yield lambda: drew_others() or not begun.is_now()
+
+
 def _states_of_others() -> bytes:
     return pickle.dumps((random.getstate(), np.random.get_state(legacy=False)))
 
@@ -80,6 +96,12 @@ class RandomState:
         # As torch.random.fork_rng does it, which takes several times as long.
         self._cpu = torch.default_generator.get_state()
         self._cuda = torch.cuda.get_rng_state() if _uses_cuda() else None
+
+    def is_now(self) -> bool:
+        """Tell whether nothing was drawn since."""
+        now = RandomState()
+        pairs = ((self._cpu, now._cpu), (self._cuda, now._cuda))
+        return all(old is new or (old is not None and new is not None and torch.equal(old, new)) for old, new in pairs)
 
     def restore(self) -> None:
         """Go back to it."""

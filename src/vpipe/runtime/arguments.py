@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence, Sized
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import ParamSpec, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpipe.errors import ConfigError
 from vpipe.model.chain import Chain
-from vpipe.model.loss import CallableLoss
+from vpipe.model.loss import Loss, as_loss
 from vpipe.model.modules import Modules
 from vpipe.plan.plan import Plan
 from vpipe.runtime.memory_watch import WatchMode
-from vpipe.runtime.weights.update import LearningRate
+from vpipe.runtime.weights.update import Update
 from vpipe.words.near import did_you_mean
 
 __all__ = [
     "MEMORY",
     "UPDATE",
+    "GivenParameters",
     "Memory",
-    "Update",
     "as_chain",
     "as_plan",
     "check_kinds",
@@ -36,7 +37,7 @@ __all__ = [
 P = ParamSpec("P")
 
 
-def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chain:
+def as_chain(model: Chain | Modules, loss: Loss | Callable[..., Tensor] | None) -> Chain:
     """Return `model` as a chain that ends in `loss`.
 
     Raises:
@@ -47,15 +48,7 @@ def as_chain(model: Chain | Modules, loss: Callable[..., Tensor] | None) -> Chai
         if loss is not None:
             raise ConfigError("a Chain brings its own loss; leave the loss argument out")
         return model
-    if isinstance(loss, type):
-        raise ConfigError(f"the loss is the class {loss.__name__}, not a function; make one: {loss.__name__}()")
-    if not callable(loss):
-        got = "none was given" if loss is None else f"got {type(loss).__name__}"
-        raise ConfigError(
-            f"modules need a loss, and {got}; give a function of the last module's output and the batch's target that "
-            "returns the mean over samples, e.g. torch.nn.functional.mse_loss"
-        )
-    return Chain.from_modules(model, loss if isinstance(loss, CallableLoss) else CallableLoss(loss))
+    return Chain.from_modules(model, as_loss(loss))
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -65,35 +58,6 @@ def check_optimizer(optimizer: object) -> None:
             f"optimizer is of type {type(optimizer).__name__}; give a function that makes one of a stage's parameters, "
             "e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
         )
-
-
-@dataclass(frozen=True)
-class Update:
-    """What an update does beside the optimizer.
-
-    Args:
-        clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
-        learning_rate: the rate as a function of iterations done, instead of the optimizer's own.
-
-    Raises:
-        ConfigError: a norm that is not above 0, or a rate that is no function.
-    """
-
-    clip_grad_norm: float | None = None
-    learning_rate: LearningRate | None = None
-
-    def __post_init__(self) -> None:
-        if self.clip_grad_norm is not None and not isinstance(self.clip_grad_norm, Real):
-            raise ConfigError(f"clip_grad_norm is {self.clip_grad_norm!r}; give a number above 0, or None")
-        if self.learning_rate is not None and not callable(self.learning_rate):
-            raise ConfigError(
-                f"learning_rate is {self.learning_rate!r}; give a function of the iterations done, or set a constant "
-                "rate in the optimizer"
-            )
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise ConfigError(
-                f"clip_grad_norm is {self.clip_grad_norm}; give a number above 0, or None for no clipping"
-            )
 
 
 @dataclass(frozen=True)
@@ -148,6 +112,29 @@ def check_kinds(**given: tuple[object, type]) -> None:
 
 UPDATE, MEMORY = Update(), Memory()
 """What holds where nothing is said."""
+
+
+class GivenParameters:
+    """The caller's own parameters, of which a pipeline trains copies: what is said on them later has no effect."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._trained = [
+            (name, weakref.ref(item), item.requires_grad)
+            for name, item in weights.items()
+            if isinstance(item, nn.Parameter)
+        ]
+
+    def check(self) -> None:
+        """Raise ConfigError where one was frozen or unfrozen since."""
+        for name, reference, was_trained in self._trained:
+            item = reference()
+            if item is not None and item.requires_grad != was_trained:
+                raise ConfigError(
+                    f"'{name}' of the modules that were given is {'frozen' if was_trained else 'trained'} now, and was "
+                    f"{'trained' if was_trained else 'frozen'} when the pipeline was made, which trains copies; call "
+                    "requires_grad_ before, make another pipeline from modules that load its state_dict(), or do other "
+                    "things with a copy of your own (copy.deepcopy)"
+                )
 
 
 def as_plan(plan: Plan | str) -> Plan:

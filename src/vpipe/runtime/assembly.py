@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vpipe.errors import ModelError, PlanError
 from vpipe.model.chain import Chain, ValueSpec
+from vpipe.model.copying import check_memory
 from vpipe.plan.partition import Partition
 from vpipe.plan.plan import Plan
 from vpipe.plan.policy import Policy
@@ -110,6 +111,11 @@ def _trainable_names(chain: Chain, start: int, modules: Sequence[nn.Module]) -> 
             holders[id(parameter)] = name
             if parameter.requires_grad:
                 names.append(name)
+    check_memory(
+        (block.global_name(local), item)
+        for block, module in zip(chain.blocks[start:], modules, strict=False)
+        for local, item in (*module.named_parameters(), *module.named_buffers())
+    )
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vpipe.errors import DataError, ModelError
 from vpipe.model.chain import Chain, ValueSpec
 from vpipe.plan.partition import Partition
 from vpipe.runtime.assembly import crossing_specs
@@ -36,10 +37,15 @@ class Crossings:
             DataError, ModelError: a field is missing, or a block cannot run on such fields.
         """
         described = {} if self._chain.field_specs is not None else batch.fields
-        given = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in described.items())
+        given = tuple(
+            (name, tensor.shape if name in batch.whole else tensor.shape[1:], tensor.dtype)
+            for name, tensor in described.items()
+        )
         shapes = training, num_samples, given
         if shapes not in self._known:
             fields = field_tensors(self._chain, batch, num_samples)
+            if described and num_samples < batch.num_samples:
+                _refuse_cut_of_whole(self._chain, batch, num_samples)
             crossing = crossing_specs(self._chain, self._partition, fields, training=training)
             agree({"values between stages": crossing}, self._world)
             self._known[shapes] = crossing
@@ -47,3 +53,34 @@ class Crossings:
         if compare:
             agree_on_batch(batch.fields, self._world)
         return self._known[shapes]
+
+
+def _refuse_cut_of_whole(chain: Chain, batch: Batch, num_samples: int) -> None:
+    """Refuse to cut a field that only happens to have as many rows as the batch has samples, where shapes betray it.
+
+    With another number of samples the blocks do not fit together then, but do if they get this field whole.
+    """
+    read = dict.fromkeys(name for block in chain.blocks for name in block.inputs)
+    fields = [name for name in read if name in batch.fields and name not in batch.whole]
+    if len(fields) < 2:
+        return
+    other = batch.num_samples + num_samples + 1
+    if _runs(chain, batch, other, batch.whole):
+        return
+    for name in fields:
+        if _runs(chain, batch, other, batch.whole | {name}):
+            shape = tuple(batch.fields[name].shape)
+            raise DataError(
+                f"the field '{name}' of shape {shape} would be cut into rows, one per sample, and the model only works "
+                "with other numbers of samples when every microbatch gets it whole; declare it: "
+                f"vpipe.Chain(..., whole_fields=('{name}',))"
+            )
+
+
+def _runs(chain: Chain, batch: Batch, num_samples: int, whole: frozenset[str]) -> bool:
+    fields = field_tensors(chain, Batch(batch.fields, batch.num_samples, whole), num_samples)
+    try:
+        chain.infer([len(chain)], fields)
+    except (ModelError, DataError):
+        return False
+    return True

@@ -71,7 +71,7 @@ def _cut(batch: Batch, size: int) -> Iterator[Batch]:
         return
     for start in range(0, batch.num_samples, size):
         stop = min(start + size, batch.num_samples)
-        yield Batch({name: tensor[start:stop] for name, tensor in batch.fields.items()}, stop - start)
+        yield Batch(batch.rows(slice(start, stop)), stop - start, batch.whole)
 
 
 class LossSums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class Executor:
     """Runs programs on the stages that this rank holds.
 
     `update(stage, microbatch)` is called for every STEP. On the rank of the last stage, `losses` holds the parts of
-    each microbatch's loss; in evaluation these are sums, and `counts` what they have to be divided by. `link` is where
+    each microbatch's loss, and `told` is called with a batch when all of its losses are there; in evaluation these are
+    sums, and `counts` what they have to be divided by. `link` is where
     OFFLOAD and FETCH move activations; only a stage that swaps needs one. `watch` keeps the rank's ledger.
     """
 
@@ -102,6 +104,7 @@ class Executor:
         rank_of: Callable[[Action], int],
         transport: Transport,
         update: Callable[[int, int], None],
+        told: Callable[[int], None],
         record: Record,
         *,
         seed: int,
@@ -113,6 +116,7 @@ class Executor:
         self._rank_of = rank_of
         self._transport = transport
         self._update = update
+        self._tell_losses = told
         self._record = record
         self._seed = seed
         self._link = link
@@ -125,6 +129,7 @@ class Executor:
         self._totals: tuple[int, dict[str, float]] | None = None
         self._callers: RandomState | None = None
         self._told: set[int] = set()
+        self._num_losses: Counter[int] = Counter()
         self.losses: dict[int, dict[str, Tensor]] = {}
         self.counts: dict[int, dict[str, float]] = {}
         self._dispatch: dict[Kind, Callable[[Action], None]] = {
@@ -143,6 +148,14 @@ class Executor:
             Kind.RECV_B: self._receive,
             Kind.STEP: self._step,
         }
+
+    def forget(self) -> None:
+        """Drop all that is in flight, after a program that did not get to its end."""
+        for waiting in (self._arrived, self._leaving, self._prepared, self._num_losses, self.losses, self.counts):
+            waiting.clear()
+        for held in self._held.values():
+            held.stage.forget()
+            held.weights.forget_gradients()
 
     def run(self, program: Program, feed: BatchFeed) -> Iterator[Action]:
         """Execute a program; yield each update's action after it was done.
@@ -231,6 +244,7 @@ class Executor:
             )
             if stage.is_last:
                 self.losses[serial] = stage.loss(serial, outputs, ready.totals, ready.num_samples)
+                self._count_loss(serial)
         else:
             outputs = stage.evaluate(ready.modules, inputs, ready.fields, ready.key)
             if stage.is_last:
@@ -238,6 +252,13 @@ class Executor:
         if not stage.is_last:
             self._hand_over(Kind.F, action.stage, action.stage + 1, serial, outputs)
         self._feed.done(serial)
+
+    def _count_loss(self, serial: int) -> None:
+        batch = serial // self._program.num_microbatches
+        self._num_losses[batch] += 1
+        if self._num_losses[batch] == self._program.num_microbatches:
+            del self._num_losses[batch]
+            self._tell_losses(batch)
 
     def _evaluate_loss(self, stage: Stage, serial: int, values: Mapping[str, Tensor], ready: _Prepared) -> None:
         self.counts[serial] = stage.chain.loss.count(ready.fields, ready.num_samples)

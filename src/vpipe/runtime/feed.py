@@ -18,6 +18,7 @@ __all__ = ["BatchFeed"]
 @dataclass
 class _Loaded:
     fields: Mapping[str, Tensor]
+    whole: frozenset[str]
     readers_left: int
 
 
@@ -58,8 +59,11 @@ class BatchFeed:
         while self._num_read <= index:
             self._read()
         rows = self._rows[position]
-        fields = self._loaded[index].fields
-        return {name: fields[name][rows] for name in names}, rows.stop - rows.start
+        loaded = self._loaded[index]
+        fields = {
+            name: _own(loaded.fields[name] if name in loaded.whole else loaded.fields[name][rows]) for name in names
+        }
+        return fields, rows.stop - rows.start
 
     def _read(self) -> None:
         index = self._num_read
@@ -79,7 +83,7 @@ class BatchFeed:
                 f"{', '.join(sorted(batch.fields)) or 'none'}"
             )
         moved = {name: self._move(batch.fields[name]) for name in self._names}
-        self._loaded[index] = _Loaded(moved, self._num_readers * self._num_microbatches)
+        self._loaded[index] = _Loaded(moved, batch.whole, self._num_readers * self._num_microbatches)
         self._rows = rows
         self._num_read += 1
 
@@ -89,3 +93,8 @@ class BatchFeed:
         self._loaded[index].readers_left -= 1
         if not self._loaded[index].readers_left:
             del self._loaded[index]
+
+
+def _own(part: Tensor) -> Tensor:
+    """Return a microbatch's part of a field; a change of it in place is none of the others', as autograd counts it."""
+    return part if part.requires_grad else part.data

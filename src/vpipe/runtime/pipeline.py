@@ -11,16 +11,17 @@ from operator import methodcaller
 from torch import Tensor
 
 from vpipe.data.batches import microbatch_rows
-from vpipe.errors import DataError, ExecutionError
+from vpipe.errors import DataError, ExecutionError, NonFiniteLossError
 from vpipe.model.chain import Chain
+from vpipe.model.loss import LearnedLoss, Loss
 from vpipe.model.modes import evaluating
 from vpipe.model.modules import Modules
 from vpipe.plan.plan import Plan
 from vpipe.runtime.arguments import (
     MEMORY,
     UPDATE,
+    GivenParameters,
     Memory,
-    Update,
     as_chain,
     as_plan,
     check_kinds,
@@ -30,7 +31,7 @@ from vpipe.runtime.arguments import (
 )
 from vpipe.runtime.assembly import build_stages, connect, named_state, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
-from vpipe.runtime.comm.agreement import agree
+from vpipe.runtime.comm.agreement import agree, agree_on_weights
 from vpipe.runtime.comm.board import LossBoard
 from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.comm.world import World
@@ -44,8 +45,8 @@ from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.memory.ledger import Ledger
 from vpipe.runtime.memory_watch import MemoryWatch
 from vpipe.runtime.programs import ProgramBuilder
-from vpipe.runtime.result import StepResult
-from vpipe.runtime.weights.update import Updater
+from vpipe.runtime.result import StepResult, non_finite_error
+from vpipe.runtime.weights.update import Update, Updater
 from vpipe.runtime.weights.weights import OptimizerFactory
 from vpipe.schedule.action import Action, Kind
 
@@ -61,7 +62,8 @@ class Pipeline:
 
     Args:
         model: a `Chain`, or modules that each take the previous one's tensor; these keep the weights that they have.
-        loss: for modules alone: a function of the last one's output and the batch's target, the mean over samples.
+        loss: for modules alone: a function of the last one's output and the batch's target, the mean over samples, or a
+            `vpipe.Loss`. A module's own weights are trained, too; it shows them on the rank of the last stage.
         plan: a `vpipe.Plan`, of which ranks and cuts may be open, or the name of a schedule.
         optimizer: makes the optimizer of one stage from its (name, parameter) pairs, which torch's optimizers take.
         update: what an update does beside the optimizer, a `vpipe.Update`.
@@ -78,7 +80,7 @@ class Pipeline:
     def __init__(
         self,
         model: Chain | Modules,
-        loss: Callable[..., Tensor] | None = None,
+        loss: Loss | Callable[..., Tensor] | None = None,
         *,
         plan: Plan | str = "1f1b",
         optimizer: OptimizerFactory,
@@ -89,13 +91,19 @@ class Pipeline:
         hooks: Hooks | None = None,
     ) -> None:
         self.chain = as_chain(model, loss)
+        ending = self.chain.loss
+        self._own_loss = ending.module if isinstance(ending, LearnedLoss) and model is not self.chain else None
         open_plan = as_plan(plan)
         check_optimizer(optimizer)
         self.hooks = Hooks() if hooks is None else hooks
         check_kinds(update=(update, Update), memory=(memory, Memory), seed=(seed, int), hooks=(self.hooks, Hooks))
         if world is not None:
             check_kinds(world=(world, World))
+        self._stops = update.on_non_finite == "stop"
         self._is_busy, self._is_closed, self.iteration = False, False, 0
+        self._is_untaken = False
+        self._ended_by: Exception | None = None
+        self._told: list[float] = []
         self.host_link: HostLink | None = None
         self._owns_world = world is None
         self.world = World.join() if world is None else world
@@ -105,7 +113,10 @@ class Pipeline:
             leaving.push(self)  # what fails here fails inside of the group that was joined
             self.plan = open_plan.resolve(self.chain, self.world)
             self.programs = ProgramBuilder(self.plan, self.rank)
-            agree(self._facts() | {"clip_grad_norm": update.clip_grad_norm, "seed": seed}, self.world)
+            agree(self._facts() | update.facts() | {"seed": seed}, self.world)
+            given = self.chain.given_weights()
+            agree_on_weights(given, self.world)
+            self._given = GivenParameters(given)
             self._crossings = Crossings(self.chain, self.plan.cut, self.world)
             placement = self.programs.sample.placement
             self.held = build_stages(
@@ -128,6 +139,7 @@ class Pipeline:
         return self.plan.facts() | {
             "blocks": " ".join(block.name for block in self.chain.blocks),
             "batch fields": self.chain.fields,
+            "whole fields": self.chain.whole_fields,
             "parts of the loss": self.chain.loss.parts,
             "tied weights": self.chain.tied,
         }
@@ -152,9 +164,9 @@ class Pipeline:
             {index: item.weights for index, item in self.held.items()},
             [name for named in sizes for name in named],
             tied_groups(self.chain, self.plan.cut, placement, sizes, synchronous=synchronous, world=self.world),
+            update,
             synchronous=synchronous,
-            clip_grad_norm=update.clip_grad_norm,
-            learning_rate=update.learning_rate,
+            loss_of_batch=self._loss_of_batch,
             world=self.world,
             hooks=self.hooks,
         )
@@ -163,6 +175,7 @@ class Pipeline:
             self.programs.sample.rank_of,
             self.transport,
             self._update,
+            self._publish,
             self.hooks.record,
             seed=seed,
             link=self.host_link,
@@ -183,7 +196,7 @@ class Pipeline:
 
         Raises:
             DataError, ConfigError: the batch is not one of the model's, or cannot be cut into microbatches.
-            NonFiniteLossError: the loss is no number any more; on every rank.
+            NonFiniteLossError: the loss or a gradient is not finite, and was not applied; on every rank.
         """
         (result,) = self.train([fields or data], 1)
         return result
@@ -196,12 +209,19 @@ class Pipeline:
 
         Raises:
             DataError, ConfigError: a batch is not one of the model's, or cannot be cut into microbatches.
-            NonFiniteLossError: the loss is no number any more; on every rank.
+            NonFiniteLossError: the loss or a gradient is not finite, and was not applied; on every rank, but for a
+                gradient in an asynchronous schedule.
         """
         self._check_open()
         count = count_batches(batches, num_batches, synchronous=self.programs.synchronous)
         stream = (as_batch(data, self.chain) for data in itertools.islice(iter(batches), count))
-        return self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
+        run = self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
+        self._is_untaken = True
+        return self._taking(run)
+
+    def _taking(self, run: Iterator[StepResult]) -> Iterator[StepResult]:
+        self._is_untaken = False
+        yield from run
 
     def _train_each(self, batches: Iterator[Batch], count: int | None) -> Iterator[StepResult]:
         done = 0
@@ -224,37 +244,81 @@ class Pipeline:
         updates_left = [len(self.held)] * program.num_batches
         self._is_busy = True
         self._board.expect()
-        for action in self._executor.run(program, feed):
-            batch, position = divmod(action.microbatch, program.num_microbatches)
-            if position == program.num_microbatches - 1:
-                updates_left[batch] -= 1
-                if not updates_left[batch]:
-                    result = self._result(program, batch)
-                    if batch + 1 < program.num_batches:
-                        self._board.expect()
-                        with self._executor.callers_turn():
-                            yield result
-        self.transport.finish()
-        self._board.finish()
+        try:
+            for action in self._executor.run(program, feed):
+                batch, position = divmod(action.microbatch, program.num_microbatches)
+                if position == program.num_microbatches - 1:
+                    updates_left[batch] -= 1
+                    if not updates_left[batch]:
+                        result, error = self._result(program, batch)
+                        if batch + 1 < program.num_batches:
+                            if error is not None:
+                                # Every rank comes here by itself; it must not be disturbed by others that have left.
+                                self.transport.finish_gradients()
+                                self._board.finish()
+                                raise error
+                            self._board.expect()
+                            with self._executor.callers_turn():
+                                yield result
+            self.transport.finish()
+            self._board.finish()
+        except Exception as problem:
+            self._give_up(problem)
+            raise
+        self._show_loss()
         self.iteration += program.num_batches
         self._is_busy = False
+        if error is not None:
+            raise error
         yield result
 
-    def _result(self, program: Program, batch: int) -> StepResult:
-        names, size, iteration = self.chain.loss.parts, program.num_microbatches, program.first_iteration + batch
-        if self.rank == self._last_rank:
-            shares = [self._executor.losses.pop(batch * size + index) for index in range(size)]
-            # Where a batch is several updates, each normalised by itself, the batch's loss is their mean.
-            scale = program.update_size / size
-            self._board.publish([math.fsum(share[name].item() for share in shares) * scale for name in names])
-        parts = dict(zip(names, self._board.collect(), strict=True))
-        result = StepResult(iteration, math.fsum(parts.values()), parts, self._updater.gradient_norm)
-        if not math.isfinite(result.loss):
-            # Every rank comes here by itself; it must not be disturbed by others that have left already.
-            self.transport.finish_gradients()
-            self._board.finish()
-            result.check_finite()
-        return result
+    def _give_up(self, problem: Exception) -> None:
+        """Note what ended a program before its end; where no other rank is in the middle of it, get ready for more."""
+        if self.num_ranks > 1 or self.host_link is not None:
+            self._ended_by = problem
+            return
+        self._executor.forget()
+        self._updater.forget()
+        self._board.forget()
+        self._is_busy = False
+
+    def _show_loss(self) -> None:
+        """Let a loss module that the caller gave, and may look into, have the weights that were trained."""
+        last = self.held.get(self.plan.cut.num_stages - 1)
+        if last is not None and self._own_loss is not None:
+            trained = last.weights.newest[-1].get_submodule("loss")
+            for name, parameter in self._own_loss.named_parameters():
+                parameter.data = trained.get_parameter(name).data
+
+    def _publish(self, batch: int) -> None:
+        """On the rank of the last stage: tell all ranks the loss of a batch, as soon as it is known."""
+        size = self._program.num_microbatches
+        shares = [self._executor.losses.pop(batch * size + index) for index in range(size)]
+        # Where a batch is several updates, each normalised by itself, the batch's loss is their mean.
+        scale = self._program.update_size / size
+        names = self.chain.loss.parts
+        self._board.publish([math.fsum(share[name].item() for share in shares) * scale for name in names])
+
+    def _loss_of_batch(self) -> float:
+        """Return the loss of a synchronous batch before its update: it was told before its last gradient was sent."""
+        self._told = self._board.collect()
+        return math.fsum(self._told)
+
+    def _result(self, program: Program, batch: int) -> tuple[StepResult, NonFiniteLossError | None]:
+        """Return what a batch gave, and why training ends with it if it does."""
+        size, synchronous = program.num_microbatches, self.programs.synchronous
+        values = self._told if synchronous else self._board.collect()
+        parts = dict(zip(self.chain.loss.parts, values, strict=True))
+        reasons = self._updater.take_refused(range(batch * size, (batch + 1) * size))
+        result = StepResult(
+            program.first_iteration + batch,
+            math.fsum(values),
+            parts,
+            self._updater.gradient_norm,
+            min(len(reasons), 1) if synchronous else len(reasons),
+        )
+        error = non_finite_error(result, reasons, synchronous=synchronous) if self._stops else None
+        return result, error
 
     def _update(self, stage: int, microbatch: int) -> None:
         program = self._program
@@ -287,7 +351,17 @@ class Pipeline:
         self.transport.finish()
         sums.take(self._executor.losses, self._executor.counts)
 
+    def _check_taken(self) -> None:
+        """Refuse to go on where `train` was called and nobody took what it gives: it has not done anything."""
+        if self._is_untaken:
+            self._is_untaken = False
+            raise ExecutionError(
+                "train() was called and its results were not taken, so it has not trained; it trains while they are "
+                "taken: for result in pipeline.train(batches): ..., or list(pipeline.train(batches))"
+            )
+
     def _check_open(self) -> None:
+        self._check_taken()
         if self._is_closed or not self.world.is_open:
             raise ExecutionError(
                 "the pipeline was closed, so its ranks cannot be reached any more; make another one, or train inside "
@@ -296,6 +370,12 @@ class Pipeline:
 
     def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
+        self._given.check()
+        if self._ended_by is not None:
+            raise ExecutionError(
+                f"an earlier batch ended in the middle with {type(self._ended_by).__name__}: {self._ended_by}; other "
+                "ranks may be waiting for it still, so make another pipeline"
+            )
         if self._is_busy:
             raise ExecutionError(
                 "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of "
@@ -316,9 +396,10 @@ class Pipeline:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.
 
-        The dictionaries of all ranks together are the model's; for an `nn.Sequential`, what its own would be.
+        The dictionaries of all ranks together are the model's; for an `nn.Sequential`, what its own would be. Tensors
+        are copies: later training does not change them.
         """
-        return named_state(self.chain, self.held.values())
+        return {name: tensor.detach().clone() for name, tensor in named_state(self.chain, self.held.values()).items()}
 
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""
@@ -334,5 +415,7 @@ class Pipeline:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or self.num_ranks == 1:
             self.close()
+            if error is None:
+                self._check_taken()
         elif self._owns_world:
             self.world.__exit__(kind, error, traceback)  # the others learn why; leaving together is impossible now

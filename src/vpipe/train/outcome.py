@@ -34,6 +34,7 @@ class RankOutcome:
     """
 
     final_loss: float
+    num_skipped: int
     eval_loss: float | None
     iteration_ms: float | None
     events: Sequence[TraceEvent]
@@ -56,6 +57,7 @@ def summarize_run(
     stretch, measured = choose_measured(outcome.stretches, filling)
     first, stop = max(stretch.start, measured.start - filling), min(stretch.stop, measured.stop + 1)
     mine = {
+        "skipped_updates": outcome.num_skipped,
         "bytes_sent": pipeline.transport.bytes_sent,
         "bytes_received": pipeline.transport.bytes_received,
         "peak_memory_bytes": peak_memory_bytes(world),
@@ -78,7 +80,7 @@ def summarize_run(
         "schedule": config.pipeline.schedule,
         "iterations": iterations,
         "num_samples": iterations * config.train.batch_size,
-        "final_loss": outcome.final_loss,
+        "final_loss": finite(outcome.final_loss),
         "eval_loss": finite(outcome.eval_loss),
         "samples_per_second": config.train.batch_size / iteration_ms * 1e3 if iteration_ms else 0.0,
         "iteration_ms": iteration_ms,

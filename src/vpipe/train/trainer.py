@@ -78,7 +78,7 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         train, total = self.config.train, self.setup.total_iterations
-        loss, held_out = float("nan"), None
+        loss, held_out, num_skipped = float("nan"), None, 0
         stretches = list(cut_into_stretches(total, train.eval_frequency if self.setup.evaluates else 0))
         for stretch in stretches:
             batches = self.setup.batches(self.pipeline.fields, stretch.start, stretch.num_iterations)
@@ -86,14 +86,14 @@ class Trainer:
             for result in self.pipeline.train(batches, stretch.num_iterations):
                 self._meter.update(train.batch_size)
                 self._report(result)
-                loss = result.loss
+                loss, num_skipped = result.loss, num_skipped + result.num_skipped
             due = stretch.stop == total or (train.eval_frequency and stretch.stop % train.eval_frequency == 0)
             if self.setup.evaluates and due:
                 held_out = self._evaluate(stretch.stop)
         if train.save_model:
             self._status.write("saving the model")
             save_model(self.pipeline, self.setup, self.run_directory / "model", self.world)
-        outcome = RankOutcome(loss, held_out, self._meter.iteration_ms, self._recorder.events(), stretches)
+        outcome = RankOutcome(loss, num_skipped, held_out, self._meter.iteration_ms, self._recorder.events(), stretches)
         summary = summarize_run(self.pipeline, self.setup, self.world, outcome, self.run_directory, self._prediction)
         if self._metrics is not None:
             self._metrics.close()
@@ -128,6 +128,7 @@ class Trainer:
                     "loss": result.loss,
                     **{f"{name}_loss": part for name, part in result.parts.items() if len(result.parts) > 1},
                     "gradient_norm": result.gradient_norm,
+                    "skipped_updates": result.num_skipped,
                     "learning_rate": setup.learning_rate(result.iteration),
                     "samples_per_second": rate,
                     "elapsed_s": time.perf_counter() - self._start,
@@ -137,6 +138,11 @@ class Trainer:
             logger.info(
                 "Epoch: [%d][%d/%d]  Iteration: %d/%d  Loss: %.4f  Samples/s: %.1f",
                 epoch, step + 1, setup.iterations_per_epoch, done, total, result.loss, rate,
+            )  # fmt: skip
+        if result.num_skipped:
+            logger.warning(
+                "Iteration %d: %d updates were left out, because the loss (%.4g) or a gradient is not finite",
+                done, result.num_skipped, result.loss,
             )  # fmt: skip
         if train.verbose_frequency and done % train.verbose_frequency == 0:
             self._report_rank(done)

@@ -78,16 +78,20 @@ class _Stage:
         """Copy the newest weights into the ring: the optimizer writes into the originals, which no graph refers to."""
         self.newest += 1
         self.ring[self.newest] = [parameter.detach().clone().requires_grad_() for parameter in self.parameters]
+        for parameter, leaf in zip(self.parameters, self.ring[self.newest], strict=True):
+            vars(leaf).update(vars(parameter))
+            for hook in (parameter._backward_hooks or {}).values():
+                leaf.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def forget(self, still_used: Sequence[int]) -> None:
         """Drop old versions that no later microbatch uses."""
         self.ring = {version: item for version, item in self.ring.items() if version in {self.newest, *still_used}}
 
-    def step(self, learning_rate: float | None) -> dict[str, Tensor]:
+    def step(self, learning_rate: float | None, *, apply: bool = True) -> dict[str, Tensor]:
         """Update the weights and return the gradients that this took."""
         pairs = zip(self.names, self.parameters, strict=True)
         gradients = {name: parameter.grad for name, parameter in pairs if parameter.grad is not None}
-        if self.optimizer is not None:
+        if self.optimizer is not None and apply:
             for group in self.optimizer.param_groups if learning_rate is not None else ():
                 group["lr"] = learning_rate
             self.optimizer.step()
@@ -167,8 +171,9 @@ class Reference:
                 losses.append({name: part.item() for name, part in parts.items()})
         norm = self._finish_gradients(self._stages)
         gradients: dict[str, Tensor] = {}
+        is_finite = math.isfinite(norm) and all(math.isfinite(part) for share in losses for part in share.values())
         for stage in self._stages:
-            gradients.update(self._step(stage, self.iteration))
+            gradients.update(self._step(stage, self.iteration, apply=is_finite))
         self.iteration += 1
         return ReferenceResult(tuple(losses), (gradients,), ((norm,),))
 
@@ -204,9 +209,10 @@ class Reference:
                 update = weights.update_of[serial]
                 if serial + 1 < len(microbatches) and weights.update_of[serial + 1] == update:
                     continue
-                norms[update].append(self._finish_gradients([stage]))
+                norms[update].append(norm := self._finish_gradients([stage]))
                 # The very arithmetic of the rate's argument is part of the contract.
-                gradients[update].update(self._step(stage, self.iteration + update * share))
+                progress = self.iteration + update * share
+                gradients[update].update(self._step(stage, progress, apply=math.isfinite(norm)))
                 stage.remember()
                 stage.forget(weights.version_of[serial + 1 :])
         self.iteration += len(microbatches) // num_microbatches
@@ -284,17 +290,21 @@ class Reference:
             with seeding_others(seed):
                 values.update(call_block(block, call, values))
         with seeding_others(derive_seed(self._seed, "dropout", iteration, microbatch, len(calls))):
-            return self.chain.loss(values, totals, _num_samples(fields))
+            return self.chain.loss(values, totals, self._num_samples(fields))
+
+    def _num_samples(self, fields: Fields) -> int:
+        return next(len(item) for name, item in fields.items() if name not in self.chain.whole_fields)
 
     def _totals(self, microbatches: Sequence[Fields]) -> dict[str, float]:
         totals: dict[str, float] = {}
         for fields in microbatches:
-            for name, count in self.chain.loss.count(fields, _num_samples(fields)).items():
+            for name, count in self.chain.loss.count(fields, self._num_samples(fields)).items():
                 totals[name] = totals.get(name, 0.0) + count
         return totals
 
-    def _step(self, stage: _Stage, progress: float) -> dict[str, Tensor]:
-        gradients = stage.step(None if self._learning_rate is None else self._learning_rate(progress))
+    def _step(self, stage: _Stage, progress: float, *, apply: bool) -> dict[str, Tensor]:
+        """Update, but with what is not finite, which a pipeline does not apply."""
+        gradients = stage.step(None if self._learning_rate is None else self._learning_rate(progress), apply=apply)
         return gradients if self._keep_gradients else {}
 
     def _finish_gradients(self, stages: Sequence[_Stage]) -> float:
@@ -325,6 +335,8 @@ def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor |
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                hook(parameter)
 
 
 def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:
@@ -339,12 +351,10 @@ def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:
 
 def _norm(gradient: Tensor) -> float:
     """Return the norm in float64: of a large gradient that of its pieces' norms, as docs/contract.md has it."""
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
     if gradient.numel() <= _PIECE:
         return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
     num_pieces = min(_MOST_PIECES, 1 + gradient.numel() // _PIECE)
     norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in gradient.flatten().chunk(num_pieces)]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
-
-
-def _num_samples(fields: Fields) -> int:
-    return len(next(iter(fields.values())))

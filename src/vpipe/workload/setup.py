@@ -26,10 +26,11 @@ from vpipe.model.chain import Chain
 from vpipe.model.rng import seeding_user_code
 from vpipe.model.zoo import build_chain
 from vpipe.plan.plan import Plan
-from vpipe.runtime.arguments import Memory, Update
+from vpipe.runtime.arguments import Memory
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Hooks, Pipeline
+from vpipe.runtime.weights.update import Update
 from vpipe.workload.lr import learning_rate
 from vpipe.workload.optim import build_optimizer
 
@@ -206,7 +207,12 @@ def build_training_pipeline(setup: Setup, world: World, hooks: Hooks) -> Pipelin
         setup.chain.with_field_specs(setup.source.fields),
         plan=setup.plan,
         optimizer=setup.optimizer,
-        update=Update(config.optimizer.clip_grad_norm, setup.learning_rate),
+        update=Update(
+            config.optimizer.clip_grad_norm,
+            setup.learning_rate,
+            on_non_finite=config.train.on_non_finite,
+            measure_norm=config.train.gradient_norm,
+        ),
         memory=Memory(config.plan.memory_limit, swap_directory=config.plan.swap_directory),
         world=world,
         seed=config.seed,

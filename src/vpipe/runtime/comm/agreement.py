@@ -11,7 +11,7 @@ from torch import Tensor
 from vpipe.errors import ConfigError
 from vpipe.runtime.comm.world import World
 
-__all__ = ["agree", "agree_on_batch", "checksum"]
+__all__ = ["agree", "agree_on_batch", "agree_on_weights", "checksum"]
 
 _WHAT = "all ranks to compare their plans"
 
@@ -56,6 +56,27 @@ def agree_on_batch(fields: Mapping[str, Tensor], world: World) -> None:
                 )
 
 
+def agree_on_weights(weights: Mapping[str, Tensor], world: World) -> None:
+    """Check that the ranks of `world` begin with the same weights of a model that all of them hold; collective.
+
+    Raises:
+        ConfigError: they do not; raised on every rank, naming the first weight that differs and two ranks.
+    """
+    if world.num_ranks == 1:
+        return
+    first, *others = world.gather({name: checksum(tensor) for name, tensor in weights.items()}, _WHAT)
+    for rank, theirs in enumerate(others, start=1):
+        for name in first:
+            if theirs.get(name) != first[name]:
+                raise ConfigError(
+                    f"rank 0 and rank {rank} were given different weights: '{name}' is not the same. Each rank trains "
+                    "its part of the model that it was given, so make the same on all of them: draw it with the same "
+                    "seed (torch.manual_seed), and read a checkpoint on every rank"
+                )
+
+
 def checksum(tensor: Tensor) -> int:
     """Return a number that is the same for equal tensors, and nearly always another one for others."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    plain = plain.to_dense() if plain.layout is not torch.strided else plain
+    return zlib.crc32(plain.contiguous().flatten().view(torch.uint8).numpy().data)

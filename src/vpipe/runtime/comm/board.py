@@ -98,6 +98,10 @@ class LossBoard:
         self._num_collected += 1
         return [float(value) for value in found["loss"].tolist()]
 
+    def forget(self) -> None:
+        """On a source that is the only rank: drop what was published and not collected."""
+        self._published.clear()
+
     def finish(self) -> None:
         """On the source: wait until all that was sent has been taken."""
         while self._sends:

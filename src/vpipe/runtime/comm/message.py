@@ -128,7 +128,8 @@ class Message:
                 f"expected message (channel, serial, layout) {expected} but received {(channel, number, agreement)}; "
                 "all ranks must run the same version, configuration and data"
             )
-        return {name: view.detach() for (name, view), there in zip(self.values.items(), present, strict=True) if there}
+        # With .data each has a version counter of its own: changing one in place is no change of the others.
+        return {name: view.data for (name, view), there in zip(self.values.items(), present, strict=True) if there}
 
 
 def _aligned(num_bytes: int, grain: int) -> int:

@@ -102,6 +102,8 @@ class Stage:
         self.is_last = stop == len(chain)
         self.outputs = () if self.is_last else chain.crossing(stop)
         self.fields = chain.fields_of(start, stop)
+        self._read_elsewhere = _fields_read_outside(chain, start, stop)
+        self._aliases: dict[str, str] = {}
         self._recomputes = recomputes
         self._swaps = frozenset(block for block in range(start, stop) if block in swaps)
         self._enter = enter_through_nodes if self._swaps else enter_as_leaves
@@ -117,11 +119,17 @@ class Stage:
         """Say what shape inference found to cross the cuts before and after the stage: which values need a gradient."""
         self._differentiable = frozenset(spec.name for spec in inputs if spec.requires_grad)
         self._owed = frozenset(spec.name for spec in outputs if spec.requires_grad)
+        self._aliases = {spec.name: spec.alias for spec in inputs if spec.alias is not None}
 
     @property
     def swaps(self) -> bool:
         """Tell whether any of its blocks swaps."""
         return bool(self._swaps)
+
+    def forget(self) -> None:
+        """Drop what forwards have left for backwards that will not come."""
+        for waiting in (self._saved, self._deferred, self._shared):
+            waiting.clear()
 
     @property
     def num_saved(self) -> int:
@@ -147,6 +155,7 @@ class Stage:
         Raises:
             ModelError: a value needs a gradient although it did not when shapes were inferred, or the other way round.
         """
+        delicate = self._delicate(fields, inputs)
         entrance = self._enter(inputs, self._differentiable)
 
         deferred = Deferred(self._findings) if split else None
@@ -162,6 +171,7 @@ class Stage:
             return values, activations
 
         values, activations = self._run_again(run, modules) if split or is_watched else run()
+        self._check_changes(delicate)
         entrance.values = {}
         saved = self._saved[serial] = _Saved(key, entrance, activations, deferred)
         if self.is_last:
@@ -176,6 +186,26 @@ class Stage:
                 "when shapes were inferred on the meta device; blocks must not make that depend on data or device"
             )
         return {name: value.detach() for name, value in outputs.items()}
+
+    def _delicate(self, fields: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        """Return what must not be changed in place, as others would not see it, with how often it was so far."""
+        found = {name: fields[name] for name in self._read_elsewhere if name in fields}
+        found.update((name, inputs[name]) for name in self._aliases if name in inputs)
+        return {name: (tensor, tensor._version) for name, tensor in found.items() if not tensor.is_inference()}
+
+    def _check_changes(self, delicate: Mapping[str, tuple[Tensor, int]]) -> None:
+        changed = next((name for name, (tensor, version) in delicate.items() if tensor._version != version), None)
+        if changed is None:
+            return
+        why = (
+            f"which crosses a cut and has the same memory as '{self._aliases[changed]}' in front of it, not behind it"
+            if changed in self._aliases
+            else "a batch field that blocks of another stage read, too, which do not see that"
+        )
+        raise ModelError(
+            f"blocks {self.start} to {self.stop - 1} change '{changed}' in place, {why}; let them change a copy "
+            "(.clone()), or cut somewhere else"
+        )
 
     def _run_again(self, run: Callable[[], T], modules: nn.ModuleList) -> T:
         """Run a forward, once more whenever it is found out that a block has to be run otherwise.
@@ -312,6 +342,12 @@ class Stage:
         """Run the half for weights of a backward that was split."""
         del self._shared[serial]
         run_deferred(self._deferred.pop(serial))
+
+
+def _fields_read_outside(chain: Chain, start: int, stop: int) -> frozenset[str]:
+    """Return the batch fields that blocks `start` to `stop - 1` read and those of other stages, too."""
+    others = {*chain.fields_of(0, start), *(chain.fields_of(stop, len(chain)) if stop < len(chain) else ())}
+    return frozenset(others.intersection(chain.fields_of(start, stop)))
 
 
 def _edge(value: Tensor) -> GradientEdge:

@@ -16,7 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["clip_coefficient", "global_norm", "local_norm", "scale_gradients", "squared_norms"]
+__all__ = [
+    "are_finite",
+    "clip_coefficient",
+    "device_of",
+    "global_norm",
+    "local_norm",
+    "numbers_of",
+    "scale_gradients",
+    "squared_norms",
+]
 
 _EPSILON = 1e-6
 _PIECE = 1 << 15
@@ -24,11 +33,26 @@ _MOST_PIECES = 256
 """A device needs a while for each."""
 
 
+def numbers_of(gradient: Tensor) -> Tensor:
+    """Return what a gradient is made of, as real numbers in a dense tensor: of a sparse one the values."""
+    numbers = gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient
+    return torch.view_as_real(numbers) if numbers.is_complex() else numbers
+
+
+def are_finite(gradients: Sequence[Tensor]) -> bool:
+    """Tell whether all numbers of `gradients` are finite."""
+    numbers = [numbers_of(gradient) for gradient in gradients]
+    if not numbers:
+        return True
+    # The largest of all, which is NaN where one is.
+    return bool(torch.stack(torch._foreach_norm(numbers, float("inf"))).isfinite().all())
+
+
 def squared_norms(gradients: Sequence[Tensor]) -> Tensor:
     """Return each gradient's squared norm, in float64 and on the gradients' device."""
     if not gradients:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([_norm(item) for item in gradients]).square()
+    return torch.stack([_norm(numbers_of(item)) for item in gradients]).square()
 
 
 def _norm(gradient: Tensor) -> Tensor:
@@ -55,7 +79,7 @@ def global_norm(
     `placed` holds this rank's gradients, each with its place among the model's `num_parameters`. No place may appear
     twice on all ranks together, so of a tied weight's copies, whose gradients are the same sum, only one is listed.
     """
-    vector = torch.zeros(num_parameters, dtype=torch.float64, device=_device_of(group))
+    vector = torch.zeros(num_parameters, dtype=torch.float64, device=device_of(group))
     if placed:
         places = torch.tensor([place for place, _ in placed], device=vector.device)
         vector[places] = squared_norms([gradient for _, gradient in placed]).to(vector.device)
@@ -71,10 +95,17 @@ def clip_coefficient(norm: float, max_norm: float) -> float:
 
 def scale_gradients(gradients: Sequence[Tensor], coefficient: float) -> None:
     """Multiply `gradients` by `coefficient` in place; a factor of 1 costs nothing."""
-    if gradients and coefficient != 1.0:
-        torch._foreach_mul_(list(gradients), coefficient)
+    if coefficient == 1.0:
+        return
+    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+    if dense:
+        torch._foreach_mul_(dense, coefficient)
+    for gradient in gradients:
+        if gradient.layout is not torch.strided:
+            gradient.mul_(coefficient)
 
 
-def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+def device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """Return the device of the tensors that `group` exchanges."""
     uses_gpu = group is not None and dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if uses_gpu else torch.device("cpu")

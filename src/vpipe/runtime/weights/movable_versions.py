@@ -100,7 +100,7 @@ class MovableVersions(WeightVersions):
         if version in self._away:
             self._away.pop(version).content()
 
-    def step(self) -> None:
+    def step(self, *, apply: bool = True) -> None:
         """Make the next version, when the newest has left if it leaves, and free what is no longer needed."""
         parcel = self._leaving.pop(self._newest, None)
         if parcel is not None:
@@ -110,7 +110,7 @@ class MovableVersions(WeightVersions):
                 raise parcel.error
             parcel.device = None
             self._away[self._newest] = parcel
-        super().step()
+        super().step(apply=apply)
         for index in self._free_sets():
             self._release(index)
 

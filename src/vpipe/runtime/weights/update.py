@@ -2,25 +2,86 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vpipe.errors import ConfigError
 from vpipe.runtime.comm.wait import telling_losses
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
-from vpipe.runtime.weights.clipping import clip_coefficient, global_norm, local_norm, scale_gradients
+from vpipe.runtime.weights.clipping import (
+    are_finite,
+    clip_coefficient,
+    device_of,
+    global_norm,
+    local_norm,
+    scale_gradients,
+)
 from vpipe.runtime.weights.weights import WeightVersions
 
-__all__ = ["LearningRate", "TiedCopy", "TiedGroup", "Updater"]
+__all__ = ["LearningRate", "TiedCopy", "TiedGroup", "Update", "Updater"]
 
 LearningRate = Callable[[float], float]
 """The rate of an update, from the iterations done before it."""
+
+
+OnNonFinite = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update does beside the optimizer.
+
+    Args:
+        clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
+        learning_rate: the rate as a function of iterations done, instead of the optimizer's own.
+        on_non_finite: a NaN or infinite loss or gradient is never applied; `stop` ends the training with an error,
+            `skip` goes on with the next batch and counts.
+        measure_norm: tell the gradient norm without clipping, too; in a synchronous schedule all ranks wait for it.
+
+    Raises:
+        ConfigError: a norm that is not above 0, a rate that is no function, or another word.
+    """
+
+    clip_grad_norm: float | None = None
+    learning_rate: LearningRate | None = None
+    on_non_finite: OnNonFinite = "stop"
+    measure_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.on_non_finite not in get_args(OnNonFinite):
+            known = ", ".join(get_args(OnNonFinite))
+            raise ConfigError(f"on_non_finite is {self.on_non_finite!r}; choose one of {known}")
+        if not isinstance(self.measure_norm, bool):
+            raise ConfigError(f"measure_norm is {self.measure_norm!r}; give True or False")
+        if self.clip_grad_norm is not None and not isinstance(self.clip_grad_norm, Real):
+            raise ConfigError(f"clip_grad_norm is {self.clip_grad_norm!r}; give a number above 0, or None")
+        if self.learning_rate is not None and not callable(self.learning_rate):
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate!r}; give a function of the iterations done, or set a constant "
+                "rate in the optimizer"
+            )
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ConfigError(
+                f"clip_grad_norm is {self.clip_grad_norm}; give a number above 0, or None for no clipping"
+            )
+
+    def facts(self) -> dict[str, object]:
+        """Return what ranks must agree on."""
+        return {
+            "clip_grad_norm": self.clip_grad_norm,
+            "on_non_finite": self.on_non_finite,
+            "measure_norm": self.measure_norm,
+        }
 
 
 @dataclass(frozen=True)
@@ -46,6 +107,11 @@ class Updater:
     In a synchronous schedule all stages of a batch update together, which on each rank is at the last of its STEPs:
     tied gradients are summed in block order and clipping uses the norm over all stages. In an asynchronous one there is
     no common moment: each stage clips by its own norm.
+
+    What is not finite is not applied. In a synchronous schedule no stage updates after a batch whose loss is not
+    finite, which `loss_of_batch` tells all ranks at the same moment, or whose norm is not, where that is taken; and
+    with `skip` no stage updates where the gradients of another one are not finite. In an asynchronous one each
+    stage looks at its own gradients.
     """
 
     def __init__(
@@ -53,10 +119,10 @@ class Updater:
         weights: Mapping[int, WeightVersions],
         parameter_names: Sequence[str],
         tied: Sequence[TiedGroup],
+        update: Update,
         *,
         synchronous: bool,
-        clip_grad_norm: float | None,
-        learning_rate: LearningRate | None,
+        loss_of_batch: Callable[[], float],
         world: World,
         hooks: Hooks,
     ) -> None:
@@ -66,12 +132,17 @@ class Updater:
         self._repeats = {copy.name for item in tied for copy in item.copies[1:]}
         self._tied = tied
         self._synchronous = synchronous
-        self._clip = clip_grad_norm
-        self._learning_rate = learning_rate
+        self._clip = update.clip_grad_norm
+        self._measures = update.measure_norm or update.clip_grad_norm is not None
+        self._skipping = update.on_non_finite == "skip"
+        self._learning_rate = update.learning_rate
+        self._loss_of_batch = loss_of_batch
         self._world = world
         self._hooks = hooks
         self._due: list[tuple[int, int, float]] = []
         self.gradient_norm: float | None = None
+        self.refused: dict[tuple[int, int], str] = {}
+        """Stage and last microbatch of the updates that were not applied, and what was not finite."""
         self._equalise_tied()
 
     def step(self, stage: int, microbatch: int, progress: float) -> None:
@@ -84,11 +155,51 @@ class Updater:
             return
         due, self._due = self._due, []
         held = {index: self._weights[index] for index, _, _ in due}
-        self._sum_tied(held)
-        if self._clip is not None:
-            self._clip_gradients(held, self._clip)
+        if (reason := self._prepare(held)) is not None:
+            self.refused.update({(index, number): reason for index, number, _ in due})
+            for weights in held.values():
+                weights.step(apply=False)
+            return
         for index, number, iterations in due:
             self._apply(index, number, iterations)
+
+    def take_refused(self, microbatches: range) -> list[str]:
+        """Return what kept updates that end with one of `microbatches` from being applied, and forget it."""
+        found = [key for key in self.refused if key[1] in microbatches]
+        return [self.refused.pop(key) for key in found]
+
+    def forget(self) -> None:
+        """Drop updates that wait for those of other stages."""
+        self._due.clear()
+        self.refused.clear()
+
+    def _prepare(self, held: Mapping[int, WeightVersions]) -> str | None:
+        """Make gradients ready for the update; return what is not finite in them or in their loss."""
+        if self._synchronous and not math.isfinite(loss := self._loss_of_batch()):
+            self.gradient_norm = None
+            return f"the loss became {loss}"
+        self._sum_tied(held)
+        if self._measures:
+            self.gradient_norm = norm = self._measure(held)
+            if not math.isfinite(norm):
+                return f"the gradient norm became {norm}"
+            if self._clip is not None:
+                gradients = [gradient for weights in held.values() for _, gradient in _named(weights)]
+                scale_gradients(gradients, clip_coefficient(norm, self._clip))
+        elif not self._synchronous or self._skipping:
+            finite = are_finite([gradient for weights in held.values() for _, gradient in _named(weights)])
+            if not (self._all_are(finite) if self._synchronous else finite):
+                return "a gradient became NaN or infinite"
+        return None
+
+    def _all_are(self, finite: bool) -> bool:
+        """Tell whether this holds on all ranks; collective."""
+        if self._world.peers is None:
+            return finite
+        with self._collective("whether gradients are finite"):
+            votes = torch.tensor([finite], dtype=torch.float64, device=device_of(self._world.peers))
+            dist.all_reduce(votes, dist.ReduceOp.MIN, group=self._world.peers)
+            return bool(votes.item())
 
     def _apply(self, stage: int, microbatch: int, progress: float) -> None:
         weights = self._weights[stage]
@@ -131,16 +242,15 @@ class Updater:
             for parameter in mine:
                 parameter.detach().copy_(first)
 
-    def _clip_gradients(self, held: Mapping[int, WeightVersions], most: float) -> None:
+    def _measure(self, held: Mapping[int, WeightVersions]) -> float:
+        """Return the norm of the gradients: synchronous, of all ranks, which is collective; or else of these stages."""
         named = [item for weights in held.values() for item in _named(weights)]
         counted = [(name, gradient) for name, gradient in named if name not in self._repeats]
-        if self._synchronous:
-            placed = [(self._positions[name], gradient) for name, gradient in counted]
-            with self._collective("the gradient norm"):
-                self.gradient_norm = global_norm(placed, len(self._positions), self._world.peers)
-        else:
-            self.gradient_norm = local_norm([gradient for _, gradient in counted])
-        scale_gradients([gradient for _, gradient in named], clip_coefficient(self.gradient_norm, most))
+        if not self._synchronous:
+            return local_norm([gradient for _, gradient in counted])
+        placed = [(self._positions[name], gradient) for name, gradient in counted]
+        with self._collective("the gradient norm"):
+            return global_norm(placed, len(self._positions), self._world.peers)
 
     @contextmanager
     def _collective(self, what: str) -> Iterator[None]:

@@ -8,7 +8,6 @@ the update is in place.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from vpipe.errors import ConfigError, ScheduleError
+from vpipe.model.copying import copy_module, like_parameter
 
 __all__ = ["OptimizerFactory", "Resized", "WeightVersions"]
 
@@ -54,7 +54,7 @@ class WeightVersions:
         self._newest = 0
         # The optimizer knows these; they are never part of a graph and point at the newest set's memory.
         # Taken with .data, they keep a version counter of their own: autograd's counter of a set is raised by `step`.
-        self.parameters = [nn.Parameter(parameter.data) for parameter in self._parameters[0]]
+        self.parameters = [like_parameter(parameter.data, parameter) for parameter in self._parameters[0]]
         self.names = list(names)
         self.resized: Resized = _ignore
         """Is told by how many bytes the memory of all sets together grows."""
@@ -120,8 +120,11 @@ class WeightVersions:
         yield from self._sets[0].buffers()
         yield from (parameter for parameter in self._sets[0].parameters() if not parameter.requires_grad)
 
-    def step(self) -> None:
-        """Make the next version from the newest one and the accumulated gradients, and forget the gradients."""
+    def step(self, *, apply: bool = True) -> None:
+        """Make the next version from the newest one and the accumulated gradients, and forget the gradients.
+
+        Without `apply` the next version has the weights of the newest.
+        """
         self._drop_unused()
         target = self._set_of[self._newest]
         if self._uses[self._newest] > 0:
@@ -130,12 +133,16 @@ class WeightVersions:
             del self._set_of[self._newest]
         self._newest += 1
         self._set_of[self._newest] = target
-        if self.optimizer is not None:
+        if self.optimizer is not None and apply:
             _step(self.optimizer)
-            for parameter in self.parameters:
-                parameter.grad = None
+        self.forget_gradients()
         # Lets autograd notice, should a graph ever still need what was just written.
         torch.autograd.graph.increment_version(self._parameters[target])
+
+    def forget_gradients(self) -> None:
+        """Drop what was accumulated for the next update."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _drop_unused(self) -> None:
         for version in list(self._set_of):
@@ -162,7 +169,8 @@ class WeightVersions:
     def _add_set(self, parameters: Mapping[int, nn.Parameter]) -> int:
         """Make one more set, with copies of the trained parameters or those given, by the identity of the original."""
         self.resized(self._set_bytes())
-        copied = copy.deepcopy(self._sets[0], {**_shared(self._sets[0]), **parameters})
+        copied = copy_module(self._sets[0], {**_shared(self._sets[0]), **parameters})
+        assert isinstance(copied, nn.ModuleList)
         self._sets.append(copied)
         self._parameters.append(_trainable(copied))
         return len(self._sets) - 1
@@ -208,7 +216,16 @@ def _step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _build_optimizer(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    optimizer = factory(list(named))
+    try:
+        optimizer = factory(list(named))
+    except (AttributeError, TypeError) as error:
+        if "tuple" not in str(error):
+            raise
+        raise ConfigError(
+            f"the optimizer function failed: {error}. It is given the (name, parameter) pairs of a stage, which "
+            "torch's optimizers take as they are; to choose among them, write [parameter for name, parameter in pairs "
+            "if ...]"
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"the optimizer function returned {type(optimizer).__name__}, not a torch.optim.Optimizer; give a function "

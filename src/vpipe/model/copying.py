@@ -1,0 +1,125 @@
+"""Copies of modules and parameters with all that their users put on them.
+
+`copy.deepcopy` gives a parameter's copy its numbers alone: no hooks, no attributes such as marks for the optimizer. It
+also leaves out that a module was compiled in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpipe.errors import ModelError
+
+__all__ = ["carry_over", "check_memory", "copy_module", "like_parameter"]
+
+
+def copy_module(module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """Return a deep copy of `module` with hooks and attributes of its parameters; `memo` names what is not copied.
+
+    Raises:
+        ModelError: it was compiled in place by something else than torch.compile.
+        RuntimeError: it cannot be copied, because it holds a tensor that was computed.
+    """
+    memo = {} if memo is None else memo
+    copied = copy.deepcopy(module, memo)
+    for part, other in zip(module.modules(), copied.modules(), strict=True):
+        for name, original in _tensors(part):
+            carry_over(original, getattr(other, name), memo)
+        if part._compiled_call_impl is not None:
+            other._compiled_call_impl = _compiled_as(part, other)
+    return copied
+
+
+def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, item) for name, item in (part._parameters | part._buffers).items() if item is not None)
+    yield from ((name, item) for name, item in vars(part).items() if isinstance(item, Tensor))
+
+
+def carry_over(original: Tensor, copied: Tensor, memo: dict[int, object] | None = None) -> None:
+    """Give a copy of a parameter or tensor the attributes and hooks of the original, which it does not have yet."""
+    before, after = original._backward_hooks, original._post_accumulate_grad_hooks
+    if copied is original or not (vars(original) or before or after):
+        return
+    memo = {} if memo is None else memo
+    for name, value in vars(original).items():
+        if name not in vars(copied):
+            vars(copied)[name] = _deep(value, memo)
+    if (before or after) and not copied._backward_hooks and not copied._post_accumulate_grad_hooks:
+        is_trained = copied.requires_grad
+        copied.requires_grad_()  # hooks of what is frozen wait until it is trained
+        for hook in (before or {}).values():
+            copied.register_hook(_deep(hook, memo))  # type: ignore[no-untyped-call]
+        for hook in (after or {}).values():
+            copied.register_post_accumulate_grad_hook(_deep(hook, memo))  # type: ignore[no-untyped-call]
+        copied.requires_grad_(is_trained)
+
+
+def _deep(value: object, memo: dict[int, object]) -> Any:
+    """Return a copy that refers to copied parameters where `value` refers to the original ones; itself if it has none.
+
+    Functions are as they are; methods of a module become those of its copy.
+    """
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # what somebody hung on a parameter may be anything, such as a lock
+        return value
+
+
+def like_parameter(data: Tensor, original: nn.Parameter) -> nn.Parameter:
+    """Return a parameter of `data` that has the type and the attributes of `original`."""
+    kind = type(original)
+    made = (
+        torch.Tensor._make_subclass(kind, data, original.requires_grad)
+        if kind is not nn.Parameter and nn.Parameter in kind.__mro__
+        else nn.Parameter(data, original.requires_grad)
+    )
+    vars(made).update({name: value for name, value in vars(original).items() if name not in vars(made)})
+    return made
+
+
+def _compiled_as(original: nn.Module, copied: nn.Module) -> Callable[..., Any]:
+    """Compile `copied` as `original.compile(...)` did it with that one."""
+    # Torch keeps the arguments in what made the compiled call.
+    compiled = original._compiled_call_impl
+    assert compiled is not None
+    maker = inspect.getclosurevars(compiled).nonlocals.get("self")
+    if not callable(maker):
+        raise ModelError(
+            f"a {type(original).__name__} was compiled with .compile(), and its copy cannot be compiled in the same "
+            "way; give torch.compile(module) instead"
+        )
+    made: Callable[..., Any] = maker(copied._call_impl)
+    return made
+
+
+def check_memory(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse a trained parameter whose memory is also that of another parameter or buffer: copies would drift apart.
+
+    Raises:
+        ModelError: there is one; the text names both.
+    """
+    ranges = []
+    for name, tensor in named:
+        if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+            continue
+        start = tensor.data_ptr()
+        extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        ranges.append((str(tensor.device), start, start + extent * tensor.element_size(), name, tensor))
+    ranges.sort(key=lambda item: item[:3])
+    for index, (device, _, end, name, tensor) in enumerate(ranges):
+        for other_device, other_start, _, other_name, other in ranges[index + 1 :]:
+            if other_device != device or other_start >= end:
+                break
+            if other is not tensor and (tensor.requires_grad or other.requires_grad):
+                one, two = sorted((name, other_name))
+                raise ModelError(
+                    f"'{one}' and '{two}' share their memory without being one parameter, so their copies would drift "
+                    "apart; make them one, which ties them (head.weight = table.weight, without .data), or copy one "
+                    "(.clone())"
+                )
