@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from vpipe.model.chain import Chain, ValueSpec
 from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.stage.stage import MicrobatchKey, Stage
-from vpipe.runtime.weights.weights import OptimizerFactory, WeightVersions
+from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
+from vpipe.runtime.weights.weights import WeightVersions
 
 __all__ = ["BlockTrial", "Sample", "make_trial"]
 

@@ -37,7 +37,8 @@ def copy_module(module: nn.Module, memo: dict[int, object] | None = None) -> nn.
 
 
 def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, item) for name, item in (part._parameters | part._buffers).items() if item is not None)
+    yield from part.named_parameters(recurse=False, remove_duplicate=False)
+    yield from part.named_buffers(recurse=False, remove_duplicate=False)
     yield from ((name, item) for name, item in vars(part).items() if isinstance(item, Tensor))
 
 

@@ -25,11 +25,10 @@ def initialise_meta(name: str, module: nn.Module) -> nn.Module:
     resets = [_find_reset(name, path, part) for path, part in parts]
     places = _places_of_shared_parameters(module)
     for _, part in parts:
-        before = dict(part._parameters)
+        before = list(part.named_parameters(recurse=False, remove_duplicate=False))
         part.to_empty(device="cpu", recurse=False)
-        for local, original in before.items():
-            if original is not None:
-                carry_over(original, getattr(part, local))
+        for local, original in before:
+            carry_over(original, getattr(part, local))
     # Emptying gives every place a tensor of its own.
     for first, *others in places:
         shared = module.get_parameter(first)

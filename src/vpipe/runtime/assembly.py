@@ -19,8 +19,9 @@ from vpipe.runtime.executor import HeldStage
 from vpipe.runtime.memory.host_link import HostLink, Moved, open_host_link
 from vpipe.runtime.stage.stage import Stage
 from vpipe.runtime.weights.movable_versions import MovableVersions
+from vpipe.runtime.weights.stage_optimizer import OptimizerFactory, refuse_coupled
 from vpipe.runtime.weights.update import TiedCopy, TiedGroup
-from vpipe.runtime.weights.weights import OptimizerFactory, WeightVersions
+from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.schedule.placement import Placement
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "connect",
     "crossing_specs",
     "named_state",
+    "show_loss",
     "tied_groups",
 ]
 
@@ -71,6 +73,9 @@ def build_stages(
         stage = Stage(chain, start, stop, recomputes, swaps if index in swapping else ())
         versions = MovableVersions if index in moving else WeightVersions
         held[index] = HeldStage(stage, versions(modules, names, optimizer))
+        made = held[index].weights.optimizer
+        if made is not None and plan.cut.num_stages > 1:
+            refuse_coupled(made.optimizers)
     return held
 
 
@@ -95,6 +100,13 @@ def named_state(chain: Chain, held: Iterable[HeldStage]) -> dict[str, Tensor]:
         for block, module in enumerate(item.weights.newest, start=item.stage.start)
         for name, tensor in module.state_dict().items()
     }
+
+
+def show_loss(module: nn.Module, last: HeldStage) -> None:
+    """Let a loss module that the caller gave, and may look into, have the weights that the last stage has trained."""
+    trained = last.weights.newest[-1].get_submodule("loss")
+    for name, parameter in module.named_parameters():
+        parameter.data = trained.get_parameter(name).data
 
 
 def _trainable_names(chain: Chain, start: int, modules: Sequence[nn.Module]) -> list[str]:

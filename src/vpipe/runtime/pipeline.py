@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from operator import methodcaller
@@ -29,7 +28,7 @@ from vpipe.runtime.arguments import (
     count_batches,
     refusing_moved,
 )
-from vpipe.runtime.assembly import build_stages, connect, named_state, tied_groups
+from vpipe.runtime.assembly import build_stages, connect, named_state, show_loss, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
 from vpipe.runtime.comm.agreement import agree, agree_on_weights
 from vpipe.runtime.comm.board import LossBoard
@@ -45,9 +44,9 @@ from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.memory.ledger import Ledger
 from vpipe.runtime.memory_watch import MemoryWatch
 from vpipe.runtime.programs import ProgramBuilder
-from vpipe.runtime.result import StepResult, non_finite_error
+from vpipe.runtime.result import Outcomes, StepResult
+from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
 from vpipe.runtime.weights.update import Update, Updater
-from vpipe.runtime.weights.weights import OptimizerFactory
 from vpipe.schedule.action import Action, Kind
 
 __all__ = ["Hooks", "Pipeline", "StepResult"]
@@ -65,7 +64,8 @@ class Pipeline:
         loss: for modules alone: a function of the last one's output and the batch's target, the mean over samples, or a
             `vpipe.Loss`. A module's own weights are trained, too; it shows them on the rank of the last stage.
         plan: a `vpipe.Plan`, of which ranks and cuts may be open, or the name of a schedule.
-        optimizer: makes the optimizer of one stage from its (name, parameter) pairs, which torch's optimizers take.
+        optimizer: makes the optimizer of one stage, or a list of several, from its (name, parameter) pairs, which
+            torch's optimizers take.
         update: what an update does beside the optimizer, a `vpipe.Update`.
         memory: what a rank may hold, a `vpipe.Memory`.
         world: the ranks that this one works with, a `vpipe.World`; None joins them, and leaves them at the end.
@@ -99,11 +99,9 @@ class Pipeline:
         check_kinds(update=(update, Update), memory=(memory, Memory), seed=(seed, int), hooks=(self.hooks, Hooks))
         if world is not None:
             check_kinds(world=(world, World))
-        self._stops = update.on_non_finite == "stop"
         self._is_busy, self._is_closed, self.iteration = False, False, 0
         self._is_untaken = False
         self._ended_by: Exception | None = None
-        self._told: list[float] = []
         self.host_link: HostLink | None = None
         self._owns_world = world is None
         self.world = World.join() if world is None else world
@@ -159,6 +157,10 @@ class Pipeline:
     def _assemble(self, update: Update, seed: int) -> None:
         """Make what moves values, steps and tells the loss, around the stages; collective."""
         placement, synchronous = self.programs.sample.placement, self.programs.synchronous
+        self._last_rank = self.programs.sample.rank_of(Action(placement.num_stages - 1, Kind.F, 0))
+        parts = self.chain.loss.parts
+        self._board = LossBoard(self._last_rank, len(parts), self.world, shared_memory=self.world.shared_memory)
+        self._outcomes = Outcomes(self._board, parts, synchronous=synchronous, stops=update.on_non_finite == "stop")
         sizes = self.chain.parameter_sizes()
         self._updater = Updater(
             {index: item.weights for index, item in self.held.items()},
@@ -166,7 +168,7 @@ class Pipeline:
             tied_groups(self.chain, self.plan.cut, placement, sizes, synchronous=synchronous, world=self.world),
             update,
             synchronous=synchronous,
-            loss_of_batch=self._loss_of_batch,
+            loss_of_batch=self._outcomes.loss_of_batch,
             world=self.world,
             hooks=self.hooks,
         )
@@ -182,9 +184,6 @@ class Pipeline:
             watch=self._watch,
             synchronise=self.device.type == "cuda",
         )
-        self._last_rank = self.programs.sample.rank_of(Action(placement.num_stages - 1, Kind.F, 0))
-        num_parts, sharing = len(self.chain.loss.parts), self.world.shared_memory
-        self._board = LossBoard(self._last_rank, num_parts, self.world, shared_memory=sharing)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -265,7 +264,9 @@ class Pipeline:
         except Exception as problem:
             self._give_up(problem)
             raise
-        self._show_loss()
+        last = self.held.get(self.plan.cut.num_stages - 1)
+        if self._own_loss is not None and last is not None:
+            show_loss(self._own_loss, last)
         self.iteration += program.num_batches
         self._is_busy = False
         if error is not None:
@@ -282,43 +283,17 @@ class Pipeline:
         self._board.forget()
         self._is_busy = False
 
-    def _show_loss(self) -> None:
-        """Let a loss module that the caller gave, and may look into, have the weights that were trained."""
-        last = self.held.get(self.plan.cut.num_stages - 1)
-        if last is not None and self._own_loss is not None:
-            trained = last.weights.newest[-1].get_submodule("loss")
-            for name, parameter in self._own_loss.named_parameters():
-                parameter.data = trained.get_parameter(name).data
-
     def _publish(self, batch: int) -> None:
-        """On the rank of the last stage: tell all ranks the loss of a batch, as soon as it is known."""
         size = self._program.num_microbatches
         shares = [self._executor.losses.pop(batch * size + index) for index in range(size)]
         # Where a batch is several updates, each normalised by itself, the batch's loss is their mean.
-        scale = self._program.update_size / size
-        names = self.chain.loss.parts
-        self._board.publish([math.fsum(share[name].item() for share in shares) * scale for name in names])
-
-    def _loss_of_batch(self) -> float:
-        """Return the loss of a synchronous batch before its update: it was told before its last gradient was sent."""
-        self._told = self._board.collect()
-        return math.fsum(self._told)
+        self._outcomes.publish(shares, self._program.update_size / size)
 
     def _result(self, program: Program, batch: int) -> tuple[StepResult, NonFiniteLossError | None]:
         """Return what a batch gave, and why training ends with it if it does."""
-        size, synchronous = program.num_microbatches, self.programs.synchronous
-        values = self._told if synchronous else self._board.collect()
-        parts = dict(zip(self.chain.loss.parts, values, strict=True))
+        size = program.num_microbatches
         reasons = self._updater.take_refused(range(batch * size, (batch + 1) * size))
-        result = StepResult(
-            program.first_iteration + batch,
-            math.fsum(values),
-            parts,
-            self._updater.gradient_norm,
-            min(len(reasons), 1) if synchronous else len(reasons),
-        )
-        error = non_finite_error(result, reasons, synchronous=synchronous) if self._stops else None
-        return result, error
+        return self._outcomes.result(program.first_iteration + batch, self._updater.gradient_norm, reasons)
 
     def _update(self, stage: int, microbatch: int) -> None:
         program = self._program

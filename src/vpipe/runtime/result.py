@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vpipe.errors import NonFiniteLossError
+from torch import Tensor
 
-__all__ = ["StepResult", "non_finite_error"]
+from vpipe.errors import NonFiniteLossError
+from vpipe.runtime.comm.board import LossBoard
+
+__all__ = ["Outcomes", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,56 @@ class StepResult:
     all stages, in an asynchronous one those of this rank's stages."""
 
 
-def non_finite_error(result: StepResult, reasons: Sequence[str], *, synchronous: bool) -> NonFiniteLossError | None:
-    """Return why training does not go on after a batch, if `reasons` kept updates of it from being applied."""
-    shown = ", ".join(f"{name} {value}" for name, value in result.parts.items())
-    if not math.isfinite(result.loss):
-        what = f"the loss became {result.loss} at iteration {result.iteration + 1} ({shown})"
-    elif reasons:
-        what = f"{reasons[0]} at iteration {result.iteration + 1} (loss {result.loss})"
-    else:
-        return None
-    kept = (
-        "weights are those before this batch"
-        if synchronous
-        else "gradients that are not finite were not applied, what was updated before stays"
-    )
-    return NonFiniteLossError(
-        f"{what}; {kept}. Lower the learning rate, warm it up for longer, clip gradients (clip_grad_norm), look for "
-        "empty or broken samples, or leave such batches out (on_non_finite: skip)"
-    )
+class Outcomes:
+    """What batches gave: the loss, which the rank of the last stage tells all others, and what was not applied.
+
+    `parts` names what the loss is the sum of. With `stops` what is not finite is an error.
+    """
+
+    def __init__(self, board: LossBoard, parts: Sequence[str], *, synchronous: bool, stops: bool) -> None:
+        self._board = board
+        self._parts = parts
+        self._synchronous = synchronous
+        self._stops = stops
+        self._told: list[float] = []
+
+    def publish(self, shares: Sequence[Mapping[str, Tensor]], scale: float) -> None:
+        """On the rank of the last stage: tell all ranks what the `shares` of a batch add up to, times `scale`."""
+        values = [math.fsum(share[name].item() for share in shares) * scale for name in self._parts]
+        self._board.publish(values)
+
+    def loss_of_batch(self) -> float:
+        """Return the loss of a synchronous batch before its update; it was told before its last gradient was sent."""
+        self._told = self._board.collect()
+        return math.fsum(self._told)
+
+    def result(
+        self, iteration: int, norm: float | None, reasons: Sequence[str]
+    ) -> tuple[StepResult, NonFiniteLossError | None]:
+        """Return what a batch gave, and why training ends with it if it does.
+
+        `reasons` are those for which updates of this rank's stages were not applied.
+        """
+        values = self._told if self._synchronous else self._board.collect()
+        parts = dict(zip(self._parts, values, strict=True))
+        skipped = min(len(reasons), 1) if self._synchronous else len(reasons)
+        result = StepResult(iteration, math.fsum(values), parts, norm, skipped)
+        return result, self._error(result, reasons) if self._stops else None
+
+    def _error(self, result: StepResult, reasons: Sequence[str]) -> NonFiniteLossError | None:
+        shown = ", ".join(f"{name} {value}" for name, value in result.parts.items())
+        if not math.isfinite(result.loss):
+            what = f"the loss became {result.loss} at iteration {result.iteration + 1} ({shown})"
+        elif reasons:
+            what = f"{reasons[0]} at iteration {result.iteration + 1} (loss {result.loss})"
+        else:
+            return None
+        kept = (
+            "weights are those before this batch"
+            if self._synchronous
+            else "gradients that are not finite were not applied, what was updated before stays"
+        )
+        return NonFiniteLossError(
+            f"{what}; {kept}. Lower the learning rate, warm it up for longer, clip gradients (clip_grad_norm), look "
+            "for empty or broken samples, or leave such batches out (on_non_finite: skip)"
+        )

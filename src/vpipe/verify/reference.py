@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from vpipe.schedule.weights import StageWeights
 
 __all__ = ["OptimizerFactory", "Reference", "ReferenceResult"]
 
-OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 Fields = Mapping[str, Tensor]
 
 _PIECE = 1 << 15
@@ -64,7 +65,9 @@ class _Stage:
         self.names = [chain.blocks[block].global_name(name) for block, name in self.keys]
         self.parameters = [modules[block].get_parameter(name) for block, name in self.keys]
         named = list(zip(self.names, self.parameters, strict=True))
-        self.optimizer = optimizer(named) if named else None
+        made = optimizer(named) if named else []
+        self.optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
+        self.shares = [[_share(item, group) for group in item.param_groups] for item in self.optimizers]
         self.ring: dict[int, list[Tensor]] = {}
         self.newest = 0
 
@@ -91,10 +94,11 @@ class _Stage:
         """Update the weights and return the gradients that this took."""
         pairs = zip(self.names, self.parameters, strict=True)
         gradients = {name: parameter.grad for name, parameter in pairs if parameter.grad is not None}
-        if self.optimizer is not None and apply:
-            for group in self.optimizer.param_groups if learning_rate is not None else ():
-                group["lr"] = learning_rate
-            self.optimizer.step()
+        for item, shares in zip(self.optimizers, self.shares, strict=True) if apply else ():
+            if learning_rate is not None:
+                for group, share in zip(item.param_groups, shares, strict=True):
+                    group["lr"] = learning_rate * share
+            item.step()
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
@@ -327,6 +331,12 @@ class Reference:
         return norm
 
 
+def _share(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    """Return which part of its optimizer's rate a group was made with."""
+    own, usual = group["lr"], optimizer.defaults["lr"]
+    return 1.0 if own == usual or not usual else float(own / usual)
+
+
 def _call_with(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor) -> object:
     return torch.func.functional_call(module, dict(parameters), inputs)
 
@@ -340,7 +350,9 @@ def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor |
 
 
 def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:
-    """Give all copies of one weight the sum of their gradients, in block order."""
+    """Give all copies of one weight the sum of their gradients, in block order; none if none was used."""
+    if all(copy.grad is None for copy in copies):
+        return
     parts = [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
     total = parts[0].clone()
     for part in parts[1:]:

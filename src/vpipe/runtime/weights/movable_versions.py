@@ -17,7 +17,8 @@ from torch import Tensor, UntypedStorage, nn
 
 from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.memory.swap import Parcel
-from vpipe.runtime.weights.weights import OptimizerFactory, Resized, WeightVersions
+from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
+from vpipe.runtime.weights.weights import Resized, WeightVersions
 
 __all__ = ["MovableVersions", "WeightParcel"]
 

@@ -43,7 +43,8 @@ class Update:
 
     Args:
         clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
-        learning_rate: the rate as a function of iterations done, instead of the optimizer's own.
+        learning_rate: the rate as a function of iterations done, instead of the optimizer's own; a group that was made
+            with another rate than its optimizer keeps the ratio.
         on_non_finite: a NaN or infinite loss or gradient is never applied; `stop` ends the training with an error,
             `skip` goes on with the next batch and counts.
         measure_norm: tell the gradient norm without clipping, too; in a synchronous schedule all ranks wait for it.
@@ -206,15 +207,15 @@ class Updater:
         if self._hooks.gradients is not None:
             self._hooks.gradients(stage, microbatch, dict(_named(weights)))
         if self._learning_rate is not None and weights.optimizer is not None:
-            for parameters in weights.optimizer.param_groups:
-                parameters["lr"] = self._learning_rate(progress)
+            weights.optimizer.set_rate(self._learning_rate(progress))
         weights.step()
 
     def _sum_tied(self, held: Mapping[int, WeightVersions]) -> None:
         for item in self._tied:
-            mine = {copy: _gradient(held[copy.stage], copy.name) for copy in item.copies if copy.stage in held}
-            if not mine:
+            own = [copy for copy in item.copies if copy.stage in held]
+            if not own or not self._is_used(item, [_parameter(held[copy.stage], copy.name) for copy in own]):
                 continue
+            mine = {copy: _gradient(held[copy.stage], copy.name) for copy in own}
             total: Tensor | None = None
             for copy in item.copies:
                 part = mine[copy] if copy in mine else torch.empty_like(next(iter(mine.values())))
@@ -226,6 +227,16 @@ class Updater:
             assert total is not None
             for gradient in mine.values():
                 gradient.copy_(total)
+
+    def _is_used(self, tied: TiedGroup, own: Sequence[nn.Parameter]) -> bool:
+        """Tell whether any copy of a weight has a gradient: to an optimizer none is something else than zero."""
+        is_used = any(parameter.grad is not None for parameter in own)
+        if tied.group is None:
+            return is_used
+        with self._collective("whether a tied weight was used"):
+            votes = torch.tensor([is_used], dtype=torch.float64, device=device_of(tied.group))
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=tied.group)
+            return bool(votes.item())
 
     def _equalise_tied(self) -> None:
         for item in self._tied:

@@ -14,12 +14,12 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from vpipe.errors import ConfigError, ScheduleError
+from vpipe.errors import ScheduleError
 from vpipe.model.copying import copy_module, like_parameter
+from vpipe.runtime.weights.stage_optimizer import OptimizerFactory, StageOptimizer
 
-__all__ = ["OptimizerFactory", "Resized", "WeightVersions"]
+__all__ = ["Resized", "WeightVersions"]
 
 T = TypeVar("T")
 
@@ -29,10 +29,6 @@ class Resized(Protocol):
 
     def __call__(self, num_bytes: int, *, by_link: bool = False) -> None:
         """Take note."""
-
-
-OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-"""Makes the optimizer of one stage from its (name, parameter) pairs, which every torch optimizer takes as they are."""
 
 
 class WeightVersions:
@@ -59,7 +55,7 @@ class WeightVersions:
         self.resized: Resized = _ignore
         """Is told by how many bytes the memory of all sets together grows."""
         named = list(zip(names, self.parameters, strict=True))
-        self.optimizer = _build_optimizer(optimizer, named) if named else None
+        self.optimizer = StageOptimizer(optimizer, named) if named else None
 
     @property
     def num_sets(self) -> int:
@@ -134,7 +130,7 @@ class WeightVersions:
         self._newest += 1
         self._set_of[self._newest] = target
         if self.optimizer is not None and apply:
-            _step(self.optimizer)
+            self.optimizer.step()
         self.forget_gradients()
         # Lets autograd notice, should a graph ever still need what was just written.
         torch.autograd.graph.increment_version(self._parameters[target])
@@ -193,50 +189,3 @@ def _shared(modules: nn.Module) -> dict[int, object]:
     frozen = [parameter for parameter in modules.parameters() if not parameter.requires_grad]
     buffers = [part._buffers for part in modules.modules()]
     return {id(item): item for item in (*frozen, *buffers)}
-
-
-def _step(optimizer: torch.optim.Optimizer) -> None:
-    """Do `optimizer.step()`, without the profiler's range that torch puts around it if nobody would see it.
-
-    The range takes about 0.1 ms, more than a small update itself, and PipeDream updates once per microbatch.
-    """
-    step = type(optimizer).step
-    is_watched = (
-        "step" in vars(optimizer)  # replaced, as learning rate schedulers do
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-        or torch._C._autograd._profiler_enabled()
-    )
-    if is_watched or not getattr(step, "hooked", False):
-        optimizer.step()
-    else:
-        step.__wrapped__(optimizer)  # type: ignore[attr-defined]
-
-
-def _build_optimizer(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    try:
-        optimizer = factory(list(named))
-    except (AttributeError, TypeError) as error:
-        if "tuple" not in str(error):
-            raise
-        raise ConfigError(
-            f"the optimizer function failed: {error}. It is given the (name, parameter) pairs of a stage, which "
-            "torch's optimizers take as they are; to choose among them, write [parameter for name, parameter in pairs "
-            "if ...]"
-        ) from error
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"the optimizer function returned {type(optimizer).__name__}, not a torch.optim.Optimizer; give a function "
-            "of a stage's parameters, e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError("LBFGS runs the model several times per step, which a pipeline cannot; use another optimizer")
-    known = {id(parameter) for _, parameter in named}
-    if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
-        raise ConfigError(
-            "the optimizer holds parameters that are not of its stage; make it of the (name, parameter) pairs that the "
-            "optimizer function is given, and of nothing else"
-        )
-    return optimizer
