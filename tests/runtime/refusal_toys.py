@@ -118,6 +118,19 @@ def other_weights() -> None:
     build(Chain.from_modules([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)], MSE), partition=[1, 1])
 
 
+def unseeded_weights() -> list[bool]:
+    torch.seed()  # as in a process that nobody has seeded
+    layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH, dtype=torch.float64))
+    own = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    with build(Chain.from_modules(layers, MSE), partition=[1, 2]) as pipeline:
+        first = pipeline.world.gather(own, "weights")[0]
+        state = pipeline.state_dict()
+    return [
+        all(torch.equal(tensor, first[name]) for name, tensor in (state | dict(layers.state_dict())).items()),
+        all(torch.equal(tensor, own[name]) for name, tensor in layers.state_dict().items()),
+    ]
+
+
 def other_buffers() -> None:
     torch.manual_seed(100)
     layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
@@ -219,6 +232,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "other_buffers": other_buffers,
     "other_weights": other_weights,
     "tied_weights": tied_weights,
+    "unseeded_weights": unseeded_weights,
     "wrong_shape": wrong_shape,
 }
 

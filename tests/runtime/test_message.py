@@ -168,3 +168,51 @@ def test_a_gradient_that_is_what_arrived_keeps_the_memory():
 def test_memory_is_aligned_as_torch_aligns():
     assert Message(MessageLayout(3, SPECS), CPU).buffer.data_ptr() % ALIGNMENT == 0
     assert torch.empty(3).data_ptr() % ALIGNMENT == 0
+
+
+ODD = {
+    "transposed": lambda: torch.randn(5, 4, 3).transpose(0, 2),
+    "channels last": lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    "a part": lambda: torch.randn(4, 9)[:, 2:6],
+    "every other": lambda: torch.randn(8, 3)[::2],
+    "expanded": lambda: torch.randn(4, 1, 3).expand(4, 5, 3),
+    "expanded, transposed": lambda: torch.randn(3, 4).T.unsqueeze(1).expand(4, 2, 3),
+    "one number": lambda: torch.randn(()).expand(2, 3),
+    "empty": lambda: torch.empty(0, 3).T,
+    "half": lambda: torch.randn(4, 6).bfloat16().T,
+}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_values_lie_as_they_did(name, on_gpu):
+    value = ODD[name]()
+    specs = [ValueSpec("odd", tuple(value.shape), value.dtype, True), ValueSpec("even", (3,), torch.float32, True)]
+    layout = MessageLayout(3, specs)
+    message = Message(layout, CPU)
+    message._memory = None if on_gpu else message._memory
+    message.pack(4, {"odd": value, "even": torch.arange(3.0)})
+    found = message.unpack(4)
+    assert torch.equal(found["odd"], value)
+    assert found["odd"].stride() == value.stride() or not value.numel()
+    assert found["even"].tolist() == [0.0, 1.0, 2.0]
+    assert list(received(message, layout).unpack(4)) == ["odd", "even"]
+    message.pack(5, {"odd": torch.ones(value.shape, dtype=value.dtype)})
+    assert message.unpack(5)["odd"].is_contiguous()
+
+
+def test_each_value_counts_its_own_changes():
+    found = packed(MessageLayout(3, SPECS)).unpack(4)
+    found["hidden"].mul_(2)
+    assert [found[name]._version for name in ("hidden", "mask", "positions")] == [1, 0, 0]
+
+
+def test_memory_serves_another_layout():
+    large, small = MessageLayout(3, SPECS), MessageLayout(3, SPECS[:1])
+    message = packed(large)
+    other = message.turned_into(small)
+    assert other.capacity == large.num_bytes
+    assert other.is_free
+    other.pack(6, VALUES)
+    assert torch.equal(other.unpack(6)["hidden"], VALUES["hidden"])
+    assert packed(large, 7).turned_into(large).unpack(7).keys() == VALUES.keys()

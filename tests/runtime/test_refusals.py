@@ -88,6 +88,10 @@ def test_other_weights_are_refused_by_all(found, name, weight):
     )
 
 
+def test_weights_that_nobody_seeded_are_those_of_the_first_rank(found):
+    assert found["unseeded_weights"] == [[True, True], [True, False]]
+
+
 def test_messages_give_the_same_weights_whatever_way_they_take(found):
     expected = {"shared memory": (True, True), "sockets": (False, True), "sockets, by order": (False, True)}
     assert found["ways_of_messages"] == [expected] * 2

@@ -33,6 +33,28 @@ def test_gradients_are_the_same_in_bits_and_layout(backward) -> None:
     assert found[0]["left"].stride() == found[1]["left"].stride()
 
 
+def test_a_gradient_lies_as_the_backward_made_it() -> None:
+    for enter in (enter_as_leaves, enter_through_nodes):
+        entrance = enter(inputs(), NAMES)
+        entrance.values["left"].T.contiguous().square().sum().backward()
+        assert entrance.gradients()["left"].stride() == (1, 3)
+
+
+def test_what_entered_goes_without_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for enter in (enter_as_leaves, enter_through_nodes):
+            given = inputs()
+            memory = weakref.ref(given["left"])
+            entrance = enter(given, NAMES)
+            entrance.values["left"].sum().backward()
+            del given, entrance
+            assert memory() is None
+    finally:
+        gc.enable()
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     for enter in (enter_as_leaves, enter_through_nodes):
         values = enter(inputs(), NAMES).values

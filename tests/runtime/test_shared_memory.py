@@ -219,3 +219,33 @@ def test_what_a_process_sent_before_it_was_killed_arrives_and_then_its_end_is_to
     assert inbox.receive(LAYOUT, 0)["hidden"].tolist() == [0.0] * 4
     with pytest.raises(PeerLostError, match=r"^rank 0 ended while this rank was waiting for 0F1$"):
         inbox.wait("0F1")
+
+
+def of_length(length):
+    return MessageLayout(3, [ValueSpec("hidden", (length,), torch.float32, True)])
+
+
+@pytest.mark.parametrize("order", ["longest first", "growing", "mixed"])
+def test_memory_is_level_whatever_lengths_there_are(link, order):
+    outbox, inbox = link
+    lengths = [40_000, *range(1_000, 40_000, 500)]
+    if order == "growing":
+        lengths.sort()
+    elif order == "mixed":
+        lengths = [1_000 + 7_919 * number % 39_001 for number in range(150)]
+
+    def blocks():
+        return os.fstat(outbox.invitation.descriptor).st_blocks * 512
+
+    most, empty = 0, blocks()
+    for number, length in enumerate(lengths * 2):
+        layout = of_length(length)
+        for part in range(3):  # three in flight
+            outbox.send(layout, 3 * number + part, {"hidden": torch.full((length,), float(part))}, name)
+        found = [take(inbox, 3 * number + part, layout)["hidden"] for part in range(3)]
+        assert [item[-1].item() for item in found] == [0.0, 1.0, 2.0]
+        del found
+        inbox.give_back()
+        most = max(most, blocks() - empty)
+    longest = -(-of_length(max(lengths)).num_bytes // 4096) * 4096
+    assert most <= 4 * longest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping
 
@@ -12,6 +13,11 @@ from vpipe.errors import ConfigError
 from vpipe.runtime.comm.world import World
 
 __all__ = ["agree", "agree_on_batch", "agree_on_weights", "checksum"]
+
+logger = logging.getLogger(__name__)
+
+_LARGEST_OF_PEOPLE = 1 << 40
+"""Seeds that torch takes from the system are nearly always larger than this, those that somebody writes are not."""
 
 _WHAT = "all ranks to compare their plans"
 
@@ -57,14 +63,24 @@ def agree_on_batch(fields: Mapping[str, Tensor], world: World) -> None:
 
 
 def agree_on_weights(weights: Mapping[str, Tensor], world: World) -> None:
-    """Check that the ranks of `world` begin with the same weights of a model that all of them hold; collective.
+    """Let the ranks of `world` begin with the same weights of a model that all of them hold; collective.
+
+    Where no rank has seeded torch, which then draws other numbers in every process, all take those of rank 0.
 
     Raises:
-        ConfigError: they do not; raised on every rank, naming the first weight that differs and two ranks.
+        ConfigError: they have others although they did; raised on every rank, naming the first weight that differs and
+            two ranks.
     """
     if world.num_ranks == 1:
         return
-    first, *others = world.gather({name: checksum(tensor) for name, tensor in weights.items()}, _WHAT)
+    mine = torch.initial_seed(), {name: checksum(tensor) for name, tensor in weights.items()}
+    seeds, sums = zip(*world.gather(mine, _WHAT), strict=True)
+    if all(item == sums[0] for item in sums):
+        return
+    if min(seeds) > _LARGEST_OF_PEOPLE and len(set(seeds)) == len(seeds) and sums[0].keys() == sums[-1].keys():
+        _take_from_first({name: weights[name] for name in sums[0]}, world)
+        return
+    first, *others = sums
     for rank, theirs in enumerate(others, start=1):
         for name in first:
             if theirs.get(name) != first[name]:
@@ -73,6 +89,20 @@ def agree_on_weights(weights: Mapping[str, Tensor], world: World) -> None:
                     "its part of the model that it was given, so make the same on all of them: draw it with the same "
                     "seed (torch.manual_seed), and read a checkpoint on every rank"
                 )
+
+
+def _take_from_first(weights: Mapping[str, Tensor], world: World) -> None:
+    """Write the weights of rank 0 into those of all ranks."""
+    if world.rank == 0:
+        logger.warning(
+            "Weights were drawn without a seed, which gives other ones on every rank: those of rank 0 are taken; "
+            "torch.manual_seed makes them the same, and the run one that can be repeated"
+        )
+    for name, tensor in weights.items():
+        sent = tensor.detach().cpu().contiguous()
+        world.broadcast(sent.flatten().view(torch.uint8), 0, f"the weight '{name}' of rank 0")
+        with torch.no_grad():
+            tensor.copy_(sent)
 
 
 def checksum(tensor: Tensor) -> int:

@@ -20,8 +20,8 @@ import struct
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 
@@ -168,24 +168,34 @@ def _map(descriptor: int, place: int, num_bytes: int) -> mmap.mmap:
 
 
 def _message_in(memory: mmap.mmap, layout: MessageLayout) -> Message:
-    return Message(layout, _CPU, torch.frombuffer(memory, dtype=torch.uint8))
+    return Message(layout, _CPU, torch.frombuffer(memory, dtype=torch.uint8, count=layout.num_bytes))
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where messages of one layout are written, one after another."""
+    """Where messages of one channel are written, one after another."""
 
     place: int
-    layout: MessageLayout
     memory: mmap.mmap
     message: Message
+
+    @property
+    def channel(self) -> int:
+        """Return whose messages they are."""
+        return self.message.layout.channel
+
+    def holding(self, layout: MessageLayout) -> _Slot:
+        """Return this slot for messages of `layout`, which fit."""
+        return self if self.message.layout is layout else replace(self, message=_message_in(self.memory, layout))
 
 
 class Outbox:
     """The sender's end of a link. It owns the memory of all messages, of those that the receiver has, too.
 
-    What the receiver gave back is used again. Where messages may pile up that nothing else makes room for, such as
-    gradients for a rank that is behind, `num_spare` says how many of a layout keep their memory when they are free.
+    What the receiver gave back is used again, for any message of the channel that fits; where only smaller ones are
+    free, a larger one takes the memory of one of them. Where messages may pile up that nothing else makes room for,
+    such as gradients for a rank that is behind, `num_spare` says how many of a channel keep their memory when they are
+    free.
     """
 
     def __init__(self) -> None:
@@ -200,8 +210,8 @@ class Outbox:
         self._sent, self._returned = _Ring(memory, _SENT), _Ring(memory, _RETURNED)
         for ring in (self._sent, self._returned):
             ring.initialise()
-        self._free: defaultdict[MessageLayout, list[_Slot]] = defaultdict(list)
-        self._bare: defaultdict[MessageLayout, list[_Slot]] = defaultdict(list)
+        self._free: defaultdict[int, list[_Slot]] = defaultdict(list)
+        self._bare: list[_Slot] = []
         """Free, and without memory."""
         self._away: dict[int, _Slot] = {}
         self._peer: _Peer | None = None
@@ -218,7 +228,7 @@ class Outbox:
             TransportError: a value does not have the agreed shape or type, or there is no memory.
         """
         self._collect()
-        slot = self._free[layout].pop() if self._free[layout] else self._new(layout)
+        slot = self._take(layout)
         slot.message.pack(serial, values)
         if not self._sent.room.take():
             assert self._peer is not None
@@ -232,24 +242,38 @@ class Outbox:
         while self._returned.filled.take():
             place, _ = self._returned.pop()
             slot = self._away.pop(place)
-            self._free[slot.layout].append(slot)
+            self._free[slot.channel].append(slot)
 
     def _release_spare(self) -> None:
         """Give memory that is left over to the system: else what once piled up would be held for ever."""
         if self.num_spare is None:
             return
-        for layout, free in self._free.items():
-            waiting = sum(slot.layout is layout for slot in self._unread()) if free else 0
+        for channel, free in self._free.items():
+            waiting = sum(slot.channel == channel for slot in self._unread()) if free else 0
             while free and waiting + len(free) > self.num_spare:
-                slot = free.pop()
-                slot.memory.madvise(mmap.MADV_REMOVE)
-                self._bare[layout].append(slot)
+                self._strip(free.pop())
+
+    def _strip(self, slot: _Slot) -> None:
+        slot.memory.madvise(mmap.MADV_REMOVE)
+        self._bare.append(slot)
+
+    def _take(self, layout: MessageLayout) -> _Slot:
+        free = self._free[layout.channel]
+        if free and free[-1].message.layout is layout:
+            return free.pop()
+        if (fitting := _smallest(free, layout.num_bytes)) is not None:
+            free.remove(fitting)
+            return fitting.holding(layout)
+        if free:
+            self._strip(free.pop())
+        return self._new(layout)
 
     def _new(self, layout: MessageLayout) -> _Slot:
         try:
-            if bare := self._bare[layout]:
-                _reserve(self._file, bare[-1].place, layout.num_bytes)
-                return bare.pop()
+            if (bare := _smallest(self._bare, layout.num_bytes)) is not None:
+                _reserve(self._file, bare.place, len(bare.memory))
+                self._bare.remove(bare)
+                return bare.holding(layout)
             place = self._grow(layout.num_bytes)
         except OSError as error:
             raise TransportError(
@@ -257,7 +281,7 @@ class Outbox:
                 f"({error.strerror}); with launch.shared_memory: false messages go through sockets"
             ) from error
         memory = _map(self._file, place, layout.num_bytes)
-        return _Slot(place, layout, memory, _message_in(memory, layout))
+        return _Slot(place, memory, _message_in(memory, layout))
 
     def _grow(self, num_bytes: int) -> int:
         place = self._num_bytes
@@ -273,7 +297,7 @@ class Outbox:
         self._collect()
         self._release_spare()
         slots = [*self._unread(), *(slot for slots in self._free.values() for slot in slots)]
-        return {slot.message.buffer.data_ptr(): slot.message.buffer.numel() for slot in slots}
+        return {slot.message.buffer.data_ptr(): len(slot.memory) for slot in slots}
 
 
 class Inbox:
@@ -284,7 +308,7 @@ class Inbox:
         weakref.finalize(self, os.close, file)
         self._sent, self._returned = _Ring(memory, _SENT), _Ring(memory, _RETURNED)
         self._peer = peer
-        self._messages: dict[int, tuple[MessageLayout, Message]] = {}
+        self._messages: dict[int, tuple[mmap.mmap, Message]] = {}
         self._held: list[int] = []
 
     def take(self) -> bool:
@@ -311,10 +335,12 @@ class Inbox:
                 f"expected a message of {layout.num_bytes:,} bytes but received {num_bytes:,}; all ranks must run the "
                 "same version, configuration and data"
             )
-        known, message = self._messages.get(place, (None, None))
-        if message is None or known is not layout:
-            message = _message_in(_map(self._file, place, num_bytes), layout)
-            self._messages[place] = layout, message
+        memory, message = self._messages.get(place, (None, None))
+        if memory is None or len(memory) < num_bytes:
+            memory, message = _map(self._file, place, num_bytes), None
+        if message is None or message.layout is not layout:
+            message = _message_in(memory, layout)
+            self._messages[place] = memory, message
         self._held.append(place)
         return message.unpack(serial)
 
@@ -332,6 +358,13 @@ class Inbox:
         """Return place and bytes of the messages that were received and not given back."""
         messages = [self._messages[place][1] for place in self._held]
         return {message.buffer.data_ptr(): message.buffer.numel() for message in messages}
+
+
+def _smallest(slots: Sequence[_Slot], num_bytes: int) -> _Slot | None:
+    """Return the smallest of `slots` that has so many bytes."""
+    return min(
+        (slot for slot in slots if len(slot.memory) >= num_bytes), key=lambda slot: len(slot.memory), default=None
+    )
 
 
 def open_outbox() -> Outbox | None:

@@ -57,16 +57,25 @@ class _Channel:
     """Sends or receives a buffer under a tag; None where no link needs a communicator."""
     layout: MessageLayout
     messages: list[Message]
-    """Memory that was used before and is free, or will be."""
+    """Memory that was used before and is free, or will be; of this layout or another one of the channel."""
     posted: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
     sent: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
 
     def take(self, wire: torch.device) -> Message:
-        """Return a message to fill or to receive into; on a GPU always a new one, as its allocator reuses memory."""
-        for index, message in enumerate(self.messages):
-            if message.is_free:
-                return self.messages.pop(index)
-        return Message(self.layout, wire)
+        """Return a message to fill or to receive into; on a GPU always a new one, as its allocator reuses memory.
+
+        It takes the place of one that is free, even if that has too little memory: so there are no more of them than
+        are in use at once.
+        """
+        free = [message for message in self.messages if message.is_free]
+        if not free:
+            return Message(self.layout, wire)
+        fitting = [message for message in free if message.capacity >= self.layout.num_bytes]
+        chosen = min(fitting, key=lambda message: message.capacity) if fitting else free[0]
+        self.messages.remove(chosen)
+        if chosen.layout is self.layout:
+            return chosen
+        return chosen.turned_into(self.layout) if fitting else Message(self.layout, wire)
 
     def name(self, microbatch: int) -> str:
         """Name the action whose result a message of this channel carries."""
@@ -107,7 +116,8 @@ class Transport:
         self._groups: dict[_Link, dist.ProcessGroup] = {}
         if world.num_ranks > 1:
             self._connect()
-        self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], tuple[MessageLayout, list[Message]]] = {}
+        self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], MessageLayout] = {}
+        self._messages: defaultdict[int, list[Message]] = defaultdict(list)
         self._channels: dict[tuple[Kind, int], _Channel] = {}
         self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
         self._answered: list[tuple[_Channel, int]] = []
@@ -216,8 +226,8 @@ class Transport:
             peer = self._schedule.rank_of(counterpart(action))
             link = (self._rank, peer, forward) if action.kind in _SENDS else (peer, self._rank, forward)
             post = self._poster(link, peer) if link in self._groups else None
-            layout, messages = self._layout(index, forward, crossing[cut])
-            self._channels[key] = _Channel(index, peer, link, post, layout, messages)
+            layout = self._layout(index, forward, crossing[cut])
+            self._channels[key] = _Channel(index, peer, link, post, layout, self._messages[index])
         return self._channels[key]
 
     def _poster(self, link: _Link, peer: int) -> Callable[[Tensor, int], dist.Work]:
@@ -227,10 +237,10 @@ class Transport:
         peer_in_group = self._world.position_in(group, peer)
         return lambda buffer, tag: operation([buffer], peer_in_group, tag)
 
-    def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> tuple[MessageLayout, list[Message]]:
+    def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> MessageLayout:
         specs = tuple(spec for spec in crossing if forward or spec.requires_grad)
         if (index, specs) not in self._layouts:
-            self._layouts[index, specs] = MessageLayout(index, specs, self._wire), []
+            self._layouts[index, specs] = MessageLayout(index, specs, self._wire)
         return self._layouts[index, specs]
 
     def _tag(self, channel: _Channel, microbatch: int) -> int:
@@ -360,8 +370,8 @@ class Transport:
         """Return place and bytes of all messages: on their way, or waiting to be used again."""
         posted = [message for channel in self._channels.values() for _, message in channel.posted.values()]
         sent = [message for channel in self._channels.values() for _, message in channel.sent.values()]
-        kept = [message for _, messages in self._layouts.values() for message in messages]
-        places = {message.buffer.data_ptr(): message.buffer.numel() for message in (*posted, *sent, *kept)}
+        kept = [message for messages in self._messages.values() for message in messages]
+        places = {message.buffer.data_ptr(): message.capacity for message in (*posted, *sent, *kept)}
         boxes: list[Outbox | Inbox] = [*self._outboxes.values(), *self._inboxes.values()]
         for box in boxes:
             places |= box.memory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,17 +25,29 @@ class Entrance(Protocol):
 
 
 class _Leaves:
-    """Values as leaves: the quickest way, but the graph holds them to its end."""
+    """Values as leaves: the quickest way, but the graph holds them to its end.
+
+    Torch lays a leaf's gradient out as the leaf. The stage before gets it as the backward made it: the kernels there
+    would round differently.
+    """
 
     def __init__(self, inputs: Mapping[str, Tensor], differentiable: frozenset[str]) -> None:
         self._leaves = {name: value.requires_grad_() for name, value in inputs.items() if name in differentiable}
+        self._strides: dict[str, tuple[int, ...]] = {}
+        for name, leaf in self._leaves.items():
+            # A leaf that knows this object, which knows the leaf, would hold the message's memory for long.
+            leaf.register_hook(partial(_note, self._strides, name))  # type: ignore[no-untyped-call]
         self.values = {**inputs}
 
     def held(self) -> Iterable[Tensor]:
         return self._leaves.values()
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: leaf.grad for name, leaf in self._leaves.items() if leaf.grad is not None}
+        return {
+            name: _laid_out(leaf.grad, self._strides[name])
+            for name, leaf in self._leaves.items()
+            if leaf.grad is not None
+        }
 
 
 class _Nodes:
@@ -56,21 +69,28 @@ class _Nodes:
 
 
 class _Gate(torch.autograd.Function):
-    """The identity; what arrives in the backward stays here, laid out in memory as the gradient of a leaf would be."""
+    """The identity; what arrives in the backward stays here."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor, name: str, gradients: dict[str, Tensor]) -> Tensor:
-        ctx.name, ctx.gradients, ctx.stride = name, gradients, value.stride()
+        ctx.name, ctx.gradients = name, gradients
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
-        (gradient,) = gradients
-        if gradient.stride() != ctx.stride:
-            laid_out = torch.empty_strided(gradient.shape, ctx.stride, dtype=gradient.dtype, device=gradient.device)
-            gradient = laid_out.copy_(gradient)
-        ctx.gradients[ctx.name] = gradient
+        (ctx.gradients[ctx.name],) = gradients
         return None, None, None, None
+
+
+def _note(strides: dict[str, tuple[int, ...]], name: str, gradient: Tensor) -> None:
+    strides[name] = gradient.stride()
+
+
+def _laid_out(gradient: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if gradient.stride() == stride or 0 in stride:
+        return gradient
+    laid_out = torch.empty_strided(gradient.shape, stride, dtype=gradient.dtype, device=gradient.device)
+    return laid_out.copy_(gradient)
 
 
 def enter_as_leaves(inputs: Mapping[str, Tensor], differentiable: frozenset[str]) -> Entrance:
