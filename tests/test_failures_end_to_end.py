@@ -325,7 +325,7 @@ def test_a_loss_that_is_no_number(folder: Path) -> None:
     result = run("vpipe", "train", folder / "chain.yml", *diverging)
     assert result.returncode == 1
     assert re.match(
-        r"error: rank \d stopped: the loss became nan at iteration 1 .*lower the learning rate", result.stderr
+        r"error: rank \d stopped: the loss became nan at iteration 1 .*Lower the learning rate", result.stderr
     )
     assert "Traceback" not in result.stderr
 

@@ -50,6 +50,8 @@ def test_a_run_that_is_equal(folder: Path) -> None:
         "loss                 3          0                   0",
         "gradients           96          0                   0",
         "parameters           8          0                   0",
+        "optimizer           24          0                   0",
+        "evaluation           1          0                   0",
         "pipedream on 2 ranks against one process with the same delays: equal, bit for bit",
     ]
     progress = result.stderr.splitlines()
@@ -67,7 +69,7 @@ def test_a_run_that_is_different(folder: Path) -> None:
     assert result.returncode == 1
     report = json.loads(result.stdout)
     assert report["equal"] is False
-    assert set(report["max_abs_difference"]) == {"loss", "gradients", "parameters"}
+    assert set(report["max_abs_difference"]) == {"loss", "gradients", "parameters", "optimizer", "evaluation"}
     assert all(difference > 0 for difference in report["max_abs_difference"].values())
     assert report["comparisons"]["gradients"]["first_different"] == "update 1: block.0.linear.weight"
 

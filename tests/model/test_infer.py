@@ -146,3 +146,27 @@ def test_parameters_are_counted_without_memory():
     huge = Block("huge", lambda: nn.Linear(10**6, 10**6), ("input",), ("hidden",))
     chain = Chain((huge, Block("small", lambda: nn.Linear(3, 2), ("hidden",), ("hidden",))), ("input", "target"), LOSS)
     assert chain.count_parameters() == (10**12 + 10**6, 8)
+
+
+def test_names_of_one_tensor_and_of_one_memory_are_told():
+    class Three(nn.Module):
+        def forward(self, x):
+            hidden = x * 2
+            first, second = hidden.chunk(2, -1)
+            return hidden, hidden, first, second, hidden.detach()
+
+    names = ("a", "b", "first", "second", "c")
+    blocks = (
+        Block("0", Three, ("input",), names),
+        Block("1", lambda: _Sum(), names, ("hidden",)),
+    )
+    chain = Chain(blocks, ("input", "target"), CallableLoss(nn.functional.mse_loss))
+    specs = {spec.name: spec for spec in chain.infer([1], {"input": torch.ones(3, 4)})[1]}
+    assert {name: spec.same_as for name, spec in specs.items()} == {**dict.fromkeys(names), "b": "a"}
+    assert specs["second"].alias in ("a", "b", "c")
+    assert specs["first"].alias != "second"
+
+
+class _Sum(nn.Module):
+    def forward(self, *values):
+        return values[0]

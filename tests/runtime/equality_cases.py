@@ -107,6 +107,12 @@ CASES: dict[str, Case] = {
     "v-half-2": Case("skipping", (1, 2, 3, 1), "v-half", 5, CLIP | {"stages_per_rank": 2}, num_ranks=2),
     "v-min-2": Case("frozen", (2, 2, 1, 2), "v-min", 3, {"stages_per_rank": 2}, optimizer="adamw", num_ranks=2),
     "dualpipe-v-2": Case("plain", (2, 1, 2, 2), "dualpipe-v", 6, {"stages_per_rank": 2}, optimizer="sgd", num_ranks=2),
+    "gpipe-2-peculiar": Case("peculiar", (2, 5), "gpipe", 4, optimizer="sgd"),
+    "1f1b-2-peculiar": Case("peculiar", (1, 6), "1f1b", 4, CLIP | {"recompute_ratio": 0.6}),
+    "zb-h1-2-peculiar": Case("peculiar", (5, 2), "zb-h1", 4),
+    "pipedream-2-peculiar": Case("peculiar", (3, 4), "pipedream", 4, optimizer="sgd"),
+    "pipedream-2-peculiar-clip": Case("peculiar", (5, 2), "pipedream", 3, CLIP | {"recompute_ratio": 1.0}),
+    "zb-v-2-peculiar": Case("peculiar", (2, 1, 2, 2), "zb-v", 4, {"stages_per_rank": 2}, num_ranks=2),
     "looped-2x3": Case("tied", (1, 1, 1, 2, 1, 1), "looped-bfs", 4, CLIP | {"stages_per_rank": 3}, num_ranks=2),
     # Three ranks.
     "1f1b-3-torch": Case("seeded", (1, 3, 3), "1f1b", 4),

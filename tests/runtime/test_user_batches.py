@@ -15,6 +15,7 @@ from vpipe.errors import ConfigError, DataError, ExecutionError, ModelError
 from vpipe.model.chain import Block, Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.runtime.batch import Batch
+from vpipe.runtime.hooks import Hooks
 
 MSE = CallableLoss(functional.mse_loss)
 
@@ -296,3 +297,45 @@ def test_freezing_what_was_given_is_told(before, word):
                 pipeline.step(x, y)
             own[0].requires_grad_(before)
             assert pipeline.step(x, y).loss > 0
+
+
+class _Twice(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        hidden = super().forward(x).tanh()
+        return hidden, hidden
+
+
+class _Mixes(_Twice):
+    def forward(self, a, b):
+        b = b.mul(1.0)
+        return nn.Linear.forward(self, a.sin() + b * 0.3 + a * 0.7 + (a * b).cos() + b.tanh())
+
+
+@pytest.mark.parametrize("schedule", ["naive", "interleaved", "zb-v"])
+def test_one_tensor_under_two_names_crosses_once_and_gets_the_same_bits(schedule):
+    blocks = (
+        Block("0", _Twice, ("input",), ("a", "b")),
+        Block("1", lambda: nn.Identity(), ("a",), ("a",)),
+        Block("2", _Mixes, ("a", "b"), ("out",)),
+    )
+    chain = Chain(blocks, ("input", "target"), CallableLoss(functional.mse_loss, ("out", "target")))
+    x, y = tensors()
+    found = []
+    for options in ({}, {"schedule": schedule, "stages_per_rank": 2, "partition": [1, 2]}):
+        gradients = {}
+        hooks = Hooks(gradients=lambda stage, microbatch, named, kept=gradients: kept.update(_copied(named)))
+        with build(chain, hooks=hooks, **options) as pipeline:
+            pipeline.step(x, y)
+            held_out = pipeline.evaluate([(x, y)])
+        found.append((gradients, held_out))
+    assert found[0][1] == found[1][1]
+    assert found[0][0].keys() == found[1][0].keys()
+    for name, gradient in found[0][0].items():
+        assert torch.equal(gradient, found[1][0][name])
+
+
+def _copied(named):
+    return {name: gradient.clone() for name, gradient in named.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vpipe.model.chain import Block, Chain, ParameterRef
 from vpipe.model.loss import CallableLoss
@@ -29,6 +30,61 @@ def plain() -> Chain:
         torch.manual_seed(5)
         modules = plain_modules()
     return Chain.from_modules(modules, CallableLoss(nn.functional.mse_loss))
+
+
+class Checkpointed(nn.Sequential):
+    """Recomputes by itself, with whatever weights it has then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return result
+
+
+class Turned(nn.Linear):
+    """Returns a value that lies in memory the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).T.contiguous().T
+
+
+class Hooked(nn.Linear):
+    """Has hooks for its gradients, of which one depends on how they add up, and reads a mark of its weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight.register_hook(lambda gradient: gradient * 0.5)
+        self.bias.register_post_accumulate_grad_hook(_clamp)
+        self.weight.scale = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight.scale
+
+
+def _clamp(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.clamp_(-0.01, 0.01)
+
+
+class Uncertain(nn.Module):
+    """A loss with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((), 0.1))
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(hidden, target) * torch.exp(-self.scale) + self.scale
+
+
+def peculiar() -> Chain:
+    """Seven modules that do what users do, and a loss that is trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        modules = nn.Sequential(
+            Checkpointed(nn.Linear(WIDTH, 9), nn.Tanh(), nn.Linear(9, 9)), Turned(9, 13), nn.GELU(), Hooked(13, 11),
+            Turned(11, 9), Checkpointed(nn.Linear(9, 9), nn.GELU()), nn.Linear(9, WIDTH),
+        )  # fmt: skip
+    return Chain.from_modules(modules, Uncertain())
 
 
 def seeded_modules() -> nn.Sequential:
@@ -264,6 +320,7 @@ def winding() -> Chain:
 MODELS: dict[str, Callable[[], Chain]] = {
     "frozen": frozen,
     "normalised": normalised,
+    "peculiar": peculiar,
     "plain": plain,
     "seeded": seeded,
     "skipping": skipping,

@@ -93,7 +93,7 @@ def test_a_model_that_behaves_differently_in_the_pipeline_is_found(runs: dict[st
     assert report.comparisons["gradients"].first_different == "update 1: block.0.linear.weight"
     written = json.loads(report_path(directory).read_text())
     assert written["equal"] is False
-    assert set(written["max_abs_difference"]) == {"loss", "gradients", "parameters"}
+    assert set(written["max_abs_difference"]) == {"loss", "gradients", "parameters", "optimizer", "evaluation"}
     remove_computed(directory)
     assert not list(directory.glob("*.pt"))
 
@@ -114,6 +114,7 @@ NAN, ZERO = torch.tensor([float("nan")]), torch.tensor([0.0])
         ({"a": A}, {"a": A.double()}, 1, 0.0, "a"),
         ({"a": A}, {"a": A, "b": B}, 1, None, "b (only in one process)"),
         ({"a": A, "b": B}, {"a": A}, 1, None, "b (only in the pipeline)"),
+        ({"a": A * 1j}, {"a": A * 2j}, 1, 2.0, "a"),
         ({}, {}, 0, 0.0, None),
     ],
 )

@@ -60,6 +60,8 @@ class ValueSpec:
     requires_grad: bool
     alias: str | None = None
     """Another value or batch field that stands on the same memory, where a change in place changes both."""
+    same_as: str | None = None
+    """Another value that is the very same tensor: that one crosses for both, and gets the gradients of both."""
 
     @property
     def num_bytes(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vpipe.data.source import FieldSpec
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef, ValueSpec, call_block
-from vpipe.model.infer import build_on_meta, find_aliases, leaf_of, run_on_meta, spec_of
+from vpipe.model.infer import build_on_meta, enter_behind_cut, run_on_meta, specs_of
 from vpipe.model.initialise import initialise_meta
 from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, as_loss, has_weights
 from vpipe.model.modules import LossEnd, Modules, chain_modules
@@ -276,9 +276,8 @@ class Chain:
             for index in range(last + 1):
                 if index in cuts:
                     # As in a run, the next stage gets leaves, and nothing but what crosses.
-                    leaves = {name: leaf_of(values[name]) for name in self.crossing(index)}
-                    aliases = find_aliases({**batch, **leaves})
-                    specs[index] = tuple(spec_of(name, leaf, aliases.get(name)) for name, leaf in leaves.items())
+                    leaves = enter_behind_cut({name: values[name] for name in self.crossing(index)})
+                    specs[index] = specs_of(leaves, batch)
                     values = {**batch, **leaves}
                 if index < last:
                     values.update(run_on_meta(self.blocks[index], values, training=training))

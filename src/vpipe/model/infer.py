@@ -13,7 +13,7 @@ from vpipe.model.block import Block, ValueSpec, call_block
 from vpipe.model.copying import like_parameter
 from vpipe.model.modes import evaluating
 
-__all__ = ["build_on_meta", "find_aliases", "leaf_of", "run_on_meta", "spec_of"]
+__all__ = ["build_on_meta", "enter_behind_cut", "leaf_of", "run_on_meta", "specs_of"]
 
 
 def build_on_meta(block: Block) -> nn.Module:
@@ -50,15 +50,35 @@ def leaf_of(value: Tensor) -> Tensor:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def spec_of(name: str, value: Tensor, alias: str | None = None) -> ValueSpec:
-    """Return what a receiver must know of `value`."""
-    return ValueSpec(name, tuple(value.shape), value.dtype, value.requires_grad, alias)
+def enter_behind_cut(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return values that cross a cut as the stage behind it gets them; names of one tensor stay that."""
+    leaves = {id(value): leaf_of(value) for value in values.values()}
+    return {name: leaves[id(value)] for name, value in values.items()}
 
 
-def find_aliases(values: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return for each of `values` that shares elements in memory with another one the name of that one."""
+def specs_of(values: Mapping[str, Tensor], fields: Mapping[str, Tensor]) -> tuple[ValueSpec, ...]:
+    """Return what a receiver must know of `values`, which cross a cut, beside the batch's `fields`."""
+    aliases = _find_aliases({**fields, **values})
+    first: dict[int, str] = {}
+    return tuple(
+        ValueSpec(
+            name,
+            tuple(value.shape),
+            value.dtype,
+            value.requires_grad,
+            aliases.get(name),
+            other if (other := first.setdefault(id(value), name)) != name else None,
+        )
+        for name, value in values.items()
+    )
+
+
+def _find_aliases(values: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each of `values` that shares elements in memory with another tensor the name of that one."""
     found: dict[str, str] = {}
     for (one, first), (two, second) in combinations(values.items(), 2):
+        if first is second:
+            continue
         if first.untyped_storage()._cdata == second.untyped_storage()._cdata and _elements(first) & _elements(second):
             found.setdefault(one, two)
             found.setdefault(two, one)

@@ -46,4 +46,5 @@ def _same_bits(found: Tensor, expected: Tensor) -> bool:
 def _largest_difference(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return math.inf
-    return float((found.cpu().double() - expected.cpu().double()).abs().max())
+    wide = torch.complex128 if found.is_complex() or expected.is_complex() else torch.float64
+    return float((found.cpu().to(wide) - expected.cpu().to(wide)).abs().max())

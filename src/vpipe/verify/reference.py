@@ -7,9 +7,9 @@ cannot hide here. For the same bits, run it with the same number of threads as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -80,11 +80,7 @@ class _Stage:
     def remember(self) -> None:
         """Copy the newest weights into the ring: the optimizer writes into the originals, which no graph refers to."""
         self.newest += 1
-        self.ring[self.newest] = [parameter.detach().clone().requires_grad_() for parameter in self.parameters]
-        for parameter, leaf in zip(self.parameters, self.ring[self.newest], strict=True):
-            vars(leaf).update(vars(parameter))
-            for hook in (parameter._backward_hooks or {}).values():
-                leaf.register_hook(hook)  # type: ignore[no-untyped-call]
+        self.ring[self.newest] = [parameter.detach().clone() for parameter in self.parameters]
 
     def forget(self, still_used: Sequence[int]) -> None:
         """Drop old versions that no later microbatch uses."""
@@ -169,7 +165,7 @@ class Reference:
         totals = self._totals(microbatches)
         with seeded(0):
             for index, fields in enumerate(microbatches):
-                parts = self._loss(self._modules, fields, totals, self.iteration, index)
+                parts = self._loss(fields, totals, self.iteration, index)
                 if (total := sum_parts(parts)).requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
                 losses.append({name: part.item() for name, part in parts.items()})
@@ -254,8 +250,7 @@ class Reference:
         num_microbatches: int,
     ) -> dict[str, float]:
         """Run a microbatch forward and backward on the versions it uses; add to the gradients of the newest weights."""
-        calls: list[Callable[..., object]] = list(self._modules)
-        leaves: list[Tensor] = []
+        used = []
         for index, (stage, weights) in enumerate(zip(self._stages, usage, strict=True)):
             version = weights.version_of[serial]
             if version not in stage.ring:
@@ -263,37 +258,71 @@ class Reference:
                     f"microbatch {serial} needs weight version {version} of stage {index}, which has made "
                     f"{stage.newest} updates by then"
                 )
-            leaves += stage.ring[version]
-            for block in stage.blocks:
-                chosen = {
-                    name: leaf
-                    for (owner, name), leaf in zip(stage.keys, stage.ring[version], strict=True)
-                    if owner == block
-                }
-                calls[block] = partial(_call_with, self._modules[block], chosen)
+            used += stage.ring[version]
         iteration, index = divmod(serial, num_microbatches)
-        with seeded(0):
-            parts = self._loss(calls, fields, totals, self.iteration + iteration, index)
-        if (total := sum_parts(parts)).requires_grad:
-            targets = [parameter for stage in self._stages for parameter in stage.parameters]
-            _accumulate(targets, torch.autograd.grad(total, leaves, allow_unused=True))
+        with self._holding(used), seeded(0):
+            parts = self._loss(fields, totals, self.iteration + iteration, index)
+            if (total := sum_parts(parts)).requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
         return {name: part.item() for name, part in parts.items()}
+
+    @contextmanager
+    def _holding(self, version: Sequence[Tensor]) -> Iterator[None]:
+        """Let the parameters have the numbers of an older version: whatever a backward reads is of that, too."""
+        parameters = [parameter for stage in self._stages for parameter in stage.parameters]
+        newest = [parameter.data for parameter in parameters]
+        for parameter, old in zip(parameters, version, strict=True):
+            parameter.data = old
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, newest, strict=True):
+                parameter.data = data
+
+    def evaluate(self, pieces: Sequence[Fields]) -> dict[str, float]:
+        """Return the loss and its parts over held-out microbatches, with dropout off."""
+        modes = [(part, part.training) for module in self._modules for part in module.modules()]
+        shares: list[dict[str, float]] = []
+        for part, _ in modes:
+            part.training = False
+        with torch.no_grad(), seeded(0):
+            for number, fields in enumerate(pieces):
+                parts = self._loss(fields, dict.fromkeys(self.chain.loss.parts, 1.0), number, 0)
+                shares.append({name: item.item() for name, item in parts.items()})
+        for part, mode in modes:
+            part.training = mode
+        counts = [self._totals([fields]) for fields in pieces]
+        means = {
+            name: math.fsum(share[name] for share in shares) / math.fsum(count[name] for count in counts)
+            for name in self.chain.loss.parts
+        }
+        return {"loss": math.fsum(means.values()), **means}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return what the optimizers keep for each parameter, by its model-wide name."""
+        return {
+            f"{name}: {key}": torch.as_tensor(value)
+            for stage in self._stages
+            for name, parameter in zip(stage.names, stage.parameters, strict=True)
+            for optimizer in stage.optimizers
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor | int | float)
+        }
 
     def _loss(
         self,
-        calls: Sequence[Callable[..., object]],
         fields: Fields,
         totals: Mapping[str, float],
         iteration: int,
         microbatch: int,
     ) -> dict[str, Tensor]:
         values = {name: tensor.to(self._device) for name, tensor in fields.items()}
-        for index, (block, call) in enumerate(zip(self.chain.blocks, calls, strict=True)):
+        for index, (block, module) in enumerate(zip(self.chain.blocks, self._modules, strict=True)):
             seed = derive_seed(self._seed, "dropout", iteration, microbatch, index)
             seed_everything(seed)
             with seeding_others(seed):
-                values.update(call_block(block, call, values))
-        with seeding_others(derive_seed(self._seed, "dropout", iteration, microbatch, len(calls))):
+                values.update(call_block(block, module, values))
+        with seeding_others(derive_seed(self._seed, "dropout", iteration, microbatch, len(self._modules))):
             return self.chain.loss(values, totals, self._num_samples(fields))
 
     def _num_samples(self, fields: Fields) -> int:
@@ -335,18 +364,6 @@ def _share(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
     """Return which part of its optimizer's rate a group was made with."""
     own, usual = group["lr"], optimizer.defaults["lr"]
     return 1.0 if own == usual or not usual else float(own / usual)
-
-
-def _call_with(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: Tensor) -> object:
-    return torch.func.functional_call(module, dict(parameters), inputs)
-
-
-def _accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
-            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                hook(parameter)
 
 
 def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:

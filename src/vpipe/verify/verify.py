@@ -1,4 +1,6 @@
-"""Proof that a run computes what one process computes: loss, gradients and weights, bit for bit.
+"""Proof that a run computes what one process computes, bit for bit.
+
+That is: losses, gradients, weights, buffers, what optimizers keep, the norms that are told, and the held-out loss.
 
 The pipeline runs a few iterations and leaves what it computed in files; then one process, started in the same way and
 with the same number of threads, runs the reference on the same batches and compares.
@@ -8,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from vpipe.config import RunConfig, load_config
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import LaunchError
 from vpipe.report.metrics import MetricsWriter
+from vpipe.runtime.batch import Batch
 from vpipe.runtime.comm.joining import use_device
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Hooks, Pipeline
@@ -42,6 +46,9 @@ __all__ = [
     "run_pipeline",
     "run_reference",
 ]
+
+
+_HELD_OUT_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,17 @@ def progress_path(directory: Path) -> Path:
 class _Computed:
     """What a training computed: per iteration the loss's parts, per update the gradients, the state in the end.
 
-    `buffers` are what modules keep besides parameters, such as batch norm's statistics.
+    `buffers` are what modules keep besides parameters, such as batch norm's statistics, `state` is what optimizers
+    keep, `norms` are those that were told, and `evaluation` is the loss on the first held-out batches.
     """
 
     losses: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    state: dict[str, Tensor]
+    norms: list[float]
+    evaluation: dict[str, float]
 
 
 def pipeline_rank(arguments: Sequence[str]) -> None:
@@ -123,9 +134,11 @@ def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, world:
         gradients.setdefault(stage, []).append(copies)
 
     pipeline = build_training_pipeline(setup, world, Hooks(gradients=keep))
-    losses = []
+    losses, norms = [], []
     for result in pipeline.train(setup.batches(pipeline.fields, 0, iterations), iterations):
         losses.append(dict(result.parts))
+        if result.gradient_norm is not None and setup.plan.synchronous:
+            norms.append(result.gradient_norm)
         if world.rank == 0:
             _tell(progress_path(pipeline_directory(run_directory)), len(losses), iterations, result.loss)
     computed = _Computed(
@@ -133,6 +146,9 @@ def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, world:
         [_merge(updates) for updates in zip(*gradients.values(), strict=True)],
         _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
         _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
+        _merge([_optimizer_state(pipeline, stage) for stage in pipeline.held]),
+        norms,
+        pipeline.evaluate(_held_out(setup, pipeline.fields), config.microbatch_size) if setup.evaluates else {},
     )
     _save(computed, _computed_path(run_directory, world.rank))
 
@@ -141,7 +157,7 @@ def _save(computed: _Computed, path: Path) -> None:
     try:
         torch.save(asdict(computed), path)
     except RuntimeError as error:  # how torch's own writer tells of every trouble with a file
-        held = [*computed.gradients, computed.parameters, computed.buffers]
+        held = [*computed.gradients, computed.parameters, computed.buffers, computed.state]
         num_bytes = sum(tensor.nbytes for named in held for tensor in named.values())
         raise LaunchError(
             f"cannot write what the pipeline computed, {num_bytes} bytes, to {path}; free some space, verify fewer "
@@ -159,8 +175,28 @@ def _merge(named: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _parameters(pipeline: Pipeline, stage: int) -> dict[str, Tensor]:
+    held = pipeline.held[stage]
+    blocks = pipeline.chain.blocks[held.stage.start : held.stage.stop]
+    return {
+        block.global_name(name): item.detach().cpu()
+        for block, module in zip(blocks, held.weights.newest, strict=True)
+        for name, item in module.named_parameters()
+    }
+
+
+def _optimizer_state(pipeline: Pipeline, stage: int) -> dict[str, Tensor]:
     weights = pipeline.held[stage].weights
-    return {name: item.detach().cpu() for name, item in zip(weights.names, weights.parameters, strict=True)}
+    kept = {} if weights.optimizer is None else weights.optimizer.state
+    return {
+        f"{name}: {key}": torch.as_tensor(value).detach().cpu()
+        for name, parameter in zip(weights.names, weights.parameters, strict=True)
+        for key, value in kept.get(parameter, {}).items()
+        if isinstance(value, Tensor | int | float)
+    }
+
+
+def _held_out(setup: Setup, fields: tuple[str, ...]) -> Iterator[Batch]:
+    return islice(setup.evaluation_batches(fields), _HELD_OUT_BATCHES)
 
 
 def _buffers(pipeline: Pipeline, stage: int) -> dict[str, Tensor]:
@@ -202,6 +238,12 @@ def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> Ve
     }
     if expected.buffers or found.buffers:
         comparisons["buffers"] = compare(found.buffers, expected.buffers)
+    if expected.state or found.state:
+        comparisons["optimizer"] = compare(found.state, expected.state)
+    if expected.norms or found.norms:
+        comparisons["norms"] = compare(_as_tensors(_each(found.norms)), _as_tensors(_each(expected.norms)))
+    if expected.evaluation or found.evaluation:
+        comparisons["evaluation"] = compare(_as_tensors([found.evaluation]), _as_tensors([expected.evaluation]))
     report = VerifyReport(
         equal=not any(item.num_different for item in comparisons.values()),
         max_abs_difference={name: item.max_abs_difference for name, item in comparisons.items()},
@@ -220,7 +262,7 @@ def _reference(setup: Setup, iterations: int, device: torch.device, directory: P
     reference = Reference(
         setup.chain,
         setup.optimizer,
-        partition=plan.cut,
+        partition=None if plan.synchronous else plan.cut,  # one optimizer, where all stages update together
         seed=config.seed,
         clip_grad_norm=config.optimizer.clip_grad_norm,
         learning_rate=setup.learning_rate,
@@ -247,7 +289,24 @@ def _reference(setup: Setup, iterations: int, device: torch.device, directory: P
         [gradients for result in results for gradients in result.gradients],
         reference.parameters(),
         reference.buffers(),
+        {name: tensor.detach().cpu() for name, tensor in reference.optimizer_state().items()},
+        [norm for result in results for (norm,) in result.norms] if _tells_norms(config, plan.synchronous) else [],
+        reference.evaluate(_pieces(setup)) if setup.evaluates else {},
     )
+
+
+def _tells_norms(config: RunConfig, synchronous: bool) -> bool:
+    return synchronous and (config.train.gradient_norm or config.optimizer.clip_grad_norm is not None)
+
+
+def _pieces(setup: Setup) -> list[dict[str, Tensor]]:
+    """Return the microbatches of an evaluation: each batch is cut from its start, with one short last piece."""
+    size = setup.config.microbatch_size
+    return [
+        batch.rows(slice(start, min(start + size, batch.num_samples)))
+        for batch in _held_out(setup, setup.chain.fields)
+        for start in range(0, batch.num_samples, size)
+    ]
 
 
 def _load(run_directory: Path, num_ranks: int) -> _Computed:
@@ -257,7 +316,14 @@ def _load(run_directory: Path, num_ranks: int) -> _Computed:
         [_merge(updates) for updates in zip(*(rank.gradients for rank in ranks), strict=True)],
         _merge([rank.parameters for rank in ranks]),
         _merge([rank.buffers for rank in ranks]),
+        _merge([rank.state for rank in ranks]),
+        ranks[0].norms,
+        ranks[0].evaluation,
     )
+
+
+def _each(norms: Sequence[float]) -> list[dict[str, float]]:
+    return [{"gradient norm": norm} for norm in norms]
 
 
 def _as_tensors(losses: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:

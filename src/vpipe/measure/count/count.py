@@ -16,7 +16,7 @@ from vpipe.measure.count.kernels import Attention, DeviceKernels
 from vpipe.measure.count.watch import Seen, Storages, Watch
 from vpipe.model.block import ParameterRef, call_block
 from vpipe.model.chain import Chain
-from vpipe.model.infer import build_on_meta, leaf_of, spec_of
+from vpipe.model.infer import build_on_meta, leaf_of, specs_of
 from vpipe.model.loss import sum_parts
 from vpipe.model.rng import seeded
 from vpipe.planner.estimate.analytic import BlockWork, Operation
@@ -71,7 +71,7 @@ def num_tied(chain: Chain, group: Sequence[ParameterRef]) -> int:
 
 
 def _signature(chain: Chain, index: int, arriving: Mapping[str, Tensor]) -> str:
-    specs = {index: tuple(spec_of(name, value) for name, value in arriving.items())}
+    specs = {index: specs_of(arriving, {})}
     return f"{index == len(chain) - 1} {block_signature(chain, index, specs)}"
 
 

@@ -238,7 +238,7 @@ class Transport:
         return lambda buffer, tag: operation([buffer], peer_in_group, tag)
 
     def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> MessageLayout:
-        specs = tuple(spec for spec in crossing if forward or spec.requires_grad)
+        specs = tuple(spec for spec in crossing if spec.same_as is None and (forward or spec.requires_grad))
         if (index, specs) not in self._layouts:
             self._layouts[index, specs] = MessageLayout(index, specs, self._wire)
         return self._layouts[index, specs]

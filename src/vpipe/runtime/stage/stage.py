@@ -104,6 +104,8 @@ class Stage:
         self.fields = chain.fields_of(start, stop)
         self._read_elsewhere = _fields_read_outside(chain, start, stop)
         self._aliases: dict[str, str] = {}
+        self._same_inputs: dict[str, str] = {}
+        self._same_outputs: dict[str, str] = {}
         self._recomputes = recomputes
         self._swaps = frozenset(block for block in range(start, stop) if block in swaps)
         self._enter = enter_through_nodes if self._swaps else enter_as_leaves
@@ -117,8 +119,10 @@ class Stage:
 
     def expect(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
         """Say what shape inference found to cross the cuts before and after the stage: which values need a gradient."""
+        self._same_inputs = {spec.name: spec.same_as for spec in inputs if spec.same_as is not None}
+        self._same_outputs = {spec.name: spec.same_as for spec in outputs if spec.same_as is not None}
         self._differentiable = frozenset(spec.name for spec in inputs if spec.requires_grad)
-        self._owed = frozenset(spec.name for spec in outputs if spec.requires_grad)
+        self._owed = frozenset(spec.name for spec in outputs if spec.requires_grad) - self._same_outputs.keys()
         self._aliases = {spec.name: spec.alias for spec in inputs if spec.alias is not None}
 
     @property
@@ -156,7 +160,9 @@ class Stage:
             ModelError: a value needs a gradient although it did not when shapes were inferred, or the other way round.
         """
         delicate = self._delicate(fields, inputs)
-        entrance = self._enter(inputs, self._differentiable)
+        arrived = {name: value for name, value in inputs.items() if name not in self._same_inputs}
+        entrance = self._enter(arrived, self._differentiable)
+        entrance.values.update({name: entrance.values[other] for name, other in self._same_inputs.items()})
 
         deferred = Deferred(self._findings) if split else None
         is_first = not self._has_run
@@ -177,7 +183,7 @@ class Stage:
         if self.is_last:
             return values
         activations.forget_needless()
-        outputs = {name: values[name] for name in self.outputs}
+        outputs = self._leaving(values)
         saved.roots = {name: _edge(value) for name, value in outputs.items() if value.requires_grad}
         if odd := sorted(saved.roots.keys() ^ self._owed):
             needs = "needs" if odd[0] in saved.roots else "needs no"
@@ -267,9 +273,21 @@ class Stage:
         self, modules: nn.ModuleList, inputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], key: MicrobatchKey
     ) -> dict[str, Tensor]:
         """Run one microbatch forward only; nothing is kept."""
+        same = {name: inputs[other] for name, other in self._same_inputs.items()}
         with torch.no_grad():
-            values = self._run(modules, {**fields, **inputs}, key)
-        return values if self.is_last else {name: values[name] for name in self.outputs}
+            values = self._run(modules, {**fields, **inputs, **same}, key)
+        return values if self.is_last else self._leaving(values)
+
+    def _leaving(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what crosses the next cut; of a tensor with several names the first."""
+        for name, other in self._same_outputs.items():
+            if values[name] is not values[other]:
+                raise ModelError(
+                    f"'{name}' and '{other}' are not one tensor where the stage of blocks {self.start} to "
+                    f"{self.stop - 1} ends, unlike when shapes were inferred on the meta device; blocks must not make "
+                    "that depend on data or device"
+                )
+        return {name: values[name] for name in self.outputs if name not in self._same_outputs}
 
     def _run(
         self,

@@ -85,8 +85,9 @@ def _build(factory: OptimizerFactory, named: Named) -> list[torch.optim.Optimize
     optimizers = [item for item in given if isinstance(item, torch.optim.Optimizer)]
     if not given or len(optimizers) < len(given):
         raise ConfigError(
-            f"the optimizer function returned {type(made).__name__}, not a torch.optim.Optimizer or a list of some; "
-            "give a function of a stage's parameters, e.g. lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+            f"the optimizer function returned {type(made).__name__}, not a torch.optim.Optimizer; give a function of "
+            "a stage's parameters that returns one, or a list of some, e.g. lambda parameters: "
+            "torch.optim.SGD(parameters, lr=0.1)"
         )
     _check_parameters(optimizers, named)
     return optimizers
