@@ -21,6 +21,11 @@ def written(folder: Path, text: str) -> Path:
     [
         ('{"partition": [12, 13], "recompute_ratio": [0.3, 0]}', PartitionFile([12, 13], [0.3, 0.0])),
         ('{"partition": [12, 13]}', PartitionFile([12, 13], None)),
+        ('{"recompute_ratio": [0.5, 0]}', PartitionFile(None, [0.5, 0.0])),
+        (
+            '{ // as guides print it\n  "partition": [12, 13], // "blocks"\n  "recompute_ratio": [0, 0] }',
+            PartitionFile([12, 13], [0.0, 0.0]),
+        ),
         ('{"partition": [1], "policies": ["swap"]}', PartitionFile([1], None, ["swap"])),
         (
             '{"partition": [1, 1], "recompute_ahead": [1]}',
@@ -37,8 +42,10 @@ def test_partition_file(tmp_path: Path, text: str, content: PartitionFile) -> No
     ("text", "message"),
     [
         ("{", ", line 1, column 2: Expecting property name enclosed in double quotes"),
+        ('{"a//b": 1} // "', ": a//b = 1 is not a known key; known here: partition, recompute_ratio"),
+        ('// one\n{"partition" [1]}', ", line 2, column 14: Expecting ':' delimiter"),
         ("[12, 13]", ": is not a JSON object with the keys partition, recompute_ratio"),
-        ('{"recompute_ratio": [0]}', ": has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]"),
+        ('{}', ": has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]"),
         ('{"partitions": [1]}', ": partitions = [1] is not a known key; did you mean 'partition'?"),
         ('{"partition": [1], "x": 2}', ": x = 2 is not a known key; known here: partition, recompute_ratio"),
         ('{"partition": [12, 0]}', ": partition = [12, 0] is not a list with a whole number of at least 1 per stage"),

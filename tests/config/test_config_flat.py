@@ -104,19 +104,42 @@ def test_files_are_found_where_the_original_kept_them(folder: Path) -> None:
     ("changes", "schedule", "num_microbatches"),
     [
         ({"sync_mode": "asp"}, "pipedream", 1),
-        ({"sync_mode": "bsp"}, "1f1b", 4),
+        ({"sync_mode": "bsp"}, "1f1b", 16),
+        ({"sync_mode": "bsp", "batch_size": 24}, "1f1b", 12),
+        ({"sync_mode": "bsp", "batch_size": 8}, "1f1b", 8),
+        ({"sync_mode": "bsp", "batch_size": 4}, "1f1b", 4),
         ({"sync_mode": "bsp", "num_microbatches": 8}, "1f1b", 8),
-        ({"sync_mode": "bsp", "schedule": "gpipe", "config_file": "absent"}, "gpipe", 4),
-        ({"sync_mode": "asp", "schedule": "gpipe", "config_file": "absent"}, "gpipe", 4),
+        ({"sync_mode": "bsp", "schedule": "gpipe", "config_file": "absent"}, "gpipe", 16),
+        ({"sync_mode": "asp", "schedule": "gpipe", "config_file": "absent"}, "gpipe", 16),
         ({"sync_mode": "bsp", "no_input_pipelining": True, "config_file": "absent"}, "naive", 1),
         ({"sync_mode": "asp", "pipeline": {"num_microbatches": 2}}, "pipedream", 2),
-        ({"sync_mode": "asp", "pipeline": {"schedule": "1f1b"}}, "1f1b", 4),
+        ({"sync_mode": "asp", "pipeline": {"schedule": "1f1b"}}, "1f1b", 16),
     ],
     ids=str,
 )
 def test_sync_mode(folder: Path, changes: dict[str, Any], schedule: str, num_microbatches: int) -> None:
     pipeline = load(folder, **changes).config.pipeline
     assert (pipeline.schedule, pipeline.num_microbatches) == (schedule, num_microbatches)
+
+
+def test_what_few_microbatches_cost_is_told(folder: Path) -> None:
+    (told,) = load(folder, sync_mode="bsp", batch_size=4).warnings
+    assert told.startswith(
+        "num_microbatches is not given: a batch of 4 flows as 4 through 4 stages, each of which waits"
+    )
+    assert "for 43% of the time" in told
+
+
+@pytest.mark.parametrize(("model_type", "model"), [("gpt", "gpt"), ("gpt2", "gpt"), ("llama", "llama")])
+def test_other_model_types(folder: Path, model_type: str, model: str) -> None:
+    changes = {"model_type": model_type, "directory": "absent", "module": "absent", "config_file": "absent"}
+    run = load(folder, **changes, partition="uniform").config
+    assert (run.model.type, run.model.num_layers, run.data.type) == (model, 12, "bert")
+
+
+def test_the_experiment_for_eight_devices_is_twice_as_deep(folder: Path) -> None:
+    run = load(folder, module="vgpus=8", partition="uniform").config
+    assert (run.model.num_layers, run.num_blocks, run.model.size) == (48, 97, "large")
 
 
 def test_overrides_go_through_the_same_translation(folder: Path) -> None:
@@ -205,7 +228,7 @@ def test_warnings(folder: Path, changes: dict[str, Any], warning: str) -> None:
     assert load(folder, **changes).warnings == (warning,)
 
 
-ADVICE = "; VPipe has 'bert'; for another model give a 'model:' section with type: custom"
+ADVICE = "; VPipe has 'bert', 'gpt' and 'llama'; for another model give a 'model:' section with type: custom"
 
 
 @pytest.mark.parametrize(
@@ -261,3 +284,18 @@ def test_a_mistyped_model_is_told_beside_a_model_section():
 def test_an_unknown_key_of_a_flat_file_is_answered_with_the_flat_keys():
     with pytest.raises(ConfigError, match=r"zzz = 1 is not a known key; known here: .*seed, .*, learning_rate, .*"):
         build_config({"batch_size": 4, "zzz": 1})
+
+
+def test_ratios_alone_leave_the_cut_alone(folder: Path) -> None:
+    (folder / "ratios.json").write_text('{"recompute_ratio": [0.5, 0, 0, 0]}')
+    run = load(folder, partition="../ratios.json", sync_mode="bsp").config
+    assert (run.plan.partition, run.pipeline.recompute_ratio) == ("uniform", [0.5, 0.0, 0.0, 0.0])
+
+
+def test_a_partition_of_layers_is_told_in_blocks(folder: Path) -> None:
+    told = error_of(folder, partition=[6, 6, 6, 6])
+    assert "has 24 blocks in all, and the model has 49; add 25 (24 is the number of layers: each is two blocks" in told
+    assert "in blocks this is [13, 12, 12, 12])" in told
+    gpt = {"model": {"type": "gpt", "num_layers": 4}, "partition": [2, 2], "config_file": "absent", "num_ranks": 2}
+    told = error_of(folder, **gpt, machines="absent", model_type="absent", directory="absent", module="absent")
+    assert "and the last the output; in blocks this is [5, 5])" in told

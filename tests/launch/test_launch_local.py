@@ -252,6 +252,22 @@ def test_no_ranks_are_refused(tmp_path):
         launch(tmp_path, "speak", num_ranks=0)
 
 
+@pytest.mark.parametrize(
+    ("variable", "starter"),
+    [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpiexec")],
+)
+def test_a_command_that_something_else_starts_several_times_is_refused(tmp_path, monkeypatch, variable, starter):
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(LaunchError) as error:
+        launch(tmp_path, "speak", num_ranks=3)
+    assert str(error.value).startswith(
+        f"{starter} has started this command 2 times ({variable}=2), and each starts all 3"
+    )
+    assert f"{starter} -n 1 torchrun --nproc-per-node 3 -m vpipe train CONFIG" in str(error.value)
+    monkeypatch.setenv(variable, "1")
+    launch(tmp_path, "speak", num_ranks=1)
+
+
 def test_what_the_poll_raises_reaches_the_caller(tmp_path):
     def poll():
         raise KeyError("display")

@@ -106,7 +106,14 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
     warnings = []
     if get_key(tree, "pipeline.num_microbatches") is None:
         waits = run.pipeline.schedule != "naive" and is_synchronous(run) is not False
-        if is_flat and (waits or run.pipeline.macrobatch):
+        if is_flat and waits and run.num_stages > 1:
+            pipeline["num_microbatches"] = number = _microbatches_of(run)
+            share = (run.num_stages - 1) / (number + run.num_stages - 1)
+            warnings.append(
+                f"num_microbatches is not given: a batch of {run.train.batch_size} flows as {number} through "
+                f"{run.num_stages} stages, each of which waits for {share:.0%} of the time; more of them are quicker"
+            )
+        elif is_flat and (waits or run.pipeline.macrobatch):
             pipeline["num_microbatches"] = run.num_stages
         elif waits and run.num_stages > 1:
             warnings.append(
@@ -125,6 +132,12 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
     }
     run, told = _without_another_prediction(run.model_copy(update=sections))
     return run, [*warnings, *told]
+
+
+def _microbatches_of(run: RunConfig) -> int:
+    """Return four microbatches per stage, or as many as the batch can be cut into equally."""
+    counts = (times * run.num_stages for times in (4, 3, 2))
+    return next((count for count in counts if run.train.batch_size % count == 0), run.num_stages)
 
 
 def _without_another_prediction(run: RunConfig) -> tuple[RunConfig, list[str]]:

@@ -23,7 +23,7 @@ def take_plan(tree: Tree, content: PartitionFile) -> list[str]:
     A key that is `auto` is not given. A file that says no more than the original's does leaves all other keys alone.
     """
     name = get_key(tree, "plan.partition")
-    set_key(tree, "plan.partition", content.partition)
+    set_key(tree, "plan.partition", "uniform" if content.partition is None else content.partition)
     other = _take_keys(tree, content.run)
     is_own_schedule = "pipeline.schedule" in other
     replaced = _take_policies(tree, content, is_own_schedule=is_own_schedule)

@@ -99,14 +99,19 @@ def with_text_keys(value: Any) -> Any:
     return [with_text_keys(item) for item in value] if isinstance(value, list) else value
 
 
+_STRING_OR_COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|//[^\n]*')
+
+
 def parse_json(text: str, where: str) -> Any:
     """Turn JSON text into plain values; `where` names its source in errors.
+
+    Comments from ``//`` to the end of the line are left out, as guides print such files with them.
 
     Raises:
         ConfigError: a syntax error, with its line and column.
     """
     try:
-        return json.loads(text)
+        return json.loads(_STRING_OR_COMMENT.sub(lambda found: found[1] or " " * len(found[0]), text))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:

@@ -33,6 +33,8 @@ GRACE_SECONDS = 5
 """How long a rank may take to end after SIGTERM or SIGINT before it gets SIGKILL."""
 
 _HOST = "127.0.0.1"
+_STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""Variables that say how many processes another starter has made of one command."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # those torchrun handles
 
 
@@ -70,6 +72,7 @@ def launch_local(
     """
     if num_ranks < 1:
         raise LaunchError(f"cannot start {num_ranks} ranks; the number of ranks must be 1 or more")
+    _refuse_starters(num_ranks)
     if master_port is not None:
         _check_port(master_port)
     watchdog = Watchdog(run_directory, num_ranks, GRACE_SECONDS)
@@ -95,6 +98,19 @@ def launch_local(
             raise LaunchError(f"cannot listen on {_HOST}:{master_port or 0} for the ranks: {error}") from error
     for rank in range(num_ranks):
         status_path(run_directory, rank).unlink(missing_ok=True)
+
+
+def _refuse_starters(num_ranks: int) -> None:
+    """Refuse to start all ranks in each of several processes that something else has started alike."""
+    for variable, starter in _STARTERS.items():
+        count = os.environ.get(variable, "1")
+        if count.isdigit() and int(count) > 1:
+            raise LaunchError(
+                f"{starter} has started this command {count} times ({variable}={count}), and each starts all "
+                f"{num_ranks} ranks, so the run would be done {count} times; start it once ({starter} -n 1 vpipe ...), "
+                f"or let torchrun start its ranks: {starter} -n 1 torchrun --nproc-per-node {num_ranks} -m vpipe "
+                "train CONFIG"
+            )
 
 
 class _RankOutput(LogsSpecs):

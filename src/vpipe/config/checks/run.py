@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vpipe.config.checks.model import check_family
 from vpipe.config.checks.plan import check_planning
@@ -105,13 +105,27 @@ def _check_partition(run: RunConfig) -> Iterator[Problem]:
         # The planner looks for schedules with that many stages.
         is_open = run.pipeline.schedule == "auto" and len(partition) % run.num_ranks == 0
         for reason in check_partition(partition, blocks, len(partition) if is_open else run.num_stages):
-            yield Problem(keys, f"plan.partition = {show(partition)}: {reason}")
+            yield Problem(keys, f"plan.partition = {show(partition)}: {reason}{_layers_meant(run, partition, blocks)}")
     elif num_blocks is not None and run.num_stages > num_blocks:
         yield Problem(
             keys,
             f"pipeline.num_ranks = {run.num_ranks} with {_stages(run.pipeline.stages_per_rank)} each makes "
             f"{run.num_stages} stages out of {num_blocks} blocks; use at most {num_blocks} stages",
         )
+
+
+def _layers_meant(run: RunConfig, partition: Sequence[int], num_blocks: int) -> str:
+    """Say so where a partition adds up to the layers of a model, each of which is two blocks."""
+    layers = run.model.num_layers
+    if run.model.type == "custom" or sum(partition) != layers or num_blocks <= layers:
+        return ""
+    meant = [2 * size for size in partition]
+    meant[0] += 1  # the embedding
+    meant[-1] += num_blocks - 2 * layers - 1
+    return (
+        f" ({layers} is the number of layers: each is two blocks, attention and feed-forward, the first stage also has "
+        f"the embedding{' and the last the output' * (num_blocks > 2 * layers + 1)}; in blocks this is {show(meant)})"
+    )
 
 
 def _check_recompute(run: RunConfig) -> Iterator[Problem]:

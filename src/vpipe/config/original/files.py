@@ -24,12 +24,12 @@ _SAME_NAME = ("schedule", "num_microbatches", "stages_per_rank", *(option.key fo
 
 @dataclass(frozen=True)
 class PartitionFile:
-    """Blocks per stage, and recompute ratio per stage where the file has any.
+    """Blocks per stage, and recompute ratio per stage, where the file has them.
 
     What blocks do with activations is None where it does not say, and else what it says, unchecked.
     """
 
-    partition: list[int]
+    partition: list[int] | None
     recompute_ratio: list[float] | None
     policies: Any = None
     recompute: Any = None
@@ -51,7 +51,7 @@ class StageMaps:
 
 
 def read_partition_file(path: Path) -> PartitionFile:
-    """Read ``{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}``; the ratios may be left out.
+    """Read ``{"partition": [12, 13, 13, 11], "recompute_ratio": [0.3, 0, 0, 0]}``; one of the two may be left out.
 
     A run's own ``plan.json`` is such a file too, and what ``vpipe plan`` writes: these say more of the run.
 
@@ -60,9 +60,11 @@ def read_partition_file(path: Path) -> PartitionFile:
     """
     content = _read_object(path, ("partition", "recompute_ratio"), ignored=(*PLAN_KEYS, *DERIVED_KEYS))
     partition, ratios = content.get("partition"), content.get("recompute_ratio")
-    if "partition" not in content:
+    if "partition" not in content and ratios is None:
         raise ConfigError(f"{path}: has no 'partition', a list of blocks per stage, e.g. [12, 13, 13, 11]")
-    if not (isinstance(partition, list) and partition and all(_is_int(size) and size > 0 for size in partition)):
+    if "partition" in content and not (
+        isinstance(partition, list) and partition and all(_is_int(size) and size > 0 for size in partition)
+    ):
         raise ConfigError(
             f"{path}: partition = {show(partition)} is not a list with a whole number of at least 1 per stage"
         )
@@ -77,13 +79,13 @@ def read_partition_file(path: Path) -> PartitionFile:
             policies = ["keep" if policy == "recompute" else policy for policy in policies]
     more = (
         *(policies, mode, besides),
-        *(_run_keys(content, len(partition)), content.get("predicted")),
+        *(_run_keys(content, len(partition or [])), content.get("predicted")),
     )
     if ratios is None:
         return PartitionFile(partition, None, *more)
     if not (isinstance(ratios, list) and all(_is_ratio(ratio) for ratio in ratios)):
         raise ConfigError(f"{path}: recompute_ratio = {show(ratios)} is not a list with a number from 0 to 1 per stage")
-    if len(ratios) != len(partition):
+    if partition is not None and len(ratios) != len(partition):
         raise ConfigError(
             f"{path}: recompute_ratio has {len(ratios)} entries and partition has {len(partition)}; give one per stage"
         )

@@ -2,9 +2,12 @@
 
 `DIRECT` keys only have another place now. The others carry a decision:
 
-- `sync_mode`: asp is pipedream, and the minibatch flows whole (one microbatch); bsp is 1f1b. `schedule` overrules it.
-- `directory`, `module`, `model_type`: 'bert' with 'vgpus=N' is BERT-large (24 layers, 49 blocks) trained by LAMB, as
-  there; a `model:` or `optimizer:` section beside overrules it. Files are looked up under `directory`.
+- `sync_mode`: asp is pipedream, and the minibatch flows whole (one microbatch); bsp is 1f1b, and it flows as four
+  microbatches per stage where its size allows that. `schedule` overrules it.
+- `directory`, `module`, `model_type`: 'bert' with 'vgpus=N' is BERT-large (24 layers, 49 blocks; with 'vgpus=8' 48
+  layers, 97 blocks) trained by LAMB, as there; `model_type` 'gpt' or 'llama' is such a model in its default size, which
+  the original did not have. A `model:` or `optimizer:` section beside overrules it. Files are looked up under
+  `directory`.
 - `config_file`: its stage maps give the number of ranks, and what it lists by stage.
 - `learning_rate_policy`: step alone steps as there, to a tenth every 30 epochs.
 - `recompute`: see `PipelineConfig.recompute`; there it did nothing, and the ratios counted alone.
@@ -75,7 +78,10 @@ FLAT_KEYS = (*MEANT, *DIRECT, *IGNORED)
 """Every flat key. `log_directory` is a native key too and needs no translation."""
 
 _SYNC_MODES = {"asp": "pipedream", "bsp": "1f1b"}
-_PLANNED_MODELS = ("image_classification", "translation", "speech_to_text", "gpt2", "gpt")
+_PLANNED_MODELS = ("image_classification", "translation", "speech_to_text")
+_OTHER_MODELS = {"gpt": "gpt", "gpt2": "gpt", "llama": "llama"}
+_DEEP = re.compile(r"vgpus=8")
+"""The original's experiment for eight devices has twice as many layers."""
 
 
 @dataclass
@@ -125,6 +131,9 @@ def _translate_model(flat: Mapping[str, Any], result: Translation) -> None:
     if not given:
         return
     model_type, directory, module = (flat.get(key) for key in ("model_type", "directory", "module"))
+    if isinstance(model_type, str) and model_type in _OTHER_MODELS:
+        result.settings["model.type"] = (_OTHER_MODELS[model_type], "model_type")
+        return
     mistake = ""
     if model_type in _PLANNED_MODELS:
         mistake = f"model_type = {show(model_type)} is not supported yet"
@@ -135,17 +144,20 @@ def _translate_model(flat: Mapping[str, Any], result: Translation) -> None:
     elif module is not None and not re.fullmatch(r"vgpus=\d+", str(module)):
         mistake = f"module = {show(module)} is not known; 'vgpus=N' is BERT-large"
     if mistake:
-        advice = "VPipe has 'bert'; for another model give a 'model:' section with type: custom"
+        advice = "VPipe has 'bert', 'gpt' and 'llama'; for another model give a 'model:' section with type: custom"
         result.problems.append(Problem(("model.type", "model.num_layers"), f"{mistake}; {advice}"))
         return
     implied = {"model.type": "bert", "model.size": "large", "data.type": "bert", "optimizer.name": "lamb"}
     result.settings |= {key: (value, given[0]) for key, value in implied.items()}
+    if module is not None and _DEEP.fullmatch(str(module)):
+        result.settings["model.num_layers"] = (48, "module")
 
 
 def _unknown_model_type(model_type: object) -> str:
-    if model_type in (None, "bert", *_PLANNED_MODELS):
+    known = ("bert", *_OTHER_MODELS, *_PLANNED_MODELS)
+    if model_type in (None, *known):
         return ""
-    return f"model_type = {show(model_type)} is not known{did_you_mean(model_type, ['bert', *_PLANNED_MODELS])}"
+    return f"model_type = {show(model_type)} is not known{did_you_mean(model_type, known)}"
 
 
 def _translate_schedule(flat: Mapping[str, Any], result: Translation) -> None:
