@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -165,3 +167,12 @@ def test_hooks_of_a_weight_that_blocks_share_are_told():
     one.weight.register_hook(lambda gradient: gradient * 0)
     with pytest.raises(ModelError, match=r"'0.weight' and '1.weight' are one weight with a hook"):
         Chain.from_modules([one, two], MSE)
+
+
+def test_what_cannot_be_copied_is_named():
+    layer = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    layer[1].lock = threading.Lock()
+    with pytest.raises(
+        ModelError, match=r"the attribute '1.lock' of a Sequential .* cannot pickle '_thread.lock'.*__deep"
+    ):
+        copy_module(layer)

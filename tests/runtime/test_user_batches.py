@@ -339,3 +339,14 @@ def test_one_tensor_under_two_names_crosses_once_and_gets_the_same_bits(schedule
 
 def _copied(named):
     return {name: gradient.clone() for name, gradient in named.items()}
+
+
+def test_asynchronous_batches_of_several_lengths_are_told():
+    batches = [(torch.ones(4, length, 4), torch.zeros(4, length, 4)) for length in (5, 9)]
+    with (
+        build(schedule="pipedream") as pipeline,
+        pytest.raises(
+            DataError, match=r"batch 1 has rows of shape \(9, 4\) .* in the field 'input'.* once for each shape"
+        ),
+    ):
+        list(pipeline.train(batches))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,17 +24,46 @@ def copy_module(module: nn.Module, memo: dict[int, object] | None = None) -> nn.
     """Return a deep copy of `module` with hooks and attributes of its parameters; `memo` names what is not copied.
 
     Raises:
-        ModelError: it was compiled in place by something else than torch.compile.
-        RuntimeError: it cannot be copied, because it holds a tensor that was computed.
+        ModelError: it was compiled in place by something else than torch.compile, or cannot be copied.
     """
     memo = {} if memo is None else memo
-    copied = copy.deepcopy(module, memo)
+    copied = _deepcopy(module, memo)
     for part, other in zip(module.modules(), copied.modules(), strict=True):
         for name, original in _tensors(part):
             carry_over(original, getattr(other, name), memo)
         if part._compiled_call_impl is not None:
             other._compiled_call_impl = _compiled_as(part, other)
     return copied
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+    try:
+        return copy.deepcopy(module, memo)
+    except RuntimeError as error:
+        reason = str(error).split(".")[0]
+        raise ModelError(
+            f"a {type(module).__name__} of the chain cannot be copied: {reason}. It holds a tensor that was computed, "
+            "as the old torch.nn.utils.weight_norm does; use torch.nn.utils.parametrizations, or compute it in forward"
+        ) from error
+    except (TypeError, copy.Error, pickle.PicklingError) as error:
+        raise ModelError(
+            f"{_odd_part(module)} of the chain cannot be copied: {error}. A pipeline trains copies of modules: keep "
+            "such an object out of them, or give their class a __deepcopy__"
+        ) from error
+
+
+def _odd_part(module: nn.Module) -> str:
+    """Name the attribute of `module` or of a part of it that cannot be copied."""
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:  # whatever it is, it is what was looked for
+                where = f"the attribute '{path}.{name}'" if path else f"the attribute '{name}'"
+                return f"{where} of a {type(module).__name__}"
+    return f"a {type(module).__name__}"
 
 
 def _tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -152,15 +152,4 @@ def _check_own_buffers(name: str, module: nn.Module, owners: dict[int, str]) -> 
 def _copying(module: nn.Module) -> Callable[[], nn.Module]:
     """Return a builder of copies, so that building a block twice does not train one set of weights."""
     # What runs on the meta device writes no weights.
-    return lambda: module if torch.get_default_device().type == "meta" else _copy(module)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    try:
-        return copy_module(module)
-    except RuntimeError as error:
-        reason = str(error).split(".")[0]
-        raise ModelError(
-            f"a {type(module).__name__} of the chain cannot be copied: {reason}. It holds a tensor that was computed, "
-            "as the old torch.nn.utils.weight_norm does; use torch.nn.utils.parametrizations, or compute it in forward"
-        ) from error
+    return lambda: module if torch.get_default_device().type == "meta" else copy_module(module)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vpipe.data.batches import microbatch_rows
@@ -47,6 +48,7 @@ class BatchFeed:
         self._rows: tuple[slice, ...] = ()
         self._loaded: dict[int, _Loaded] = {}
         self._num_read = 0
+        self._first: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
     def rows(self, serial: int, names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
         """Return fields `names` of microbatch `serial`, and its number of samples.
@@ -82,10 +84,24 @@ class BatchFeed:
                 f"this rank reads the field '{missing[0]}', which batch {index} does not have; it has "
                 f"{', '.join(sorted(batch.fields)) or 'none'}"
             )
+        self._check_alike(index, batch)
         moved = {name: self._move(batch.fields[name]) for name in self._names}
         self._loaded[index] = _Loaded(moved, batch.whole, self._num_readers * self._num_microbatches)
         self._rows = rows
         self._num_read += 1
+
+    def _check_alike(self, index: int, batch: Batch) -> None:
+        """Refuse other shapes than those of the first batch: what crosses the cuts was agreed on for these."""
+        shapes = {name: batch.fields[name].shape[0 if name in batch.whole else 1 :] for name in self._names}
+        alike = {name: (shape, batch.fields[name].dtype) for name, shape in shapes.items()}
+        first = self._first = self._first or alike
+        if other := [name for name in self._names if alike[name] != first[name]]:
+            (shape, dtype), (usual, kind) = alike[other[0]], first[other[0]]
+            raise DataError(
+                f"batch {index} has rows of shape {tuple(shape)} ({dtype}) in the field '{other[0]}', and those before "
+                f"it {tuple(usual)} ({kind}); batches that share a pipeline, as those of one train() of an "
+                "asynchronous schedule do, need one shape: pad them, or call train() once for each shape"
+            )
 
     def done(self, serial: int) -> None:
         """Say that one stage has read microbatch `serial` for the last time."""
