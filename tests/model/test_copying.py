@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -176,3 +177,31 @@ def test_what_cannot_be_copied_is_named():
         ModelError, match=r"the attribute '1.lock' of a Sequential .* cannot pickle '_thread.lock'.*__deep"
     ):
         copy_module(layer)
+
+
+def test_hooks_of_other_objects_go_on_telling_these():
+    class Tracker:
+        def __init__(self):
+            self.seen = []
+
+        def on(self, gradient):
+            self.seen.append(gradient)
+
+    tracker, store = Tracker(), []
+    layer = nn.Linear(2, 2)
+    layer.weight.register_hook(tracker.on)
+    layer.bias.register_hook(partial(lambda kept, gradient: kept.append(gradient), store))
+    layer.weight.tracker = tracker
+    layer.weight.group = [layer.bias]
+    copied = copy_module(layer)
+    copied(torch.ones(1, 2)).sum().backward()
+    assert len(tracker.seen) == 1
+    assert copied.weight.tracker is tracker
+    assert copied.weight.group == [copied.bias]
+
+
+def test_columns_of_one_tensor_share_no_element():
+    flat = torch.randn(6, 12)
+    check_memory([("a", nn.Parameter(flat[:, :6])), ("b", nn.Parameter(flat[:, 6:]))])
+    with pytest.raises(ModelError, match="share their memory"):
+        check_memory([("a", nn.Parameter(flat[:, :7])), ("b", nn.Parameter(flat[:, 6:]))])

@@ -175,6 +175,8 @@ ODD = {
     "channels last": lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
     "a part": lambda: torch.randn(4, 9)[:, 2:6],
     "every other": lambda: torch.randn(8, 3)[::2],
+    "one row, channels last": lambda: torch.randn(3, 1, 4, 5).contiguous(memory_format=torch.channels_last),
+    "one pixel": lambda: torch.randn(3, 5, 2, 2).contiguous(memory_format=torch.channels_last)[:, :, :1, :1].clone(),
     "expanded": lambda: torch.randn(4, 1, 3).expand(4, 5, 3),
     "expanded, transposed": lambda: torch.randn(3, 4).T.unsqueeze(1).expand(4, 2, 3),
     "one number": lambda: torch.randn(()).expand(2, 3),
@@ -216,3 +218,14 @@ def test_memory_serves_another_layout():
     other.pack(6, VALUES)
     assert torch.equal(other.unpack(6)["hidden"], VALUES["hidden"])
     assert packed(large, 7).turned_into(large).unpack(7).keys() == VALUES.keys()
+
+
+def test_a_part_does_not_bring_the_whole():
+    value = torch.randn(16, 2000, 64)[:, -1]
+    layout = MessageLayout(3, [ValueSpec("part", (16, 64), torch.float32, True)])
+    message = Message(layout, CPU)
+    message.pack(1, {"part": value})
+    found = message.unpack(1)["part"]
+    assert torch.equal(found, value)
+    assert not found.is_contiguous()
+    assert found.untyped_storage().nbytes() < 2 * 16 * 64 * 4

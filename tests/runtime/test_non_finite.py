@@ -173,3 +173,22 @@ class _Real(nn.Module):
 def test_other_words_are_told(options, text):
     with pytest.raises(ConfigError, match=text):
         build(layers(), **options)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "pipedream"])
+@pytest.mark.parametrize("bad", [(math.nan, 0.0), (math.inf, -math.inf), (math.inf, 0.0)])
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(schedule, bad):
+    def adding(hidden, target):
+        return hidden.mean() + target.mean()
+
+    x, y = torch.randn(4, 4), torch.zeros(4, 1)
+    broken = y.clone()
+    broken[0], broken[2] = bad
+    with flat_pipeline(
+        layers(), adding, optimizer=adam, num_microbatches=2, schedule=schedule, on_non_finite="skip"
+    ) as pipeline:
+        before = pipeline.state_dict()
+        first, second = pipeline.train([(x, broken), (x, y)])
+        assert not math.isfinite(first.loss)
+        assert (first.num_skipped, second.num_skipped) == (2 if schedule == "pipedream" and bad[1] else 1, 0)
+        assert not torch.equal(pipeline.state_dict()["0.weight"], before["0.weight"])

@@ -218,3 +218,56 @@ def test_a_tied_weight_that_no_batch_used_stays():
             pipeline.step(x, y)
             assert torch.equal(pipeline.state_dict()["0.weight"], one.weight)
             assert torch.equal(pipeline.state_dict()["1.weight"], one.weight)
+
+
+def test_coupling_is_found_where_a_stage_has_one_parameter():
+    net = [nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False)]
+    with pytest.raises(ConfigError, match="OneStep changes a parameter by the gradients of others"):
+        flat_pipeline(
+            net, functional.mse_loss, optimizer=lambda pairs: OneStep([item for _, item in pairs], lr=0.1),
+            schedule="naive", stages_per_rank=2,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda pairs: torch.optim.SGD([{"params": [item for _, item in pairs], "lr": 0.1}]), [0.1]),
+        (
+            lambda pairs: torch.optim.AdamW(
+                [{"params": [item], "lr": 0.01 if name.startswith("1.") else 0.02} for name, item in pairs]
+            ),
+            [0.1, 0.1, 0.05, 0.05, 0.1, 0.1],
+        ),
+        (
+            lambda pairs: [
+                torch.optim.SGD([item for _, item in pairs[:2]], lr=0.02),
+                torch.optim.SGD([item for _, item in pairs[2:]], lr=0.002),
+            ],
+            [0.1, 0.01],
+        ),
+        (lambda pairs: torch.optim.SGD(pairs, lr=0.0), [0.1]),
+    ],
+)
+def test_rates_of_groups_are_taken_by_the_one_that_is_usual(make, expected):
+    x, y = batch()
+    with flat_pipeline(
+        layers(), functional.mse_loss, optimizer=make, num_microbatches=2, learning_rate=lambda done: 0.1
+    ) as pipeline:
+        pipeline.step(x, y)
+        groups = pipeline.held[0].weights.optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx(expected)
+
+
+def test_a_stage_of_unusual_groups_alone_keeps_the_ratio():
+    x, y = batch()
+    with flat_pipeline(
+        [nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 1)], functional.mse_loss, num_microbatches=2,
+        optimizer=lambda pairs: torch.optim.SGD(
+            [{"params": [item], **({"lr": 0.01} if name.startswith("0.") else {})} for name, item in pairs], lr=0.1
+        ),
+        learning_rate=lambda done: 1.0, schedule="naive", stages_per_rank=3,
+    ) as pipeline:  # fmt: skip
+        pipeline.step(x, y)
+        rates = [group["lr"] for item in pipeline.held.values() for group in item.weights.optimizer.param_groups]
+    assert rates == pytest.approx([0.1, 0.1, 1.0, 1.0, 1.0, 1.0])

@@ -37,7 +37,7 @@ def build(starts=(1.0, 2.0), tied=(), *, synchronous=True, clip=None, rate=None,
         Update(clip, rate, **options),
         synchronous=synchronous,
         loss_of_batch=lambda: loss,
-        world=SimpleNamespace(peers=None),
+        world=SimpleNamespace(peers=None, gather=lambda mine, what: [mine]),
         hooks=hooks or Hooks(),
     )
     return weights, updater

@@ -11,7 +11,7 @@ from flat_pipeline import flat_pipeline
 from torch import nn
 from torch.nn import functional
 
-from vpipe.errors import ConfigError, DataError, ExecutionError, ModelError
+from vpipe.errors import ConfigError, DataError, ExecutionError, MemoryLimitError, ModelError
 from vpipe.model.chain import Block, Chain
 from vpipe.model.loss import CallableLoss
 from vpipe.runtime.batch import Batch
@@ -350,3 +350,95 @@ def test_asynchronous_batches_of_several_lengths_are_told():
         ),
     ):
         list(pipeline.train(batches))
+
+
+def test_a_field_for_all_samples_is_not_changed_in_place():
+    class Doubles(nn.Linear):
+        def forward(self, x, scale):
+            return super().forward(x) * scale.mul_(2.0)
+
+    block = Block("scale", lambda: Doubles(4, 4), ("input", "scale"), ("hidden",))
+    chain = Chain((block,), ("input", "scale", "target"), MSE, whole_fields=("scale",))
+    x, y = tensors()
+    with build(chain) as pipeline, pytest.raises(ModelError, match="'scale' in place, a batch field that other micro"):
+        pipeline.step(input=x, scale=torch.ones(4), target=y)
+
+
+def test_a_step_takes_a_batch_as_training_does():
+    x, y = tensors()
+    losses = []
+    for data in ((x, y), ({"input": x, "target": y},), ([x, y],), (Batch({"input": x, "target": y}, 4),)):
+        with build() as pipeline:
+            losses.append(pipeline.step(*data).loss)
+    assert len(set(losses)) == 1
+    with build() as pipeline, pytest.raises(DataError, match="1 tensors were given in order and target by name"):
+        pipeline.step(x, target=y)
+
+
+def test_an_evaluation_that_failed_leaves_nothing_for_the_next():
+    class Refuses(nn.Linear):
+        def forward(self, x):
+            if x.max() > 100:
+                raise ValueError("too large")
+            return super().forward(x)
+
+    x, y = tensors()
+    bad = torch.cat([x, x * 1000])
+    with build([Refuses(4, 4), nn.Linear(4, 4)]) as pipeline:
+        before = pipeline.evaluate([(x, y)], 1)
+        with pytest.raises(ValueError, match="too large"):
+            pipeline.evaluate([(bad, torch.cat([y, y]) * 10)], 1)
+        assert pipeline.evaluate([(x, y)], 1) == before
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_batches_before_an_exception_were_done(kind):
+    x, y = tensors()
+
+    def batches():
+        yield x, y
+        yield x, y
+        raise kind("user")
+
+    with build(schedule="pipedream") as pipeline:
+        with pytest.raises(kind, match="user"):
+            list(pipeline.train(batches(), 4))
+        done = pipeline.iteration
+        assert [item.iteration for item in pipeline.train([(x, y)] * 2)] == [done, done + 1]
+    assert done >= 1
+
+
+def test_results_may_be_taken_later():
+    x, y = tensors()
+    with build() as pipeline:
+        results = pipeline.train([(x, y)])
+        assert pipeline.evaluate([(x, y)])["loss"] > 0
+        assert len(list(results)) == 1
+
+
+def test_a_batch_that_was_too_large_leaves_room_for_the_next():
+    torch.manual_seed(0)
+    small, large = ((torch.randn(4, size, 4), torch.randn(4, size, 4)) for size in (50, 900))
+    with build(schedule="gpipe") as pipeline:
+        pipeline.step(*small)
+        limit = pipeline.ledger.peak.total + 5_000
+    with build(schedule="gpipe", limit=limit) as pipeline:
+        expected = pipeline.step(*small).iteration
+        with pytest.raises(MemoryLimitError):
+            pipeline.step(*large)
+        assert pipeline.step(*small).iteration == expected + 1
+
+
+@pytest.mark.parametrize("width", [37, 100])
+def test_an_expanded_gradient_behind_a_cut_gives_the_same_bits(width):
+    torch.manual_seed(0)
+    net = [nn.Linear(30, width), nn.Identity()]
+    x, y = torch.randn(34, 30), torch.randn(34)
+    loss = CallableLoss(lambda hidden, target: (hidden.sum(1) * target).mean())
+    states = []
+    for options in ({}, {"schedule": "interleaved", "stages_per_rank": 2, "partition": [1, 1]}):
+        with build(net, loss, **options) as pipeline:
+            for _ in range(2):
+                pipeline.step(x, y)
+            states.append(pipeline.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from functools import partial
 
 import pytest
@@ -292,3 +293,161 @@ def test_a_weight_for_each_sample_is_told():
         flat_pipeline(layers(1), loss, optimizer=sgd, num_microbatches=8) as pipeline,
     ):
         pipeline.step(torch.randn(8, 6), torch.rand(8, 1))
+
+
+def weighted(hidden, target):
+    return functional.cross_entropy(hidden, target, weight=WEIGHT)
+
+
+class Tempered(nn.Module):
+    """A learned loss that leaves targets out."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden, target):
+        return functional.cross_entropy(hidden / self.temperature, target)
+
+
+def root(hidden, target):
+    return functional.mse_loss(hidden.float(), target).sqrt()
+
+
+class Owner:
+    """Has a loss, and what cannot be copied."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def loss(self, hidden, target):
+        return functional.mse_loss(hidden, target, reduction="sum")
+
+
+def test_samples_that_only_differ_between_microbatches_are_compared_too():
+    x, _ = classes()
+    in_order = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    late = torch.tensor([0, 1, 2, 3, 4, 0, -100, -100])
+    cases = [(weighted, layers(), x, in_order), (ignoring, layers(), x, late), (Tempered(), layers(), x, late)]
+    torch.manual_seed(0)
+    wide = torch.randn(8, 6) * torch.arange(1, 9).unsqueeze(1) ** 2
+    cases.append((root, layers(1).bfloat16(), wide.bfloat16(), torch.randn(8, 1)))
+    cases.append((Owner().loss, layers(1), x, torch.randn(8, 1)))
+    for loss, net, given, target in cases:
+        with (
+            pytest.raises(ModelError, match="no mean over samples"),
+            flat_pipeline(net, loss, optimizer=sgd, num_microbatches=4) as pipeline,
+        ):
+            pipeline.step(given, target)
+
+
+def test_what_changes_its_target_is_tried_on_copies():
+    def clamping(hidden, target):
+        target.clamp_(min=0.0)
+        return functional.mse_loss(hidden, target)
+
+    torch.manual_seed(2)
+    x, y = torch.randn(8, 6), torch.randn(8, 1)
+    for size in (1, 4):
+        target = y.clone()
+        with flat_pipeline(layers(1), clamping, optimizer=sgd, num_microbatches=size) as pipeline:
+            found = pipeline.step(x, target).loss
+        assert found == pytest.approx(functional.mse_loss(layers(1)(x), y.clamp(min=0.0)).item(), rel=1e-5)
+        assert torch.equal(target, y.clamp(min=0.0))
+
+
+class Turned(nn.Linear):
+    """Puts time first."""
+
+    def forward(self, x):
+        return super().forward(x).transpose(0, 1)
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_outputs_in_which_time_comes_first_are_believed(length):
+    def turned(hidden, target):
+        return functional.cross_entropy(hidden.transpose(0, 1).flatten(0, 1), target.flatten())
+
+    torch.manual_seed(2)
+    x, y = torch.randn(8, length, 6), torch.randint(0, CLASSES, (8, length))
+    for size in (1, 4):
+        with flat_pipeline([Turned(6, CLASSES)], turned, optimizer=sgd, num_microbatches=size) as pipeline:
+            assert pipeline.step(x, y).loss > 0
+
+
+def test_flattened_outputs_are_tried():
+    def flat(hidden, target):
+        return functional.cross_entropy(hidden, target.flatten(), ignore_index=0)
+
+    torch.manual_seed(2)
+    y = torch.randint(0, CLASSES, (8, 3))
+    with (
+        pytest.raises(ModelError, match="no mean over samples"),
+        flat_pipeline([nn.Linear(6, CLASSES), nn.Flatten(0, 1)], flat, optimizer=sgd, num_microbatches=4) as pipeline,
+    ):
+        pipeline.step(torch.randn(8, 3, 6), y)
+
+
+def test_what_a_loss_reads_of_all_samples_is_not_cut():
+    def nearest(hidden, target, prototypes):
+        return functional.cross_entropy(hidden @ prototypes.T, target)
+
+    torch.manual_seed(2)
+    x, y, prototypes = torch.randn(8, 6), torch.randint(0, 4, (8,)), torch.randn(4, CLASSES)
+    loss = CallableLoss(nearest, ("hidden", "target", "prototypes"))
+    fields = ("input", "target", "prototypes")
+    found = []
+    for size in (1, 2, 4):
+        chain = Chain.from_modules(layers(), loss, fields=fields, whole_fields=("prototypes",))
+        with flat_pipeline(chain, optimizer=sgd, num_microbatches=size) as pipeline:
+            found.append(pipeline.step(input=x, target=y, prototypes=prototypes).loss)
+    assert found == pytest.approx([nearest(layers()(x), y, prototypes).item()] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_class_weights_that_come_with_the_batch(size):
+    loss = CallableLoss(functional.cross_entropy, ("hidden", "target", "weight"))
+    chain = Chain.from_modules(layers(), loss, fields=("input", "target", "weight"), whole_fields=("weight",))
+    x, y = classes(())
+    with flat_pipeline(chain, optimizer=sgd, num_microbatches=size) as pipeline:
+        if size == 1:
+            found = pipeline.step(input=x, target=y, weight=WEIGHT).loss
+            assert found == functional.cross_entropy(layers()(x), y, WEIGHT).item()
+        else:
+            with pytest.raises(ModelError, match="no mean over samples"):
+                pipeline.step(input=x, target=y, weight=WEIGHT)
+
+
+def test_shapes_that_would_be_broadcast_are_told():
+    x, y = torch.randn(8, 6), torch.randn(8)
+    with (
+        pytest.raises(ModelError, match=r"an output of shape \(2, 1\) with a target of shape \(2,\)"),
+        flat_pipeline(layers(1), functional.mse_loss, optimizer=sgd, num_microbatches=4) as pipeline,
+    ):
+        pipeline.step(x, y)
+
+
+def test_a_loss_that_computes_with_the_modules_that_were_given_is_told():
+    net = layers(1)
+
+    def regularised(hidden, target):
+        return functional.mse_loss(hidden, target) + sum(item.square().sum() for item in net.parameters())
+
+    x, y = torch.randn(8, 6), torch.randn(8, 1)
+    with (
+        pytest.raises(ConfigError, match=r"'0.weight' of the modules that were given got a gradient"),
+        flat_pipeline(net, regularised, optimizer=sgd, num_microbatches=4) as pipeline,
+    ):
+        pipeline.step(x, y)
+
+
+def test_training_the_given_modules_beside_is_no_matter():
+    net, x, y = layers(1), torch.randn(8, 6), torch.randn(8, 1)
+    optimizer = sgd(net.parameters())
+    with flat_pipeline(net, functional.mse_loss, optimizer=sgd, num_microbatches=1) as pipeline:
+        for _ in range(3):
+            value = functional.mse_loss(net(x), y)
+            assert pipeline.step(x, y).loss == value.item()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)

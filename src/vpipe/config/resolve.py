@@ -111,7 +111,9 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
             share = (run.num_stages - 1) / (number + run.num_stages - 1)
             warnings.append(
                 f"num_microbatches is not given: a batch of {run.train.batch_size} flows as {number} through "
-                f"{run.num_stages} stages, each of which waits for {share:.0%} of the time; more of them are quicker"
+                f"{run.num_stages} stages, each of which waits for {share:.0%} of the time"
+                + f"; with a batch_size that {4 * run.num_stages} divides they are more"
+                * (number < 4 * run.num_stages)
             )
         elif is_flat and (waits or run.pipeline.macrobatch):
             pipeline["num_microbatches"] = run.num_stages

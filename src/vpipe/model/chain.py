@@ -67,6 +67,8 @@ class Chain:
         self._check_tied()
 
     def _check_loss(self) -> None:
+        if isinstance(self.loss, CallableLoss) and self.loss.whole != self.whole_fields:
+            object.__setattr__(self, "loss", replace(self.loss, whole=self.whole_fields))
         if not isinstance(self.loss, Loss):
             raise ModelError(
                 f"the loss of a chain is of type {type(self.loss).__name__}; give vpipe.CallableLoss(function), or an "
@@ -135,7 +137,7 @@ class Chain:
             blocks, tied = chain_modules(modules, fields[0])
             return cls(blocks, tuple(fields), ending, tied, tuple(whole_fields))
         assert isinstance(ending.function, nn.Module)
-        learned = LearnedLoss(ending, ending.function)
+        learned = LearnedLoss(replace(ending, whole=tuple(whole_fields)), ending.function)
         blocks, tied = chain_modules(modules, fields[0], LossEnd(learned.module, ending.inputs, learned.value))
         return cls(blocks, tuple(fields), learned, tied, tuple(whole_fields))
 

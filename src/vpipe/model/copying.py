@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -80,26 +82,36 @@ def carry_over(original: Tensor, copied: Tensor, memo: dict[int, object] | None 
     memo = {} if memo is None else memo
     for name, value in vars(original).items():
         if name not in vars(copied):
-            vars(copied)[name] = _deep(value, memo)
+            vars(copied)[name] = _mapped(value, memo)
     if (before or after) and not copied._backward_hooks and not copied._post_accumulate_grad_hooks:
         is_trained = copied.requires_grad
         copied.requires_grad_()  # hooks of what is frozen wait until it is trained
         for hook in (before or {}).values():
-            copied.register_hook(_deep(hook, memo))  # type: ignore[no-untyped-call]
+            copied.register_hook(_mapped(hook, memo))  # type: ignore[no-untyped-call]
         for hook in (after or {}).values():
-            copied.register_post_accumulate_grad_hook(_deep(hook, memo))  # type: ignore[no-untyped-call]
+            copied.register_post_accumulate_grad_hook(_mapped(hook, memo))  # type: ignore[no-untyped-call]
         copied.requires_grad_(is_trained)
 
 
-def _deep(value: object, memo: dict[int, object]) -> Any:
-    """Return a copy that refers to copied parameters where `value` refers to the original ones; itself if it has none.
+def _mapped(value: Any, memo: Mapping[int, object]) -> Any:
+    """Return `value` with copied modules and parameters in place of the original ones; all else is the same object.
 
-    Functions are as they are; methods of a module become those of its copy.
+    Methods of a module become those of its copy; what a function closes over stays.
     """
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # what somebody hung on a parameter may be anything, such as a lock
-        return value
+    if id(value) in memo and isinstance(value, nn.Module | Tensor):
+        return memo[id(value)]
+    if isinstance(value, MethodType):
+        owner = _mapped(value.__self__, memo)
+        return value if owner is value.__self__ else MethodType(value.__func__, owner)
+    if isinstance(value, partial):
+        arguments = [_mapped(item, memo) for item in value.args]
+        keywords = {name: _mapped(item, memo) for name, item in value.keywords.items()}
+        return partial(_mapped(value.func, memo), *arguments, **keywords)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, memo) for item in value)
+    if type(value) is dict:
+        return {name: _mapped(item, memo) for name, item in value.items()}
+    return value
 
 
 def like_parameter(data: Tensor, original: nn.Parameter) -> nn.Parameter:
@@ -147,10 +159,26 @@ def check_memory(named: Iterable[tuple[str, Tensor]]) -> None:
         for other_device, other_start, _, other_name, other in ranges[index + 1 :]:
             if other_device != device or other_start >= end:
                 break
-            if other is not tensor and (tensor.requires_grad or other.requires_grad):
+            if other is not tensor and (tensor.requires_grad or other.requires_grad) and _overlap(tensor, other):
                 one, two = sorted((name, other_name))
                 raise ModelError(
                     f"'{one}' and '{two}' share their memory without being one parameter, so their copies would drift "
                     "apart; make them one, which ties them (head.weight = table.weight, without .data), or copy one "
                     "(.clone())"
                 )
+
+
+def _overlap(one: Tensor, two: Tensor) -> bool:
+    """Tell whether two tensors on one memory have an element in common, and not only a stretch."""
+    if one.element_size() != two.element_size() or (one.is_contiguous() and two.is_contiguous()):
+        return True
+    size = one.element_size()
+    begin = min(one.data_ptr(), two.data_ptr())
+    places = [(item.data_ptr() - begin) // size for item in (one, two)]
+    extents = [
+        place + 1 + sum((n - 1) * step for n, step in zip(item.shape, item.stride(), strict=True))
+        for place, item in zip(places, (one, two), strict=True)
+    ]
+    taken = torch.zeros(max(extents), dtype=torch.bool)
+    taken.as_strided(one.shape, one.stride(), places[0]).fill_(True)
+    return bool(taken.as_strided(two.shape, two.stride(), places[1]).any())

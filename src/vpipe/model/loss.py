@@ -6,7 +6,8 @@ whole batch. A microbatch contributes its share; the shares of all microbatches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -17,7 +18,7 @@ from vpipe.errors import ConfigError, ModelError
 from vpipe.model.loss_probe import LossProbe
 from vpipe.model.torch_losses import TorchLoss
 
-__all__ = ["CallableLoss", "LearnedLoss", "Loss", "as_loss", "has_weights", "sum_parts"]
+__all__ = ["CallableLoss", "LearnedLoss", "Loss", "as_loss", "exact_sum", "has_weights", "sum_parts"]
 
 
 @runtime_checkable
@@ -45,8 +46,9 @@ class Loss(Protocol):
 class CallableLoss:
     """Wrap a function that returns one number for the samples it is given, such as those of `torch.nn.functional`.
 
-    Of torch's own losses is known what they average over: targets that are not ignored, by the weights of their
-    classes, or samples. Of others it is tried, once, on the first batch, whether they are the mean over samples.
+    Of torch's own losses, of an output and a target, is known what they average over: targets that are not ignored, by
+    the weights of their classes, or samples. Of others it is tried, on the first batch, whether they are the mean over
+    samples; they are called a few times more for that.
 
     Args:
         function: takes the tensors that `inputs` names and returns one number.
@@ -56,6 +58,7 @@ class CallableLoss:
             does, as a contrastive one wants it; None: as torch's losses say it, and for others it has to be a mean.
         num_targets: where the mean is not over samples: how many targets it is over, of those `inputs` that are batch
             fields, in their order.
+        whole: those of `inputs` that are one for all samples; a chain enters its `whole_fields` here.
 
     Raises:
         ModelError: what is given does not go together.
@@ -66,11 +69,12 @@ class CallableLoss:
     parts: tuple[str, ...] = ("loss",)
     reduction: Literal["mean", "sum"] | None = None
     num_targets: Callable[..., float | Tensor] | None = None
+    whole: tuple[str, ...] = ()
     _torch: TorchLoss | None = field(init=False, repr=False, compare=False)
     _probe: LossProbe = field(init=False, repr=False, compare=False, default_factory=LossProbe)
 
     def __post_init__(self) -> None:
-        known = TorchLoss.of(self.function)
+        known = TorchLoss.of(self.function) if len(self.inputs) == 2 else None
         object.__setattr__(self, "_torch", known)
         if len(self.parts) != 1:
             raise ModelError(f"a function gives one number, and parts names {len(self.parts)}; give one name")
@@ -97,7 +101,7 @@ class CallableLoss:
         if self.num_targets is not None:
             return float(self.num_targets(*given))
         if self._torch is not None and self._torch.by_targets and given:
-            return self._torch.count(given[-1])
+            return self._torch.count(given[0])
         return float(num_samples)
 
     def __call__(
@@ -109,7 +113,8 @@ class CallableLoss:
             ModelError: the function does not return one number, or is no mean over samples.
         """
         given = [tensors[name] for name in self.inputs]
-        self._check_weight(given[-1], num_samples)
+        if self._torch is not None:
+            self._check_shapes(*given, is_cut=num_samples != next(iter(totals.values())))
         if self._torch is None or not self._torch.by_targets or self._is_sum:
             return self.share(self.function(*given), tensors, totals, num_samples)
         (total,) = totals.values()
@@ -139,13 +144,20 @@ class CallableLoss:
             # Where a microbatch is an update of its own there is nothing to weigh, nor to undo in the backward.
             return {part: number if count else torch.zeros_like(number)}
         if self._torch is None and self.num_targets is None and self.reduction is None and torch.is_grad_enabled():
-            self._probe.look(self.function, [tensors[name] for name in self.inputs], num_samples)
+            given = {name: tensors[name] for name in self.inputs}
+            self._probe.look(self.function, given, self.whole, num_samples, total)
         # The mean over no targets is no number, and has no gradient that is one.
         return {part: number * (count / total) if count else torch.zeros_like(number)}
 
-    def _check_weight(self, target: Tensor, num_samples: int) -> None:
-        weight = None if self._torch is None else self._torch.sample_weight
-        if weight is not None and weight.dim() == target.dim() and weight.shape[0] not in (1, num_samples):
+    def _check_shapes(self, output: Tensor, target: Tensor, *, is_cut: bool) -> None:
+        assert self._torch is not None
+        if is_cut and self._torch.is_elementwise and output.shape != target.shape:
+            raise ModelError(
+                f"the loss compares an output of shape {tuple(output.shape)} with a target of shape "
+                f"{tuple(target.shape)}, each sample with each other one; give both the same shape"
+            )
+        weight = self._torch.sample_weight
+        if is_cut and weight is not None and weight.dim() == target.dim() and weight.shape[0] > 1:
             raise ModelError(
                 f"the loss has a weight of shape {tuple(weight.shape)}, a row for each sample of a batch, which is not "
                 "cut into microbatches with it; make it a field of the batch that the loss reads: "
@@ -205,6 +217,15 @@ def has_weights(loss: object) -> bool:
     """Tell whether a loss has weights to train."""
     module = loss.function if isinstance(loss, CallableLoss) else loss
     return isinstance(module, nn.Module) and any(item.requires_grad for item in module.parameters())
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """Add numbers without rounding; NaN and infinities add up as they do elsewhere."""
+    numbers = list(values)
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):  # of infinities of both signs, and of sums that are too large
+        return sum(numbers)
 
 
 def sum_parts(parts: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:

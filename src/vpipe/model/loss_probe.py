@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,76 +28,132 @@ _WAYS = (
 )
 
 
+class _Samples(NamedTuple):
+    """Rows of what a loss reads, of so many samples; None stands for what all samples share."""
+
+    rows: tuple[Tensor | None, ...]
+    number: int
+
+
 class LossProbe:
-    """Looks once, at the first samples of the first batch that is cut into several microbatches."""
+    """Looks at the microbatches of the first batch that is cut into several: each in halves, and beside the one before.
+
+    The loss is called on copies of its tensors, four times for a microbatch.
+    """
 
     def __init__(self) -> None:
+        self._num_seen = 0
         self._is_done = False
-        self._first: tuple[tuple[Tensor, ...], int] | None = None
+        self._before: _Samples | None = None
 
-    def look(self, function: Callable[..., Any], tensors: Sequence[Tensor], num_samples: int) -> None:
-        """Compare the loss of some samples with the mean of its halves; what cannot be compared is believed.
+    def look(
+        self, function: Callable[..., Any], tensors: Mapping[str, Tensor], whole: Sequence[str], num: int, total: float
+    ) -> None:
+        """Compare the loss of some samples with the mean of its parts; what cannot be compared is believed.
+
+        `num` samples of `total` are here; `whole` names what all samples share.
 
         Raises:
             ModelError: it is no mean over samples.
         """
         if self._is_done:
             return
-        given = tuple(tensor.detach() for tensor in tensors)
-        if num_samples == 1 and self._first is None:
-            self._first = given, num_samples
+        self._num_seen += num
+        self._is_done = self._num_seen >= total
+        here = _rows_of(tensors, whole, num)
+        if here is None:
+            self._is_done = True
             return
-        if self._first is not None:
-            halves = [self._first, (given, num_samples)]
-            self._first = None
-        else:
-            halves = _halved(given, num_samples)
+        shared = tuple(tensors.values())
+        if num > 1:
+            self._compare(function, shared, _cut(here, 0, num // 2), _cut(here, num // 2, num))
+        if self._before is not None:
+            self._compare(function, shared, self._before, here)
+        last = _cut(here, num - 1, num)
+        self._before = None
+        if not self._is_done:
+            self._before = _Samples(tuple(row if row is None else row.clone() for row in last.rows), 1)
+
+    def _compare(self, function: Callable[..., Any], shared: Sequence[Tensor], one: _Samples, two: _Samples) -> None:
+        for widened in (True, False):  # a sum of half precision is too far off to tell much
+            try:
+                found = _try(function, shared, one, two, widened=widened)
+            except Exception:  # it was never promised that the loss takes other numbers of samples, or another type
+                continue
+            if found is None:
+                self._is_done = True
+                return
+            _judge(*found, (one.number, two.number))
+            return
         self._is_done = True
-        if halves:
-            _compare(function, halves)
 
 
-def _halved(tensors: Sequence[Tensor], num_samples: int) -> list[tuple[tuple[Tensor, ...], int]]:
-    """Return the rows of the first half of the samples, and those of the others; nothing where rows are no samples."""
-    if any(not tensor.dim() or tensor.shape[0] % num_samples for tensor in tensors):
-        return []
-    half = num_samples // 2
-    cuts = [tensor.shape[0] // num_samples * half for tensor in tensors]
-    return [
-        (tuple(tensor[:cut] for tensor, cut in zip(tensors, cuts, strict=True)), half),
-        (tuple(tensor[cut:] for tensor, cut in zip(tensors, cuts, strict=True)), num_samples - half),
-    ]
+def _rows_of(tensors: Mapping[str, Tensor], whole: Sequence[str], num: int) -> _Samples | None:
+    """Return what has a row, or several, for each sample; None where that cannot be told."""
+    # Flattened outputs have a row for each element of the targets.
+    sizes = {num, *(item.numel() for item in tensors.values() if item.dim() and item.shape[0] == num)}
+    rows: list[Tensor | None] = []
+    for name, item in tensors.items():
+        if name in whole:
+            rows.append(None)
+        elif item.dim() and item.shape[0] in sizes:
+            rows.append(item.detach())
+        else:
+            return None
+    return _Samples(tuple(rows), num)
 
 
-def _compare(function: Callable[..., Any], halves: Sequence[tuple[tuple[Tensor, ...], int]]) -> None:
-    try:
-        # Copied, because what it keeps between calls must be as if nobody had looked.
-        call = _copy(function)
-        with torch.no_grad(), noticing_draws() as has_drawn:
-            parts = [float(call(*tensors)) for tensors, _ in halves]
-            joined = [torch.cat(pair) for pair in zip(*(tensors for tensors, _ in halves), strict=True)]
-            whole = float(call(*joined))
-            if has_drawn() or float(call(*halves[0][0])) != parts[0]:
-                return  # it is another one each time
-    except Exception:  # it was never promised that the loss takes other numbers of samples
-        return
-    numbers = [number for _, number in halves]
-    mean = sum(part * number for part, number in zip(parts, numbers, strict=True)) / sum(numbers)
-    # Sums of half precision are as far off as their own last digit.
-    precision = max([torch.finfo(item.dtype).eps for item in halves[0][0] if item.is_floating_point()], default=0.0)
-    allowed = max(_TOLERANCE, 32 * precision) * max(abs(whole), *map(abs, parts)) + 1e-6
+def _cut(samples: _Samples, start: int, stop: int) -> _Samples:
+    def part(row: Tensor) -> Tensor:
+        each = row.shape[0] // samples.number
+        return row[start * each : stop * each]
+
+    return _Samples(tuple(row if row is None else part(row) for row in samples.rows), stop - start)
+
+
+def _try(
+    function: Callable[..., Any], shared: Sequence[Tensor], one: _Samples, two: _Samples, *, widened: bool
+) -> tuple[float, float, float, float] | None:
+    """Return the loss of both parts, of all, and its precision; None where it is another one each time."""
+    call = _copied(function)
+
+    def value(*parts: _Samples) -> Tensor:
+        given = []
+        for index, item in enumerate(shared):
+            rows = [part.rows[index] for part in parts]
+            joined = (
+                torch.cat([row for row in rows if row is not None]) if rows[0] is not None else item.detach().clone()
+            )
+            is_narrow = joined.is_floating_point() and joined.dtype.itemsize < 4
+            given.append(joined.float() if widened and is_narrow else joined)
+        result = call(*given)
+        return torch.as_tensor(result)
+
+    with torch.no_grad(), noticing_draws() as has_drawn:
+        first, second, whole = value(one), value(two), value(one, two)
+        if has_drawn() or float(value(one)) != float(first):
+            return None
+    precision = torch.finfo(whole.dtype).eps if whole.is_floating_point() else 0.0
+    return float(first), float(second), float(whole), precision
+
+
+def _judge(first: float, second: float, whole: float, precision: float, numbers: tuple[int, int]) -> None:
+    mean = (first * numbers[0] + second * numbers[1]) / sum(numbers)
+    largest = max(abs(item) for item in (first, second, whole) if not math.isnan(item)) if whole == whole else 0.0
+    allowed = max(_TOLERANCE, 32 * precision) * largest + 1e-6
     if not math.isfinite(whole) or abs(whole - mean) <= allowed:
         return
-    is_sum = abs(whole - sum(parts)) <= allowed
-    shown = " and ".join(f"{part:.6g} of {number}" for part, number in zip(parts, numbers, strict=True))
+    is_sum = abs(whole - first - second) <= allowed
     raise ModelError(
-        f"the loss is no mean over samples: of {sum(numbers)} samples it is {whole:.6g}, but {shown}, whose mean is "
-        f"{mean:.6g}{' (their sum is right)' if is_sum else ''}. A batch is cut into microbatches, whose losses "
-        f"are averaged, so it would be another loss than that of the whole batch. {_WAYS}"
+        f"the loss is no mean over samples: of {sum(numbers)} samples it is {whole:.6g}, but {first:.6g} of "
+        f"{numbers[0]} and {second:.6g} of {numbers[1]}, whose mean is {mean:.6g}"
+        f"{' (their sum is right)' if is_sum else ''}. A batch is cut into microbatches, whose losses are averaged, so "
+        f"it would be another loss than that of the whole batch. {_WAYS}"
     )
 
 
-def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    weights = list(function.parameters()) if isinstance(function, nn.Module) else []
-    copied: Callable[..., Any] = copy.deepcopy(function, {id(item): item for item in weights})
-    return copied
+def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a module, which may keep something between calls; its weights are shared."""
+    if not isinstance(function, nn.Module):
+        return function
+    return copy.deepcopy(function, {id(item): item for item in function.parameters()})

@@ -32,6 +32,8 @@ _MODULES = (
 _WEIGHED = ("binary_cross_entropy", "binary_cross_entropy_with_logits", "huber_loss", "l1_loss", "mse_loss",
             "BCELoss", "BCEWithLogitsLoss")  # fmt: skip
 """Those whose `weight` may have a row for each sample."""
+_ELEMENTWISE = ("huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss", "HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss")
+"""Those that broadcast."""
 _REDUCTIONS = {"mean": "mean", "batchmean": "mean", "sum": "sum"}
 
 
@@ -49,6 +51,8 @@ class TorchLoss:
     weight: Tensor | None = None
     """Of each class, where the mean is over targets."""
     is_smoothed: bool = False
+    is_elementwise: bool = False
+    """Whether output and target are compared number by number, after they were broadcast to one shape."""
     sample_weight: Tensor | None = None
     """What each number of a sample is multiplied by, or each of a batch."""
 
@@ -88,7 +92,8 @@ class TorchLoss:
             )
         weight = arguments.get("weight")
         if not by_targets:
-            return cls(_REDUCTIONS[reduction], False, summed, sample_weight=weight if name in _WEIGHED else None)
+            weight = weight if name in _WEIGHED else None
+            return cls(_REDUCTIONS[reduction], False, summed, is_elementwise=name in _ELEMENTWISE, sample_weight=weight)
         is_smoothed = arguments.get("label_smoothing", 0.0) > 0
         return cls(_REDUCTIONS[reduction], True, summed, arguments["ignore_index"], weight, is_smoothed)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import ParamSpec, get_args
 
 from torch import Tensor, nn
 
-from vpipe.errors import ConfigError
+from vpipe.errors import ConfigError, ExecutionError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import Loss, as_loss
 from vpipe.model.modules import Modules
 from vpipe.plan.plan import Plan
 from vpipe.runtime.memory_watch import WatchMode
+from vpipe.runtime.result import StepResult
 from vpipe.runtime.weights.update import Update
 from vpipe.words.near import did_you_mean
 
@@ -26,6 +29,7 @@ __all__ = [
     "UPDATE",
     "GivenParameters",
     "Memory",
+    "Untaken",
     "as_chain",
     "as_plan",
     "check_kinds",
@@ -135,6 +139,58 @@ class GivenParameters:
                     "requires_grad_ before, make another pipeline from modules that load its state_dict(), or do other "
                     "things with a copy of your own (copy.deepcopy)"
                 )
+
+    @contextmanager
+    def staying_out(self) -> Iterator[None]:
+        """Raise ConfigError where the pipeline's own work, inside, gives one of them a gradient."""
+        before = self._gradients()
+        yield
+        after = self._gradients()
+        if other := [name for name in after if after[name] != before.get(name)]:
+            raise ConfigError(
+                f"'{other[0]}' of the modules that were given got a gradient: the loss, a hook or a block computes "
+                "with it, and not with the pipeline's copy, which is what is trained; let the module that holds a "
+                "weight compute what depends on it"
+            )
+
+    def _gradients(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for name, reference, _ in self._trained:
+            item = reference()
+            if item is not None and item.grad is not None:
+                found[name] = id(item.grad), item.grad._version
+        return found
+
+
+class Untaken:
+    """Results of `train` that nobody has begun to take: it has not trained."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, weakref.ref[Iterator[StepResult]]] = {}
+        self._numbers = itertools.count()
+
+    def watch(self, results: Iterator[StepResult]) -> Iterator[StepResult]:
+        """Return `results`, which are missed when they are dropped before the first was taken."""
+        number = next(self._numbers)
+
+        def taking() -> Iterator[StepResult]:
+            self._waiting.pop(number, None)
+            yield from results
+
+        taken = taking()
+        self._waiting[number] = weakref.ref(taken)
+        return taken
+
+    def check(self) -> None:
+        """Raise ExecutionError where some were dropped."""
+        dropped = [number for number, reference in self._waiting.items() if reference() is None]
+        for number in dropped:
+            del self._waiting[number]
+        if dropped:
+            raise ExecutionError(
+                "train() was called and its results were not taken, so it has not trained; it trains while they are "
+                "taken: for result in pipeline.train(batches): ..., or list(pipeline.train(batches))"
+            )
 
 
 def as_plan(plan: Plan | str) -> Plan:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vpipe.errors import ConfigError, DataError
+from vpipe.model.loss import exact_sum
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.programs import ProgramBuilder
@@ -95,7 +96,7 @@ class LossSums:
         A part of which there are no targets is NaN.
         """
         totals = torch.tensor(
-            [math.fsum(values) for values in (*self._losses.values(), *self._counts.values())], dtype=torch.float64
+            [exact_sum(values) for values in (*self._losses.values(), *self._counts.values())], dtype=torch.float64
         )
         world.broadcast(totals, source, "the held-out loss")
         values, num_parts = totals.tolist(), len(self._losses)
@@ -103,4 +104,4 @@ class LossSums:
             total / targets if targets else math.nan
             for total, targets in zip(values[:num_parts], values[num_parts:], strict=True)
         ]
-        return {"loss": math.fsum(means), **dict(zip(self._losses, means, strict=True))}
+        return {"loss": exact_sum(means), **dict(zip(self._losses, means, strict=True))}

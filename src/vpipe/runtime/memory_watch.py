@@ -102,6 +102,13 @@ class MemoryWatch:
         """Look no more until the next start."""
         self._is_on = False
 
+    def forget(self) -> None:
+        """Drop what was entered for microbatches that are gone."""
+        self.stop()
+        self._noted.clear()
+        self._meter = WorkspaceMeter(self._device, self._world.peak)
+        self.ledger.forget_microbatches()
+
     def run(
         self,
         handler: Callable[[Action], None],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from operator import methodcaller
+from typing import cast
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from vpipe.runtime.arguments import (
     UPDATE,
     GivenParameters,
     Memory,
+    Untaken,
     as_chain,
     as_plan,
     check_kinds,
@@ -100,8 +102,8 @@ class Pipeline:
         if world is not None:
             check_kinds(world=(world, World))
         self._is_busy, self._is_closed, self.iteration = False, False, 0
-        self._is_untaken = False
-        self._ended_by: Exception | None = None
+        self._untaken = Untaken()
+        self._ended_by: BaseException | None = None
         self.host_link: HostLink | None = None
         self._owns_world = world is None
         self.world = World.join() if world is None else world
@@ -190,14 +192,18 @@ class Pipeline:
         """Name the batch fields that this rank's stages read."""
         return tuple(dict.fromkeys(name for item in self.held.values() for name in item.stage.fields))
 
-    def step(self, *data: Tensor, **fields: Tensor) -> StepResult:
-        """Train on one batch, given as tensors in the order of the model's fields or by name; empties the pipeline.
+    def step(self, *data: BatchLike, **fields: Tensor) -> StepResult:
+        """Train on one batch, given as tensors in the order of the model's fields, by name, or as one object.
 
         Raises:
             DataError, ConfigError: the batch is not one of the model's, or cannot be cut into microbatches.
-            NonFiniteLossError: the loss or a gradient is not finite, and was not applied; on every rank.
+            NonFiniteLossError: the loss or the gradient norm is not finite, and was not applied; on every rank.
         """
-        (result,) = self.train([fields or data], 1)
+        if data and fields:
+            raise DataError(
+                f"{len(data)} tensors were given in order and {', '.join(fields)} by name; give all in one way"
+            )
+        (result,) = self.train([fields or (data[0] if len(data) == 1 else cast(Sequence[Tensor], data))], 1)
         return result
 
     def train(self, batches: Iterable[BatchLike], num_batches: int | None = None) -> Iterator[StepResult]:
@@ -215,17 +221,13 @@ class Pipeline:
         count = count_batches(batches, num_batches, synchronous=self.programs.synchronous)
         stream = (as_batch(data, self.chain) for data in itertools.islice(iter(batches), count))
         run = self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
-        self._is_untaken = True
-        return self._taking(run)
-
-    def _taking(self, run: Iterator[StepResult]) -> Iterator[StepResult]:
-        self._is_untaken = False
-        yield from run
+        return self._untaken.watch(run)
 
     def _train_each(self, batches: Iterator[Batch], count: int | None) -> Iterator[StepResult]:
         done = 0
         for batch in batches:
-            (result,) = self._run(self.programs.training(1, self.iteration), iter([batch]))
+            with nullcontext() if self.iteration else self._given.staying_out():
+                (result,) = self._run(self.programs.training(1, self.iteration), iter([batch]))
             done += 1
             yield result
         if count is not None and done < count:
@@ -243,6 +245,7 @@ class Pipeline:
         updates_left = [len(self.held)] * program.num_batches
         self._is_busy = True
         self._board.expect()
+        done = 0
         try:
             for action in self._executor.run(program, feed):
                 batch, position = divmod(action.microbatch, program.num_microbatches)
@@ -250,6 +253,7 @@ class Pipeline:
                     updates_left[batch] -= 1
                     if not updates_left[batch]:
                         result, error = self._result(program, batch)
+                        done = batch + 1
                         if batch + 1 < program.num_batches:
                             if error is not None:
                                 # Every rank comes here by itself; it must not be disturbed by others that have left.
@@ -261,7 +265,10 @@ class Pipeline:
                                 yield result
             self.transport.finish()
             self._board.finish()
-        except Exception as problem:
+        except GeneratorExit:
+            raise
+        except BaseException as problem:
+            self.iteration += done
             self._give_up(problem)
             raise
         last = self.held.get(self.plan.cut.num_stages - 1)
@@ -273,7 +280,7 @@ class Pipeline:
             raise error
         yield result
 
-    def _give_up(self, problem: Exception) -> None:
+    def _give_up(self, problem: BaseException) -> None:
         """Note what ended a program before its end; where no other rank is in the middle of it, get ready for more."""
         if self.num_ranks > 1 or self.host_link is not None:
             self._ended_by = problem
@@ -281,6 +288,7 @@ class Pipeline:
         self._executor.forget()
         self._updater.forget()
         self._board.forget()
+        self._watch.forget()
         self._is_busy = False
 
     def _publish(self, batch: int) -> None:
@@ -321,22 +329,18 @@ class Pipeline:
     def _evaluate(self, pieces: list[Piece], sums: LossSums) -> None:
         program = self.programs.evaluation([piece.number for piece in pieces])
         agree({"microbatches to evaluate": len(pieces)}, self.world)  # whoever is ahead waits here
-        for _ in self._executor.run(program, self._start(program, (piece.batch for piece in pieces))):
-            raise AssertionError("an evaluation has no updates")
-        self.transport.finish()
+        feed = self._start(program, (piece.batch for piece in pieces))
+        try:
+            for _ in self._executor.run(program, feed):
+                raise AssertionError("an evaluation has no updates")
+            self.transport.finish()
+        except BaseException as problem:
+            self._give_up(problem)
+            raise
         sums.take(self._executor.losses, self._executor.counts)
 
-    def _check_taken(self) -> None:
-        """Refuse to go on where `train` was called and nobody took what it gives: it has not done anything."""
-        if self._is_untaken:
-            self._is_untaken = False
-            raise ExecutionError(
-                "train() was called and its results were not taken, so it has not trained; it trains while they are "
-                "taken: for result in pipeline.train(batches): ..., or list(pipeline.train(batches))"
-            )
-
     def _check_open(self) -> None:
-        self._check_taken()
+        self._untaken.check()
         if self._is_closed or not self.world.is_open:
             raise ExecutionError(
                 "the pipeline was closed, so its ranks cannot be reached any more; make another one, or train inside "
@@ -391,6 +395,6 @@ class Pipeline:
         if error is None or self.num_ranks == 1:
             self.close()
             if error is None:
-                self._check_taken()
+                self._untaken.check()
         elif self._owns_world:
             self.world.__exit__(kind, error, traceback)  # the others learn why; leaving together is impossible now

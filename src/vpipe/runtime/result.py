@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vpipe.errors import NonFiniteLossError
+from vpipe.model.loss import exact_sum
 from vpipe.runtime.comm.board import LossBoard
 
 __all__ = ["Outcomes", "StepResult"]
@@ -45,13 +46,13 @@ class Outcomes:
 
     def publish(self, shares: Sequence[Mapping[str, Tensor]], scale: float) -> None:
         """On the rank of the last stage: tell all ranks what the `shares` of a batch add up to, times `scale`."""
-        values = [math.fsum(share[name].item() for share in shares) * scale for name in self._parts]
+        values = [exact_sum(share[name].item() for share in shares) * scale for name in self._parts]
         self._board.publish(values)
 
     def loss_of_batch(self) -> float:
         """Return the loss of a synchronous batch before its update; it was told before its last gradient was sent."""
         self._told = self._board.collect()
-        return math.fsum(self._told)
+        return exact_sum(self._told)
 
     def result(
         self, iteration: int, norm: float | None, reasons: Sequence[str]
@@ -63,7 +64,7 @@ class Outcomes:
         values = self._told if self._synchronous else self._board.collect()
         parts = dict(zip(self._parts, values, strict=True))
         skipped = min(len(reasons), 1) if self._synchronous else len(reasons)
-        result = StepResult(iteration, math.fsum(values), parts, norm, skipped)
+        result = StepResult(iteration, exact_sum(values), parts, norm, skipped)
         return result, self._error(result, reasons) if self._stops else None
 
     def _error(self, result: StepResult, reasons: Sequence[str]) -> NonFiniteLossError | None:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vpipe.errors import DataError, PlanError, ScheduleError
 from vpipe.model.chain import Chain, call_block
-from vpipe.model.loss import sum_parts
+from vpipe.model.loss import exact_sum, sum_parts
 from vpipe.model.rng import derive_seed, seed_everything, seeded, seeding_others
 from vpipe.schedule.weights import StageWeights
 
@@ -38,7 +37,8 @@ class ReferenceResult:
     losses: tuple[dict[str, float], ...]
     """Per microbatch, its share of each part of the loss of its update."""
     gradients: tuple[dict[str, Tensor], ...]
-    """Per update, the gradients as the optimizers got them (tied ones summed, clipped), by model-wide name."""
+    """Per update, the gradients as the optimizers got them (tied ones summed, clipped), by model-wide name; without
+    those that were not applied."""
     norms: tuple[tuple[float, ...], ...]
     """Per update, the norms before clipping: one over all stages, or in an asynchronous run one per stage."""
 
@@ -49,7 +49,7 @@ class ReferenceResult:
             self.losses[start : start + num_microbatches] for start in range(0, len(self.losses), num_microbatches)
         ]
         return [
-            {part: math.fsum(share[part] for share in shares) * (1 / updates_per_batch) for part in shares[0]}
+            {part: exact_sum(share[part] for share in shares) * (1 / updates_per_batch) for part in shares[0]}
             for shares in batches
         ]
 
@@ -67,7 +67,7 @@ class _Stage:
         named = list(zip(self.names, self.parameters, strict=True))
         made = optimizer(named) if named else []
         self.optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
-        self.shares = [[_share(item, group) for group in item.param_groups] for item in self.optimizers]
+        self.rates = [[float(group["lr"]) for group in item.param_groups] for item in self.optimizers]
         self.ring: dict[int, list[Tensor]] = {}
         self.newest = 0
 
@@ -86,14 +86,14 @@ class _Stage:
         """Drop old versions that no later microbatch uses."""
         self.ring = {version: item for version, item in self.ring.items() if version in {self.newest, *still_used}}
 
-    def step(self, learning_rate: float | None, *, apply: bool = True) -> dict[str, Tensor]:
+    def step(self, learning_rate: float | None, usual: float, *, apply: bool) -> dict[str, Tensor]:
         """Update the weights and return the gradients that this took."""
         pairs = zip(self.names, self.parameters, strict=True)
         gradients = {name: parameter.grad for name, parameter in pairs if parameter.grad is not None}
-        for item, shares in zip(self.optimizers, self.shares, strict=True) if apply else ():
+        for item, rates in zip(self.optimizers, self.rates, strict=True) if apply else ():
             if learning_rate is not None:
-                for group, share in zip(item.param_groups, shares, strict=True):
-                    group["lr"] = learning_rate * share
+                for group, own in zip(item.param_groups, rates, strict=True):
+                    group["lr"] = learning_rate if own == usual or not usual else learning_rate * (own / usual)
             item.step()
         for parameter in self.parameters:
             parameter.grad = None
@@ -143,6 +143,12 @@ class Reference:
         ends = list(accumulate(sizes))
         ranges = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         self._stages = [_Stage(chain, self._modules, blocks, optimizer) for blocks in ranges]
+        # The learning rate stands for that of an optimizer, or where all groups have their own for the largest.
+        made = [item for stage in self._stages for item in stage.optimizers]
+        rates = [(item.defaults["lr"], group["lr"]) for item in made for group in item.param_groups]
+        self._usual_rate = float(
+            max((usual for usual, own in rates if usual == own), default=max((own for _, own in rates), default=0.0))
+        )
 
     def parameters(self) -> dict[str, Tensor]:
         """Return a copy of all parameters by model-wide name."""
@@ -263,7 +269,7 @@ class Reference:
         with self._holding(used), seeded(0):
             parts = self._loss(fields, totals, self.iteration + iteration, index)
             if (total := sum_parts(parts)).requires_grad:
-                total.backward()  # type: ignore[no-untyped-call]
+                total.backward(total.detach() * 0 + 1)  # type: ignore[no-untyped-call]
         return {name: part.item() for name, part in parts.items()}
 
     @contextmanager
@@ -293,10 +299,10 @@ class Reference:
             part.training = mode
         counts = [self._totals([fields]) for fields in pieces]
         means = {
-            name: math.fsum(share[name] for share in shares) / math.fsum(count[name] for count in counts)
+            name: exact_sum(share[name] for share in shares) / exact_sum(count[name] for count in counts)
             for name in self.chain.loss.parts
         }
-        return {"loss": math.fsum(means.values()), **means}
+        return {"loss": exact_sum(means.values()), **means}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return what the optimizers keep for each parameter, by its model-wide name."""
@@ -337,8 +343,9 @@ class Reference:
 
     def _step(self, stage: _Stage, progress: float, *, apply: bool) -> dict[str, Tensor]:
         """Update, but with what is not finite, which a pipeline does not apply."""
-        gradients = stage.step(None if self._learning_rate is None else self._learning_rate(progress), apply=apply)
-        return gradients if self._keep_gradients else {}
+        rate = None if self._learning_rate is None else self._learning_rate(progress)
+        gradients = stage.step(rate, self._usual_rate, apply=apply)
+        return gradients if self._keep_gradients and apply else {}
 
     def _finish_gradients(self, stages: Sequence[_Stage]) -> float:
         """Sum the gradients of tied weights, clip, and return the norm before clipping."""
@@ -358,12 +365,6 @@ class Reference:
                 if item.grad is not None:
                     item.grad.mul_(self._clip / (norm + 1e-6))
         return norm
-
-
-def _share(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    """Return which part of its optimizer's rate a group was made with."""
-    own, usual = group["lr"], optimizer.defaults["lr"]
-    return 1.0 if own == usual or not usual else float(own / usual)
 
 
 def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:

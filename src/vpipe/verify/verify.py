@@ -21,6 +21,7 @@ from torch import Tensor
 from vpipe.config import RunConfig, load_config
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import LaunchError
+from vpipe.model.loss import exact_sum
 from vpipe.report.metrics import MetricsWriter
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.comm.joining import use_device
@@ -86,18 +87,18 @@ def progress_path(directory: Path) -> Path:
 
 @dataclass
 class _Computed:
-    """What a training computed: per iteration the loss's parts, per update the gradients, the state in the end.
+    """What a training computed: per iteration the loss's parts, per applied update the gradients, the state in the end.
 
     `buffers` are what modules keep besides parameters, such as batch norm's statistics, `state` is what optimizers
     keep, `norms` are those that were told, and `evaluation` is the loss on the first held-out batches.
     """
 
     losses: list[dict[str, float]]
-    gradients: list[dict[str, Tensor]]
+    gradients: dict[int, dict[str, Tensor]]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     state: dict[str, Tensor]
-    norms: list[float]
+    norms: dict[int, float]
     evaluation: dict[str, float]
 
 
@@ -127,23 +128,25 @@ def run_pipeline(config: RunConfig, iterations: int, run_directory: Path, world:
     compute_reproducibly(world.device)
     setup = build_setup(config)
     agree_on_data(setup, world)
-    gradients: dict[int, list[dict[str, Tensor]]] = {}
+    gradients: dict[int, dict[str, Tensor]] = {}
+    losses: list[dict[str, float]] = []
+    norms: dict[int, float] = {}
 
     def keep(stage: int, microbatch: int, named: Mapping[str, Tensor]) -> None:
+        update = len(losses) if setup.plan.synchronous else microbatch // pipeline.programs.update_size
         copies = {name: gradient.detach().cpu().clone() for name, gradient in named.items()}
-        gradients.setdefault(stage, []).append(copies)
+        gradients.setdefault(update, {}).update(copies)
 
     pipeline = build_training_pipeline(setup, world, Hooks(gradients=keep))
-    losses, norms = [], []
     for result in pipeline.train(setup.batches(pipeline.fields, 0, iterations), iterations):
-        losses.append(dict(result.parts))
         if result.gradient_norm is not None and setup.plan.synchronous:
-            norms.append(result.gradient_norm)
+            norms[len(losses)] = result.gradient_norm
+        losses.append(dict(result.parts))
         if world.rank == 0:
             _tell(progress_path(pipeline_directory(run_directory)), len(losses), iterations, result.loss)
     computed = _Computed(
         losses,
-        [_merge(updates) for updates in zip(*gradients.values(), strict=True)],
+        gradients,
         _merge([_parameters(pipeline, stage) for stage in pipeline.held]),
         _merge([_buffers(pipeline, stage) for stage in pipeline.held]),
         _merge([_optimizer_state(pipeline, stage) for stage in pipeline.held]),
@@ -157,7 +160,7 @@ def _save(computed: _Computed, path: Path) -> None:
     try:
         torch.save(asdict(computed), path)
     except RuntimeError as error:  # how torch's own writer tells of every trouble with a file
-        held = [*computed.gradients, computed.parameters, computed.buffers, computed.state]
+        held = [*computed.gradients.values(), computed.parameters, computed.buffers, computed.state]
         num_bytes = sum(tensor.nbytes for named in held for tensor in named.values())
         raise LaunchError(
             f"cannot write what the pipeline computed, {num_bytes} bytes, to {path}; free some space, verify fewer "
@@ -241,7 +244,7 @@ def run_reference(config: RunConfig, iterations: int, run_directory: Path) -> Ve
     if expected.state or found.state:
         comparisons["optimizer"] = compare(found.state, expected.state)
     if expected.norms or found.norms:
-        comparisons["norms"] = compare(_as_tensors(_each(found.norms)), _as_tensors(_each(expected.norms)))
+        comparisons["norms"] = compare(_named(found.norms), _named(expected.norms))
     if expected.evaluation or found.evaluation:
         comparisons["evaluation"] = compare(_as_tensors([found.evaluation]), _as_tensors([expected.evaluation]))
     report = VerifyReport(
@@ -279,20 +282,30 @@ def _reference(setup: Setup, iterations: int, device: torch.device, directory: P
         for start in range(0, len(microbatches), size):
             results.append(reference.train_batch(microbatches[start : start + size]))
             _tell(
-                progress_path(directory), len(results), iterations, math.fsum(results[-1].batch_parts(size)[0].values())
+                progress_path(directory), len(results), iterations, exact_sum(results[-1].batch_parts(size)[0].values())
             )
     else:
         usage = weight_usage(plan.build(iterations))
         results.append(reference.train_asynchronous(microbatches, usage, size))
+    gradients = [named for result in results for named in result.gradients]
     return _Computed(
         [parts for result in results for parts in result.batch_parts(size)],
-        [gradients for result in results for gradients in result.gradients],
+        {index: named for index, named in enumerate(gradients) if named},
         reference.parameters(),
         reference.buffers(),
         {name: tensor.detach().cpu() for name, tensor in reference.optimizer_state().items()},
-        [norm for result in results for (norm,) in result.norms] if _tells_norms(config, plan.synchronous) else [],
+        _told_norms(results) if _tells_norms(config, plan.synchronous) else {},
         reference.evaluate(_pieces(setup)) if setup.evaluates else {},
     )
+
+
+def _told_norms(results: Sequence[ReferenceResult]) -> dict[int, float]:
+    """Return the norms by batch; of one whose loss is not finite none is taken."""
+    return {
+        index: result.norms[0][0]
+        for index, result in enumerate(results)
+        if all(math.isfinite(part) for share in result.losses for part in share.values())
+    }
 
 
 def _tells_norms(config: RunConfig, synchronous: bool) -> bool:
@@ -313,7 +326,10 @@ def _load(run_directory: Path, num_ranks: int) -> _Computed:
     ranks = [_Computed(**torch.load(_computed_path(run_directory, rank))) for rank in range(num_ranks)]
     return _Computed(
         ranks[0].losses,
-        [_merge(updates) for updates in zip(*(rank.gradients for rank in ranks), strict=True)],
+        {
+            update: _merge([rank.gradients.get(update, {}) for rank in ranks])
+            for update in sorted({update for rank in ranks for update in rank.gradients})
+        },
         _merge([rank.parameters for rank in ranks]),
         _merge([rank.buffers for rank in ranks]),
         _merge([rank.state for rank in ranks]),
@@ -322,8 +338,8 @@ def _load(run_directory: Path, num_ranks: int) -> _Computed:
     )
 
 
-def _each(norms: Sequence[float]) -> list[dict[str, float]]:
-    return [{"gradient norm": norm} for norm in norms]
+def _named(norms: Mapping[int, float]) -> dict[str, Tensor]:
+    return {f"iteration {index + 1}": torch.tensor(norm, dtype=torch.float64) for index, norm in norms.items()}
 
 
 def _as_tensors(losses: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
@@ -334,9 +350,7 @@ def _as_tensors(losses: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
     }
 
 
-def _numbered(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _numbered(gradients: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {
-        f"update {index}: {name}": tensor
-        for index, named in enumerate(gradients, start=1)
-        for name, tensor in named.items()
+        f"update {index + 1}: {name}": tensor for index, named in gradients.items() for name, tensor in named.items()
     }

@@ -109,8 +109,11 @@ def translate(flat: Mapping[str, Any], native: Mapping[str, Any], folder: Path) 
     if is_file_name(flat.get("partition")):
         place = _find(flat["partition"], flat.get("directory"), folder)
         result.settings["plan.partition"] = (str(place), "partition")
+    model_type = flat.get("model_type")
     if "model" not in native:
         _translate_model(flat, result)
+    elif isinstance(model_type, str) and model_type in _OTHER_MODELS:
+        result.settings["model.type"] = (_OTHER_MODELS[model_type], "model_type")
     elif unknown := _unknown_model_type(flat.get("model_type")):
         result.problems.append(Problem(("model.type",), f"{unknown}; the 'model:' section says what is trained"))
     _translate_schedule(flat, result)

@@ -77,8 +77,10 @@ def agree_on_weights(weights: Mapping[str, Tensor], world: World) -> None:
     seeds, sums = zip(*world.gather(mine, _WHAT), strict=True)
     if all(item == sums[0] for item in sums):
         return
-    if min(seeds) > _LARGEST_OF_PEOPLE and len(set(seeds)) == len(seeds) and sums[0].keys() == sums[-1].keys():
-        _take_from_first({name: weights[name] for name in sums[0]}, world)
+    other = [name for name in sums[0] if any(item.get(name) != sums[0][name] for item in sums)]
+    is_unseeded = min(seeds) > _LARGEST_OF_PEOPLE and len(set(seeds)) == len(seeds)
+    if is_unseeded and all(name in weights and 0 not in weights[name].stride() for name in other):
+        _take_from_first({name: weights[name] for name in other}, world)
         return
     first, *others = sums
     for rank, theirs in enumerate(others, start=1):

@@ -21,6 +21,7 @@ from torch import Tensor
 from vpipe.errors import TransportError
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import derive_seed
+from vpipe.runtime.memory.strides import is_dense, laid_out
 
 __all__ = ["ALIGNMENT", "GPU_ALIGNMENT", "Message", "MessageLayout"]
 
@@ -132,7 +133,7 @@ class Message:
                     "blocks must write the same shapes and types for every microbatch"
                 )
             else:
-                way = _way_of(value)
+                way = _way_of(value, target)
                 ways.append(way)
                 strides += value.stride()
                 (target.as_strided(value.shape, value.stride()) if way == _DENSE else target).copy_(value)
@@ -169,12 +170,12 @@ class Message:
         }
 
 
-def _way_of(value: Tensor) -> int:
-    """Return how `value` lies in memory, for the header."""
-    if value.is_contiguous():
+def _way_of(value: Tensor, target: Tensor) -> int:
+    """Return how `value` lies in memory, for the header; `target` is contiguous."""
+    # Not value.is_contiguous(): that looks away from dimensions of size 1, which kernels do not.
+    if value.stride() == target.stride() or not value.numel():
         return _CONTIGUOUS
-    # What is dense, torch keeps the strides of when it makes one like it.
-    return _DENSE if torch.empty_like(value, device="meta").stride() == value.stride() else _SPREAD
+    return _DENSE if is_dense(value) else _SPREAD
 
 
 def _as_sent(view: Tensor, way: int, stride: tuple[int, ...]) -> Tensor:
@@ -182,19 +183,9 @@ def _as_sent(view: Tensor, way: int, stride: tuple[int, ...]) -> Tensor:
     if way == _DENSE:
         view = view.as_strided(view.shape, stride)
     elif way == _SPREAD:
-        return _spread(view, stride)
+        return laid_out(view, stride)
     # With .data each has a version counter of its own: changing one in place is no change of the others.
     return view.data
-
-
-def _spread(view: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Copy a value to memory where it lies as the sender's did, with gaps, or with one element at several places."""
-    shape = view.shape
-    for dim, step in enumerate(stride):
-        if not step:
-            view = view.narrow(dim, 0, min(1, shape[dim]))
-    spread = torch.empty_strided(view.shape, stride, dtype=view.dtype, device=view.device)
-    return spread.copy_(view).expand(shape)
 
 
 def _aligned(num_bytes: int, grain: int) -> int:

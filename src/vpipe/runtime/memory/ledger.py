@@ -115,6 +115,16 @@ class Ledger:
                 self._hold(owner, place, num_bytes)
             self._mark()
 
+    def forget_microbatches(self) -> None:
+        """Drop what is held for microbatches, of a program that did not get to its end."""
+        for owner in list(self._owned):
+            self.replace(owner, {})
+        for kind, key in list(self._sums):
+            if kind == "activations":
+                self.put(kind, key, 0)
+        with self._lock:
+            self._high = dict(self._now)
+
     def settle(self, action: str, workspace: int = 0) -> None:
         """Close the account of one action, which needed `workspace` bytes for a moment on top.
 

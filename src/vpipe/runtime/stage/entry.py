@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vpipe.runtime.memory.strides import laid_out
+
 __all__ = ["Entrance", "enter_as_leaves", "enter_through_nodes"]
 
 
@@ -44,7 +46,7 @@ class _Leaves:
 
     def gradients(self) -> dict[str, Tensor]:
         return {
-            name: _laid_out(leaf.grad, self._strides[name])
+            name: _as_made(leaf.grad, self._strides[name])
             for name, leaf in self._leaves.items()
             if leaf.grad is not None
         }
@@ -86,11 +88,8 @@ def _note(strides: dict[str, tuple[int, ...]], name: str, gradient: Tensor) -> N
     strides[name] = gradient.stride()
 
 
-def _laid_out(gradient: Tensor, stride: tuple[int, ...]) -> Tensor:
-    if gradient.stride() == stride or 0 in stride:
-        return gradient
-    laid_out = torch.empty_strided(gradient.shape, stride, dtype=gradient.dtype, device=gradient.device)
-    return laid_out.copy_(gradient)
+def _as_made(gradient: Tensor, stride: tuple[int, ...]) -> Tensor:
+    return gradient if gradient.stride() == stride else laid_out(gradient, stride)
 
 
 def enter_as_leaves(inputs: Mapping[str, Tensor], differentiable: frozenset[str]) -> Entrance:

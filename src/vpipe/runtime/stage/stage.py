@@ -102,7 +102,7 @@ class Stage:
         self.is_last = stop == len(chain)
         self.outputs = () if self.is_last else chain.crossing(stop)
         self.fields = chain.fields_of(start, stop)
-        self._read_elsewhere = _fields_read_outside(chain, start, stop)
+        self._read_elsewhere = _fields_read_outside(chain, start, stop) | set(chain.whole_fields)
         self._aliases: dict[str, str] = {}
         self._same_inputs: dict[str, str] = {}
         self._same_outputs: dict[str, str] = {}
@@ -206,6 +206,8 @@ class Stage:
         why = (
             f"which crosses a cut and has the same memory as '{self._aliases[changed]}' in front of it, not behind it"
             if changed in self._aliases
+            else "a batch field that other microbatches get, too"
+            if changed in self.chain.whole_fields
             else "a batch field that blocks of another stage read, too, which do not see that"
         )
         raise ModelError(
@@ -252,7 +254,8 @@ class Stage:
         saved.activations.forget_needless()
         total = sum_parts(parts)
         if total.requires_grad:
-            saved.loss = _edge(total), torch.ones_like(total)
+            # One, or NaN where the loss is not finite: so every stage learns it with its gradients.
+            saved.loss = _edge(total), total.detach() * 0 + 1
         return {name: part.detach() for name, part in parts.items()}
 
     def evaluate_loss(

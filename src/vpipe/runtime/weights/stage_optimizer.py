@@ -32,8 +32,7 @@ class StageOptimizer:
 
     def __init__(self, factory: OptimizerFactory, named: Named) -> None:
         self.optimizers = _build(factory, named)
-        # A group with a rate of its own keeps its share of the optimizer's, whatever that becomes.
-        self._shares = [[_share(optimizer, group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self._own_rates = [float(group.get("lr") or 0.0) for group in self.param_groups]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -45,21 +44,25 @@ class StageOptimizer:
         """Return what all optimizers keep for each parameter."""
         return {item: kept for optimizer in self.optimizers for item, kept in optimizer.state.items()}
 
-    def set_rate(self, rate: float) -> None:
-        """Set the learning rate; groups that were made with a rate of their own keep its ratio to their optimizer's."""
-        for optimizer, shares in zip(self.optimizers, self._shares, strict=True):
-            for group, share in zip(optimizer.param_groups, shares, strict=True):
-                group["lr"] = rate * share
+    def usual_rates(self) -> tuple[float, float]:
+        """Return the largest rate of an optimizer that a group of it has, and the largest of all groups; or 0."""
+        usual = [
+            float(optimizer.defaults["lr"])
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            if "lr" in optimizer.defaults and group.get("lr") == optimizer.defaults["lr"]
+        ]
+        return max(usual, default=0.0), max(self._own_rates, default=0.0)
+
+    def set_rate(self, rate: float, usual: float) -> None:
+        """Set the learning rate; groups that were made with another one than `usual` keep the ratio to that."""
+        for group, own in zip(self.param_groups, self._own_rates, strict=True):
+            group["lr"] = rate if own == usual or not usual else rate * (own / usual)
 
     def step(self) -> None:
         """Update the parameters by their gradients."""
         for optimizer in self.optimizers:
             _step(optimizer)
-
-
-def _share(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    own, usual = group.get("lr"), optimizer.defaults.get("lr")
-    return float(own / usual) if own is not None and usual and own != usual else 1.0
 
 
 def _build(factory: OptimizerFactory, named: Named) -> list[torch.optim.Optimizer]:
@@ -150,7 +153,7 @@ def _try_steps(optimizer: torch.optim.Optimizer, *, is_alone: bool) -> Tensor:
         first = copied.param_groups[0]["params"][0]
         if is_alone:
             copied.param_groups[:] = [{**copied.param_groups[0], "params": [first]}]
-        elif len(small) == 1:
+        elif sum(len(group["params"]) for group in copied.param_groups) == 1:
             copied.param_groups[0]["params"].append(nn.Parameter(torch.rand_like(first) + 0.5))
     held = [item for group in copied.param_groups for item in group["params"]]
     for number in range(_TRIES):

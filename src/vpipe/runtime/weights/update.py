@@ -43,10 +43,12 @@ class Update:
 
     Args:
         clip_grad_norm: largest gradient norm, over all stages (asynchronous: over each stage).
-        learning_rate: the rate as a function of iterations done, instead of the optimizer's own; a group that was made
-            with another rate than its optimizer keeps the ratio.
-        on_non_finite: a NaN or infinite loss or gradient is never applied; `stop` ends the training with an error,
-            `skip` goes on with the next batch and counts.
+        learning_rate: the rate as a function of iterations done, instead of the optimizer's own (the largest, where
+            there are several; where every group has its own, the largest of these). A group that was made with another
+            rate keeps the ratio to that.
+        on_non_finite: an update whose loss is NaN or infinite is never applied, nor one with such gradients where they
+            are looked at: in asynchronous schedules, with clipping, with `measure_norm` and with `skip`. `stop` ends
+            the training with an error, `skip` goes on with the next batch and counts.
         measure_norm: tell the gradient norm without clipping, too; in a synchronous schedule all ranks wait for it.
 
     Raises:
@@ -144,7 +146,15 @@ class Updater:
         self.gradient_norm: float | None = None
         self.refused: dict[tuple[int, int], str] = {}
         """Stage and last microbatch of the updates that were not applied, and what was not finite."""
+        self._usual_rate = self._find_usual_rate() if self._learning_rate is not None else 0.0
         self._equalise_tied()
+
+    def _find_usual_rate(self) -> float:
+        """Return the rate that `learning_rate` stands for, of all stages: a stage may have unusual groups alone."""
+        own = [item.optimizer.usual_rates() for item in self._weights.values() if item.optimizer is not None]
+        every = self._world.gather(own, "the learning rates of all stages")
+        usual, largest = (max((pair[index] for rates in every for pair in rates), default=0.0) for index in (0, 1))
+        return usual or largest
 
     def step(self, stage: int, microbatch: int, progress: float) -> None:
         """Update `stage`, whose last gradient is of `microbatch`.
@@ -207,7 +217,7 @@ class Updater:
         if self._hooks.gradients is not None:
             self._hooks.gradients(stage, microbatch, dict(_named(weights)))
         if self._learning_rate is not None and weights.optimizer is not None:
-            weights.optimizer.set_rate(self._learning_rate(progress))
+            weights.optimizer.set_rate(self._learning_rate(progress), self._usual_rate)
         weights.step()
 
     def _sum_tied(self, held: Mapping[int, WeightVersions]) -> None:
