@@ -37,7 +37,7 @@ class _Device(EmulatedDevice):
 
     def __init__(self, times: StageTimes, *, splits: bool) -> None:
         super().__init__(times)
-        self._noted: Deferred | None = [] if splits else None
+        self._noted = Deferred() if splits else None
 
     def find_deferred(self) -> Deferred | None:
         """Return where the backward notes its half for weights; None for a full backward."""

@@ -74,7 +74,7 @@ class EmulatedDevice(nn.Module):
         """Return where the backward notes its half for weights; None for a full backward."""
         stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         modes = [mode for mode in stack if isinstance(mode, DeferWeightGradients)]
-        return modes[-1]._deferred if modes else None
+        return modes[-1].deferred if modes else None
 
 
 def mean_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -264,7 +264,7 @@ class TrainConfig(Section):
     eval_batches: Natural | None = None
     """Batches per evaluation; null takes all held-out data, 0 never evaluates."""
     on_non_finite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinite loss or gradient norm does, which is not applied: end the run, or leave that update out."""
+    """What a NaN or infinite loss or gradient norm does, which is not applied: end the run, or leave the update out."""
     gradient_norm: bool = False
     """Write the gradient norm to the metrics without clipping, too; ranks wait for each other to add it up."""
     save_model: bool = True
