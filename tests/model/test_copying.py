@@ -205,3 +205,28 @@ def test_columns_of_one_tensor_share_no_element():
     check_memory([("a", nn.Parameter(flat[:, :6])), ("b", nn.Parameter(flat[:, 6:]))])
     with pytest.raises(ModelError, match="share their memory"):
         check_memory([("a", nn.Parameter(flat[:, :7])), ("b", nn.Parameter(flat[:, 6:]))])
+
+
+def test_a_scripted_module_has_parameters_of_its_own_and_shares_what_it_shared():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, inner = nn.Linear(3, 3), nn.Linear(3, 3)
+            inner.weight = self.plain.weight
+            inner.bias.requires_grad_(False)
+            self.scripted = torch.jit.script(inner)
+
+        def forward(self, x):
+            return self.plain(x) + self.scripted(x)
+
+    original = Half()
+    copied = copy_module(original)
+    assert copied.scripted.weight is copied.plain.weight
+    assert [item.requires_grad for item in copied.parameters()] == [True, True, False]
+    assert all(item.is_leaf for item in copied.parameters())
+    copied(torch.ones(1, 3)).sum().backward()
+    assert torch.equal(copied.plain.weight.grad, torch.full((3, 3), 2.0))
+    assert original.plain.weight.grad is None
+    again = copy_module(copied, {id(copied.scripted.bias): copied.scripted.bias})
+    assert again.scripted.bias is copied.scripted.bias
+    assert again.scripted.weight is again.plain.weight is not copied.plain.weight

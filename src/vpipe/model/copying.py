@@ -31,6 +31,8 @@ def copy_module(module: nn.Module, memo: dict[int, object] | None = None) -> nn.
     memo = {} if memo is None else memo
     copied = _deepcopy(module, memo)
     for part, other in zip(module.modules(), copied.modules(), strict=True):
+        if isinstance(part, torch.jit.ScriptModule):
+            _own_parameters(part, other, memo)
         for name, original in _tensors(part):
             carry_over(original, getattr(other, name), memo)
         if part._compiled_call_impl is not None:
@@ -40,7 +42,8 @@ def copy_module(module: nn.Module, memo: dict[int, object] | None = None) -> nn.
 
 def _deepcopy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     try:
-        return copy.deepcopy(module, memo)
+        with torch.no_grad():
+            return copy.deepcopy(module, memo)
     except RuntimeError as error:
         reason = str(error).split(".")[0]
         raise ModelError(
@@ -52,6 +55,15 @@ def _deepcopy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
             f"{_odd_part(module)} of the chain cannot be copied: {error}. A pipeline trains copies of modules: keep "
             "such an object out of them, or give their class a __deepcopy__"
         ) from error
+
+
+def _own_parameters(part: nn.Module, copied: nn.Module, memo: dict[int, object]) -> None:
+    """Give the copy of a scripted module parameters: torch makes plain tensors, and of a shared one another."""
+    for name, original in part.named_parameters(recurse=False, remove_duplicate=False):
+        made = memo.get(id(original))
+        if made is None:
+            made = memo[id(original)] = like_parameter(getattr(copied, name).detach(), original)
+        setattr(copied, name, made)
 
 
 def _odd_part(module: nn.Module) -> str:
