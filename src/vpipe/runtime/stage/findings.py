@@ -36,8 +36,10 @@ class Findings:
         self.may_repeat = False
         """Whether a forward may end with `RunAgain`."""
 
-    def run_seeded(self, block: int, seed: int, module: nn.Module | None, call: Callable[[], T]) -> T:
-        """Run what belongs to a block with `random` and numpy under `seed`, unless it is known to draw nothing there.
+    def run_seeded(
+        self, block: int, seed_of: Callable[[int], int], module: nn.Module | None, call: Callable[[], T]
+    ) -> T:
+        """Run what belongs to a block with `random` and numpy under its seed, unless it is known to draw nothing there.
 
         That is found out when it runs for the first time in training, and in evaluation. The state of both is as before
         afterwards: what a loader draws is the same on ranks that run other blocks.
@@ -46,7 +48,7 @@ class Findings:
         draws = self._draws.get(key)
         if draws is False:
             return call()
-        with seeding_others(seed) as was_drawn:
+        with seeding_others(seed_of(block)) as was_drawn:
             result = call()
             if draws is None:
                 self._draws[key] = was_drawn()

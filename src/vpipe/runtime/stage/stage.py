@@ -270,7 +270,7 @@ class Stage:
     ) -> dict[str, Tensor]:
         end = len(self.chain)
         call = partial(self.chain.loss, values, totals, num_samples)
-        return self._findings.run_seeded(end, key.seed_of(end), None, call)
+        return self._findings.run_seeded(end, key.seed_of, None, call)
 
     def evaluate(
         self, modules: nn.ModuleList, inputs: Mapping[str, Tensor], fields: Mapping[str, Tensor], key: MicrobatchKey
@@ -316,7 +316,7 @@ class Stage:
         # Inside the call, so that a recomputed forward draws the same random numbers and is split in the same way.
         key.seed_block(block)
         call = partial(_call, module, deferred, block, *inputs)
-        return self._findings.run_seeded(block, key.seed_of(block), module, call)
+        return self._findings.run_seeded(block, key.seed_of, module, call)
 
     def recompute(self, serial: int) -> None:
         """Compute again, ahead of the backward, what the forward of microbatch `serial` left out."""
