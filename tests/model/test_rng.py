@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vpipe.model.rng import derive_seed, seed_everything, seeded, seeding_user_code
+from vpipe.model.rng import derive_seed, derive_seeds, seed_everything, seeded, seeding_user_code
 
 
 def test_seeds_are_the_same_in_every_process():
@@ -26,6 +26,11 @@ def test_seeds_differ_with_every_part_and_its_type_and_place():
 
 def test_numbers_of_numpy_and_torch_give_the_seed_of_their_value():
     assert derive_seed(np.int64(5), "x") == derive_seed(torch.tensor(5), "x") == derive_seed(5, "x")
+
+
+def test_seeds_derived_together_are_those_derived_one_by_one():
+    for parts in [(3,), ("a", np.int64(2)), (1, "dropout", 4, 5)]:
+        assert derive_seeds(*parts, last=range(12)) == [derive_seed(*parts, number) for number in range(12)]
 
 
 def test_a_seeded_block_draws_what_its_seed_says_and_restores_the_state():

@@ -12,7 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from vpipe.runtime.weights.clipping import clip_coefficient, global_norm, local_norm, scale_gradients, squared_norms
+from vpipe.runtime.weights.clipping import (
+    are_finite,
+    clip_coefficient,
+    global_norm,
+    local_norm,
+    scale_gradients,
+    squared_norms,
+)
 
 SHAPES = [(40, 30), (30,), (7, 5, 3), (), (100_000,), (1, 1), (64, 64)]
 
@@ -57,6 +64,22 @@ def test_order_and_zeros_change_no_bit() -> None:
     assert local_norm(gradients[::-1]) == norm
     assert global_norm(list(enumerate(gradients)), len(gradients)) == norm
     assert global_norm([(10 - index, item) for index, item in enumerate(gradients)], 200) == norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found_and_the_others_stay(dtype: torch.dtype, bad: float) -> None:
+    good = torch.randn(3, 4, dtype=torch.float64).t()
+    gradient = torch.randn(300).to(dtype)
+    sparse = torch.sparse_coo_tensor([[1, 1, 4]], torch.ones(3, 2), (6, 2))
+    before = good.clone(), gradient.clone()
+    assert are_finite([good, gradient, torch.empty(0), sparse])
+    assert torch.equal(good, before[0])
+    assert torch.equal(gradient, before[1])
+    gradient[77] = bad
+    assert not are_finite([good, gradient])
+    assert not are_finite([torch.sparse_coo_tensor([[2]], torch.tensor([[1.0, bad]]), (6, 2))])
+    assert are_finite([])
 
 
 def test_coefficient() -> None:

@@ -136,7 +136,8 @@ class CallableLoss:
                 f"the loss function returned {got}; it must return a tensor with one number, the mean over the samples "
                 "it is given (reduction='mean')"
             )
-        number, (part,), (total,) = value.reshape(()), self.parts, totals.values()
+        number = value.reshape(()) if value.dim() else value
+        (part,), (total,) = self.parts, totals.values()
         if self._is_sum:
             return {part: number}
         count = self._count(tensors, num_samples)

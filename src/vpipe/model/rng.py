@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import random
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 __all__ = [
     "RandomState",
     "derive_seed",
+    "derive_seeds",
     "noticing_draws",
     "seed_everything",
     "seeded",
@@ -27,8 +27,26 @@ def derive_seed(*parts: int | str) -> int:
     """Mix `parts` into a 63-bit seed: equal parts give equal seeds on every machine and in every process."""
     # Numbers of other libraries print in other ways, and True equals 1.
     plain = tuple(part if isinstance(part, str) else int(part) for part in parts)
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
-    return int(struct.unpack("<Q", digest)[0] >> 1)
+    return _number(hashlib.blake2b(repr(plain).encode(), digest_size=8))
+
+
+def derive_seeds(*parts: int | str, last: Iterable[int]) -> list[int]:
+    """Return ``derive_seed(*parts, number)`` for each number of `last`; there is at least one part.
+
+    That is quicker, as what they share is mixed once.
+    """
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)
+    shared = hashlib.blake2b(repr((*plain, 0))[:-2].encode(), digest_size=8)
+    seeds = []
+    for number in last:
+        mixed = shared.copy()
+        mixed.update(b"%d)" % number)
+        seeds.append(_number(mixed))
+    return seeds
+
+
+def _number(mixed: hashlib.blake2b) -> int:
+    return int.from_bytes(mixed.digest(), "little") >> 1
 
 
 def seed_everything(seed: int) -> None:

@@ -37,8 +37,9 @@ class _Leaves:
         self._leaves = {name: value.requires_grad_() for name, value in inputs.items() if name in differentiable}
         self._strides: dict[str, tuple[int, ...]] = {}
         for name, leaf in self._leaves.items():
-            # A leaf that knows this object, which knows the leaf, would hold the message's memory for long.
-            leaf.register_hook(partial(_note, self._strides, name))  # type: ignore[no-untyped-call]
+            # As register_hook does it, which takes several times as long. A leaf that knows this object, which knows
+            # the leaf, would hold the message's memory for long.
+            leaf._backward_hooks = {0: partial(_note, self._strides, name)}
         self.values = {**inputs}
 
     def held(self) -> Iterable[Tensor]:

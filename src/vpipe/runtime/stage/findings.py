@@ -44,15 +44,18 @@ class Findings:
         That is found out when it runs for the first time in training, and in evaluation. The state of both is as before
         afterwards: what a loader draws is the same on ranks that run other blocks.
         """
-        key = block, module is None or module.training
-        draws = self._draws.get(key)
-        if draws is False:
+        if self.draws_nothing(block, module):
             return call()
+        key = block, module is None or module.training
         with seeding_others(seed_of(block)) as was_drawn:
             result = call()
-            if draws is None:
+            if key not in self._draws:
                 self._draws[key] = was_drawn()
         return result
+
+    def draws_nothing(self, block: int, module: nn.Module | None) -> bool:
+        """Tell whether a block is known to draw nothing from `random` and numpy in the mode that `module` is in."""
+        return self._draws.get((block, module is None or module.training)) is False
 
     def state_of(self, block: int, name: str) -> ChangingState:
         """Return what is known of the state of a block called `name`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
-from vpipe.model.rng import derive_seed, seed_everything
+from vpipe.model.rng import derive_seeds, seed_everything
 from vpipe.runtime.memory.storages import sizes_of
 from vpipe.runtime.memory.swap import Parcel
 from vpipe.runtime.stage.activations import Activations
@@ -38,6 +38,8 @@ __all__ = ["MicrobatchKey", "Stage"]
 
 T = TypeVar("T")
 
+_WHOLE = nullcontext()
+
 
 @dataclass(frozen=True)
 class MicrobatchKey:
@@ -46,24 +48,22 @@ class MicrobatchKey:
     seed: int
     iteration: int
     microbatch: int
+    _seeds: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def seed_of(self, block: int) -> int:
         """Return the seed of a block; what comes after the last one is the loss."""
-        return _derive(self.seed, self.iteration, self.microbatch, block)
+        if block not in self._seeds:
+            self.prepare(range(block, block + 1))
+        return self._seeds[block]
 
     def prepare(self, blocks: range) -> None:
         """Derive the seeds of `blocks` ahead of their use, while there is nothing else to do."""
-        for block in blocks:
-            self.seed_of(block)
+        place = self.seed, "dropout", self.iteration, self.microbatch
+        self._seeds.update(zip(blocks, derive_seeds(*place, last=blocks), strict=True))
 
     def seed_block(self, block: int) -> None:
         """Set the random state in which `block` runs for this microbatch."""
         seed_everything(self.seed_of(block))
-
-
-@lru_cache(maxsize=4096)
-def _derive(seed: int, iteration: int, microbatch: int, block: int) -> int:
-    return derive_seed(seed, "dropout", iteration, microbatch, block)
 
 
 @dataclass
@@ -177,7 +177,8 @@ class Stage:
             return values, activations
 
         values, activations = self._run_again(run, modules) if split or is_watched else run()
-        self._check_changes(delicate)
+        if delicate:
+            self._check_changes(delicate)
         entrance.values = {}
         saved = self._saved[serial] = _Saved(key, entrance, activations, deferred)
         if self.is_last:
@@ -195,6 +196,8 @@ class Stage:
 
     def _delicate(self, fields: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
         """Return what must not be changed in place, as others would not see it, with how often it was so far."""
+        if not self._read_elsewhere and not self._aliases:
+            return {}
         found = {name: fields[name] for name in self._read_elsewhere if name in fields}
         found.update((name, inputs[name]) for name in self._aliases if name in inputs)
         return {name: (tensor, tensor._version) for name, tensor in found.items() if not tensor.is_inference()}
@@ -255,7 +258,7 @@ class Stage:
         total = sum_parts(parts)
         if total.requires_grad:
             # One, or NaN where the loss is not finite: so every stage learns it with its gradients.
-            saved.loss = _edge(total), total.detach() * 0 + 1
+            saved.loss = _edge(total), torch.sub(_one(total.dtype, total.device), total.detach(), alpha=0)
         return {name: part.detach() for name, part in parts.items()}
 
     def evaluate_loss(
@@ -315,6 +318,8 @@ class Stage:
     ) -> Any:
         # Inside the call, so that a recomputed forward draws the same random numbers and is split in the same way.
         key.seed_block(block)
+        if deferred is None and self._findings.draws_nothing(block, module):
+            return module(*inputs)
         call = partial(_call, module, deferred, block, *inputs)
         return self._findings.run_seeded(block, key.seed_of, module, call)
 
@@ -349,7 +354,7 @@ class Stage:
             names = [name for name in saved.roots if name in gradients]
             roots, seeds = [saved.roots[name] for name in names], [gradients[name] for name in names]
         if roots:
-            with nullcontext() if saved.deferred is None else saved.deferred.collecting():
+            with _WHOLE if saved.deferred is None else saved.deferred.collecting():
                 torch.autograd.backward(roots, seeds)
         if saved.deferred is not None:
             self._deferred[serial], self._shared[serial] = saved.deferred, saved.activations.shared
@@ -369,6 +374,11 @@ def _fields_read_outside(chain: Chain, start: int, stop: int) -> frozenset[str]:
     """Return the batch fields that blocks `start` to `stop - 1` read and those of other stages, too."""
     others = {*chain.fields_of(0, start), *(chain.fields_of(stop, len(chain)) if stop < len(chain) else ())}
     return frozenset(others.intersection(chain.fields_of(start, stop)))
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 def _edge(value: Tensor) -> GradientEdge:
