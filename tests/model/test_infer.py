@@ -97,8 +97,7 @@ def test_blocks_after_the_last_cut_are_not_run():
 
     chain = Chain.from_modules([nn.Linear(8, 4), Picky()], LOSS)
     assert chain.infer([1], INPUT)[1][0].shape == (2, 4)
-    with pytest.raises(ModelError, match=r"block '1' cannot run on the meta device with hidden \(2, 4\): .*item\(\)"):
-        chain.infer([2], INPUT)
+    assert len(chain.infer([2], INPUT)[2][0].shape) == 1
 
 
 def test_no_cut_needs_no_run_and_no_field():
@@ -108,9 +107,7 @@ def test_no_cut_needs_no_run_and_no_field():
 
 def test_sizes_that_do_not_fit_are_reported_with_the_block_and_the_shapes():
     chain = Chain.from_modules([nn.Linear(8, 4), nn.Linear(5, 4)], LOSS)
-    with pytest.raises(
-        ModelError, match=r"block '1' cannot run on the meta device with hidden \(2, 4\).*check the sizes"
-    ):
+    with pytest.raises(ModelError, match=r"block '1' cannot run with hidden \(2, 4\).*check the sizes"):
         chain.infer([2], INPUT)
 
 
@@ -134,7 +131,7 @@ def test_a_missing_field_and_a_cut_outside_are_named():
     ("module", "message"),
     [
         (nn.LSTM(8, 4), r"declares 1 outputs \(hidden\) but returned 2 \(Tensor, tuple\); a block returns one tensor"),
-        (nn.ModuleList(), "cannot run on the meta device"),
+        (nn.ModuleList(), "cannot run with input"),
     ],
 )
 def test_a_module_that_writes_something_else_is_named(module, message):

@@ -99,7 +99,7 @@ def test_the_trailing_share_of_a_stages_blocks_is_recomputed(ratio, recompute, e
 
 def test_what_crosses_is_known_per_stage():
     fields = {"tokens": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.zeros(2, 3, dtype=torch.int64)}
-    crossing = crossing_specs(skipping(), Partition([2, 2, 3]), fields, training=True)
+    crossing = crossing_specs(skipping(), Partition([2, 2, 3]), fields, torch.device("cpu"), training=True)
     assert {stage: [spec.name for spec in specs] for stage, specs in crossing.items()} == {
         1: ["hidden", "mask", "skip", "positions"],
         2: ["hidden", "positions", "skip", "later"],

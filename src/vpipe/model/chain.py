@@ -7,6 +7,7 @@ a cut: a stage that needs one reads it from the batch.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from vpipe.data.source import FieldSpec
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef, ValueSpec, call_block
-from vpipe.model.infer import build_on_meta, enter_behind_cut, run_on_meta, specs_of
+from vpipe.model.infer import NotOnMeta, build_on_meta, enter_behind_cut, run_on_meta, run_once, specs_of
 from vpipe.model.initialise import initialise_meta
 from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, as_loss, has_weights
 from vpipe.model.modules import LossEnd, Modules, chain_modules
 from vpipe.model.rng import derive_seed, seeded
 
 __all__ = ["Block", "Chain", "ParameterRef", "ValueSpec", "call_block"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -258,31 +261,67 @@ class Chain:
             target.copy_(source)
 
     def infer(
-        self, cuts: Sequence[int], fields: Mapping[str, Tensor], *, training: bool = True
+        self,
+        cuts: Sequence[int],
+        fields: Mapping[str, Tensor],
+        *,
+        training: bool = True,
+        device: torch.device | str = "cpu",
     ) -> dict[int, tuple[ValueSpec, ...]]:
         """Return what crosses each of `cuts` for one microbatch, by running the blocks on the meta device.
 
-        `fields` are tensors of one microbatch, of which only shape and type matter. Without `training` blocks are in
-        evaluation mode. Blocks after the last cut are not run.
+        `fields` are tensors of one microbatch, of which only shape and type matter. If a block does not run on the meta
+        device, all are run once on `device`: with the numbers of `fields`, or zeros for those that have none. Without
+        `training` blocks are in evaluation mode. Blocks after the last cut are not run.
 
         Raises:
-            ModelError: a cut is outside the chain, a field is missing, a block cannot run on the meta device, or writes
-                another number of values than it declares.
+            ModelError: a cut is outside the chain, a field is missing, a block cannot run, or writes another number of
+                values than it declares.
         """
         last = max(cuts, default=0)
         self._check_inferable(cuts, fields, self.blocks[:last])
-        batch = {name: tensor.detach().to("meta") for name, tensor in fields.items()}
-        values: dict[str, Tensor] = dict(batch)
+        on_meta = {name: tensor.detach().to("meta") for name, tensor in fields.items()}
+        try:
+            return self._infer(cuts, on_meta, lambda index, values: run_on_meta(self.blocks[index], values, training))
+        except NotOnMeta as error:
+            problem = error  # outlives the clause
+        batch = {name: _with_numbers(tensor, device) for name, tensor in fields.items()}
+
+        def run(index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            module = self._build(index, 0).to(device)
+            return run_once(self.blocks[index], module, values, problem, training=training)
+
+        specs = self._infer(cuts, batch, run)
+        found = "; ".join(f"before '{self.blocks[cut].name}' {_shown(specs[cut])}" for cut in cuts if cut < len(self))
+        logger.info("not all blocks run on the meta device (%s). What one microbatch gave: %s", problem, found)
+        return specs
+
+    def runs_on_meta(self, fields: Mapping[str, Tensor]) -> bool:
+        """Tell whether all blocks run on the meta device with such fields."""
+        on_meta = {name: tensor.to("meta") for name, tensor in fields.items()}
+        try:
+            self._infer([len(self)], on_meta, lambda index, values: run_on_meta(self.blocks[index], values))
+        except (ModelError, NotOnMeta):
+            return False
+        return True
+
+    def _infer(
+        self,
+        cuts: Sequence[int],
+        batch: Mapping[str, Tensor],
+        run: Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]],
+    ) -> dict[int, tuple[ValueSpec, ...]]:
+        values = dict(batch)
         specs: dict[int, tuple[ValueSpec, ...]] = {}
         with seeded(0), torch.enable_grad():
-            for index in range(last + 1):
+            for index in range(max(cuts, default=0) + 1):
                 if index in cuts:
                     # As in a run, the next stage gets leaves, and nothing but what crosses.
                     leaves = enter_behind_cut({name: values[name] for name in self.crossing(index)})
                     specs[index] = specs_of(leaves, batch)
                     values = {**batch, **leaves}
-                if index < last:
-                    values.update(run_on_meta(self.blocks[index], values, training=training))
+                if index < max(cuts, default=0):
+                    values.update(run(index, values))
         return specs
 
     def _check_inferable(self, cuts: Sequence[int], fields: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
@@ -293,6 +332,14 @@ class Chain:
                 if name in self.fields and name not in fields:
                     known = _quote(sorted(fields)) or "none"
                     raise ModelError(f"block '{block.name}' reads the batch field '{name}'; the batch has {known}")
+
+
+def _with_numbers(tensor: Tensor, device: torch.device | str) -> Tensor:
+    return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+
+
+def _shown(specs: Iterable[ValueSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.shape} {str(spec.dtype).removeprefix('torch.')}" for spec in specs)
 
 
 def _quote(names: Iterable[str]) -> str:

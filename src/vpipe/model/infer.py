@@ -1,19 +1,32 @@
-"""What blocks write, found by running them on the meta device, where nothing is allocated."""
+"""What blocks write, found by running them: on the meta device, where nothing is allocated, or else once in earnest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ValueSpec, call_block
-from vpipe.model.copying import like_parameter
+from vpipe.model.copying import copy_module, like_parameter
 from vpipe.model.modes import evaluating
+from vpipe.model.rng import seeding_others
 
-__all__ = ["build_on_meta", "enter_behind_cut", "leaf_of", "run_on_meta", "specs_of"]
+__all__ = ["NotOnMeta", "build_on_meta", "enter_behind_cut", "leaf_of", "run_on_meta", "run_once", "specs_of"]
+
+
+class NotOnMeta(Exception):
+    """A block does not run on the meta device; `reason` says why."""
+
+    def __init__(self, block: str, reason: str) -> None:
+        super().__init__(f"block '{block}': {reason}")
+        self.reason = reason
 
 
 def build_on_meta(block: Block) -> nn.Module:
@@ -22,27 +35,99 @@ def build_on_meta(block: Block) -> nn.Module:
         return block.build()
 
 
-def run_on_meta(block: Block, values: Mapping[str, Tensor], *, training: bool = True) -> dict[str, Tensor]:
+def run_on_meta(block: Block, values: Mapping[str, Tensor], training: bool = True) -> dict[str, Tensor]:
     """Return what `block` writes for meta tensors `values`, in the mode that it was built in or in an evaluation.
 
+    Tensors that it makes itself are made on the meta device where it does not run otherwise.
+
     Raises:
-        ModelError: it cannot run on the meta device, or writes another number of values than it declares.
+        NotOnMeta: it does not run on the meta device, or may write other types elsewhere.
+        ModelError: it writes another number of values than it declares, or changes what crossed a cut in place.
     """
-    module = build_on_meta(block)
+    try:
+        return _on_meta(block, values, training=training)
+    except NotOnMeta:
+        with torch.device("meta"):
+            return _on_meta(block, values, training=training)
+
+
+def _on_meta(block: Block, values: Mapping[str, Tensor], *, training: bool) -> dict[str, Tensor]:
+    module = _apart(build_on_meta(block))
     tensors = {name: tensor.to("meta") for name, tensor in module.named_buffers()}
     for name, parameter in module.named_parameters():
         tensors[name] = like_parameter(parameter.detach().to("meta"), parameter)
+
+    def call(*inputs: Any) -> Any:
+        with _WithoutAutocast(block.name):
+            return torch.func.functional_call(module, tensors, inputs)
+
     try:
-        with evaluating([] if training else [module]):
-            return call_block(block, lambda *inputs: torch.func.functional_call(module, tensors, inputs), values)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        reason = str(error).rstrip(".")
+        with _undisturbed(module, training=training):
+            return call_block(block, call, values)
+    except (ModelError, NotOnMeta):
+        raise
+    except Exception as error:  # whatever its code meets there
+        raise NotOnMeta(block.name, _reason(error)) from error
+
+
+def run_once(
+    block: Block, module: nn.Module, values: Mapping[str, Tensor], on_meta: NotOnMeta, *, training: bool
+) -> dict[str, Tensor]:
+    """Return what `block`, of which `module` is made, writes for `values`, which are tensors with numbers.
+
+    Raises:
+        ModelError: it does not run; `on_meta` is why it, or one before it, does not on the meta device. Or it writes
+            another number of values than it declares, or changes what crossed a cut in place.
+    """
+    try:
+        with _undisturbed(module, training=training):
+            return call_block(block, module, values)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever its code meets
+        reason = _reason(error)
+        other = "" if reason == on_meta.reason else f" (on the meta device, {on_meta})"
         shapes = ", ".join(f"{name} {tuple(values[name].shape)}" for name in block.inputs)
         raise ModelError(
-            f"block '{block.name}' cannot run on the meta device with {shapes}: {reason}. Shapes are inferred there "
-            "before anything is allocated: check the sizes, and keep control flow that depends on data, and in-place "
-            "changes of what crossed a cut, out of blocks that are followed by a cut"
+            f"block '{block.name}' cannot run with {shapes}: {reason}{other}. What crosses the cuts is found by "
+            "running the blocks, on the meta device or else on one microbatch: check the sizes"
         ) from error
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """Return a module that shares the tensors of a user's own one, and nothing else that a forward may write to."""
+    return copy_module(module, {id(item): item for item in (*module.parameters(), *module.buffers())})
+
+
+@contextmanager
+def _undisturbed(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run a forward that nobody sees: nothing is printed, and `random` and numpy go on as if it had not been."""
+    with nullcontext() if training else evaluating([module]), seeding_others(0), redirect_stdout(io.StringIO()):
+        yield
+
+
+class _WithoutAutocast(TorchFunctionMode):
+    """Refuses autocast, whose types depend on the device: on the meta device there is none."""
+
+    def __init__(self, block: str) -> None:
+        super().__init__()
+        self._block = block
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise NotOnMeta(self._block, "there is no autocast")
+        return function(*args, **(kwargs or {}))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].rstrip(".")
+    return text if isinstance(error, RuntimeError) and text else f"{type(error).__name__}{text and ': '}{text}"
 
 
 def leaf_of(value: Tensor) -> Tensor:

@@ -35,10 +35,10 @@ __all__ = [
 
 
 def crossing_specs(
-    chain: Chain, partition: Partition, fields: Mapping[str, Tensor], *, training: bool
+    chain: Chain, partition: Partition, fields: Mapping[str, Tensor], device: torch.device, *, training: bool
 ) -> dict[int, tuple[ValueSpec, ...]]:
     """Return what crosses the cut in front of each stage but the first, for one microbatch shaped like `fields`."""
-    inferred = chain.infer(partition.cuts, fields, training=training)
+    inferred = chain.infer(partition.cuts, fields, training=training, device=device)
     return {stage: inferred[cut] for stage, cut in enumerate(partition.cuts, start=1)}
 
 

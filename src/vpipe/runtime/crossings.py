@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vpipe.errors import DataError, ModelError
+from vpipe.errors import DataError
 from vpipe.model.chain import Chain, ValueSpec
 from vpipe.plan.partition import Partition
 from vpipe.runtime.assembly import crossing_specs
@@ -46,7 +46,10 @@ class Crossings:
             fields = field_tensors(self._chain, batch, num_samples)
             if described and num_samples < batch.num_samples:
                 _refuse_cut_of_whole(self._chain, batch, num_samples)
-            crossing = crossing_specs(self._chain, self._partition, fields, training=training)
+            rows = Batch(described, batch.num_samples, batch.whole).rows(slice(num_samples)) if described else {}
+            crossing = crossing_specs(
+                self._chain, self._partition, fields | rows, self._world.device, training=training
+            )
             agree({"values between stages": crossing}, self._world)
             self._known[shapes] = crossing
             compare = True
@@ -78,9 +81,4 @@ def _refuse_cut_of_whole(chain: Chain, batch: Batch, num_samples: int) -> None:
 
 
 def _runs(chain: Chain, batch: Batch, num_samples: int, whole: frozenset[str]) -> bool:
-    fields = field_tensors(chain, Batch(batch.fields, batch.num_samples, whole), num_samples)
-    try:
-        chain.infer([len(chain)], fields)
-    except (ModelError, DataError):
-        return False
-    return True
+    return chain.runs_on_meta(field_tensors(chain, Batch(batch.fields, batch.num_samples, whole), num_samples))

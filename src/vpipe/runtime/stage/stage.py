@@ -190,7 +190,7 @@ class Stage:
             needs = "needs" if odd[0] in saved.roots else "needs no"
             raise ModelError(
                 f"'{odd[0]}' {needs} gradient where the stage of blocks {self.start} to {self.stop - 1} ends, unlike "
-                "when shapes were inferred on the meta device; blocks must not make that depend on data or device"
+                "when shapes were inferred; blocks must not make that depend on data or device"
             )
         return {name: value.detach() for name, value in outputs.items()}
 
@@ -290,8 +290,8 @@ class Stage:
             if values[name] is not values[other]:
                 raise ModelError(
                     f"'{name}' and '{other}' are not one tensor where the stage of blocks {self.start} to "
-                    f"{self.stop - 1} ends, unlike when shapes were inferred on the meta device; blocks must not make "
-                    "that depend on data or device"
+                    f"{self.stop - 1} ends, unlike when shapes were inferred; blocks must not make that depend on data "
+                    "or device"
                 )
         return {name: values[name] for name in self.outputs if name not in self._same_outputs}
 

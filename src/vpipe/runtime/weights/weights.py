@@ -131,6 +131,8 @@ class WeightVersions:
         self._set_of[self._newest] = target
         if self.optimizer is not None and apply:
             self.optimizer.step()
+            # A caller's autocast keeps copies of weights in its type; these are of the version before.
+            torch.clear_autocast_cache()
         self.forget_gradients()
         # Lets autograd notice, should a graph ever still need what was just written.
         torch.autograd.graph.increment_version(self._parameters[target])
