@@ -58,9 +58,11 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             "modes",
             "rng",
+            "nested",
+        ),
+        ("losses",),
+        (
             "block",
-            "torch_losses",
-            "loss_probe",
             "loss",
             "copying",
             "infer",

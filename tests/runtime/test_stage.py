@@ -14,7 +14,8 @@ from torch import nn
 from vpipe.errors import ModelError
 from vpipe.model.chain import Block, Chain, ValueSpec
 from vpipe.model.loss import CallableLoss
-from vpipe.runtime.stage.stage import MicrobatchKey, Stage
+from vpipe.runtime.stage.key import MicrobatchKey
+from vpipe.runtime.stage.stage import Stage
 
 KEY = MicrobatchKey(seed=1, iteration=2, microbatch=0)
 

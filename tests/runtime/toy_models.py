@@ -87,6 +87,72 @@ def peculiar() -> Chain:
     return Chain.from_modules(modules, Uncertain())
 
 
+@dataclass(frozen=True)
+class State:
+    """What some modules hand on."""
+
+    hidden: Tensor
+    extras: dict[str, object]
+
+
+class Spread(nn.Module):
+    """Writes a dictionary, in which one tensor is met twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> dict[str, object]:
+        hidden = self.linear(hidden)
+        parts = [torch.tanh(hidden), torch.nn.functional.dropout(hidden, 0.3, self.training)]
+        return {"hidden": hidden, "parts": parts, "again": parts[0], "mask": None, "places": torch.arange(len(hidden))}
+
+
+class Folded(nn.Module):
+    """Reads what `Spread` writes, and writes a dataclass in which nothing but one tensor needs a gradient."""
+
+    def forward(self, given: dict[str, object]) -> State:
+        first, second = given["parts"]
+        hidden = given["hidden"] * first + second * given["again"] * (1 + given["places"]).unsqueeze(1)
+        return State(hidden, {"sign": hidden.detach().sign(), "power": 2, "mask": given["mask"]})
+
+
+class Within(nn.Module):
+    """Changes the tensor in a dataclass and hands the rest on."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, state: State) -> State:
+        return State(self.layers(state.hidden) + state.extras["sign"] ** state.extras["power"], state.extras)
+
+
+class Read(nn.Module):
+    """Ends in a tuple of two outputs, which the loss reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, state: State) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.linear(state.hidden), {"raw": state.hidden}
+
+
+def _distance_of_both(outputs: tuple[Tensor, dict[str, Tensor]], target: Tensor) -> Tensor:
+    hidden, others = outputs
+    return nn.functional.mse_loss(hidden, target) + 0.1 * others["raw"].square().mean()
+
+
+def nested() -> Chain:
+    """Seven modules between which dictionaries, lists, dataclasses and tuples go."""
+    with torch.random.fork_rng():
+        torch.manual_seed(10)
+        modules = [nn.Linear(WIDTH, WIDTH), Spread(WIDTH), Folded(), Within(nn.Linear(WIDTH, WIDTH), nn.Tanh())]
+        modules += [Within(nn.Dropout(0.2)), Within(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)), Read(WIDTH)]
+    return Chain.from_modules(modules, CallableLoss(_distance_of_both))
+
+
 def seeded_modules() -> nn.Sequential:
     """Seven modules in which nothing is random; every call gives the same weights."""
     with torch.random.fork_rng():
@@ -319,6 +385,7 @@ def winding() -> Chain:
 
 MODELS: dict[str, Callable[[], Chain]] = {
     "frozen": frozen,
+    "nested": nested,
     "normalised": normalised,
     "peculiar": peculiar,
     "plain": plain,

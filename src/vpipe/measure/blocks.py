@@ -24,6 +24,7 @@ from vpipe.measure.times import (
     take_steps,
 )
 from vpipe.measure.trial import Sample, make_trial
+from vpipe.model.block import parts_of
 from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import seeded
 from vpipe.planner.profile.profile import BlockProfile, SizeProfile
@@ -84,7 +85,8 @@ def measure_size(
                 known[signature] = _measure(
                     setup, index, specs, values, sample, world, copier, signatures.count(signature)
                 )
-            pairs = zip(chain.blocks[index].outputs, known[signature].written, strict=True)
+            names = parts_of(specs.get(index + 1, ()), chain.blocks[index].outputs)
+            pairs = zip(names, known[signature].written, strict=True)
             values |= {name: value for name, value in pairs if value is not None}
             values = {spec.name: values[spec.name] for spec in specs.get(index + 1, ())}
     progress(step, num_kinds, num_kinds)
@@ -135,7 +137,7 @@ def _measure(
         timings |= take_beside(copies, world.device, agree, copier, _COPYING_BUDGET_MS)
     timings |= take_steps(trial, world.device)
     written = trial.forward(trial.stage().stage)
-    names = setup.chain.blocks[index].outputs
+    names = parts_of(specs.get(index + 1, ()), setup.chain.blocks[index].outputs)
     return _Kind(
         {**footprint, "optimizer_bytes": trial.optimizer_bytes},
         timings,

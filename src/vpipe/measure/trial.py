@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vpipe.model.block import parts_of
 from vpipe.model.chain import Chain, ValueSpec
 from vpipe.runtime.executor import HeldStage
-from vpipe.runtime.stage.stage import MicrobatchKey, Stage
+from vpipe.runtime.stage.key import MicrobatchKey
+from vpipe.runtime.stage.stage import Stage
 from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
 from vpipe.runtime.weights.weights import WeightVersions
 
@@ -50,7 +52,7 @@ class BlockTrial:
     def read(self) -> tuple[str, ...]:
         """Name the values, and no fields of the batch, that the block reads, and the loss after the last one."""
         names = self.chain.blocks[self.index].inputs + (self.chain.loss.inputs if self.is_last else ())
-        return tuple(dict.fromkeys(name for name in names if name in self.inputs))
+        return tuple(dict.fromkeys(name for name in parts_of(self.arriving, names) if name in self.inputs))
 
     @property
     def fields(self) -> dict[str, Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vpipe.errors import ModelError
+from vpipe.model.nested import Nest
 
-__all__ = ["Block", "ParameterRef", "ValueSpec", "call_block"]
+__all__ = ["Block", "Crossing", "ParameterRef", "ValueSpec", "call_block", "nests_of", "parts_of", "split_written"]
 
 _IN_PLACE = (
     "a leaf Variable that requires grad is being used in an in-place",
@@ -52,7 +54,7 @@ class ParameterRef:
 
 @dataclass(frozen=True)
 class ValueSpec:
-    """What a value that crosses a cut looks like for one microbatch."""
+    """What a tensor that crosses a cut looks like for one microbatch."""
 
     name: str
     shape: tuple[int, ...]
@@ -69,7 +71,33 @@ class ValueSpec:
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-def call_block(block: Block, module: Callable[..., object], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class Crossing(tuple[ValueSpec, ...]):
+    """What crosses a cut: its tensors, and in `nests` how values that are more than a tensor are put together."""
+
+    nests: Mapping[str, Nest]
+
+    def __new__(cls, specs: Iterable[ValueSpec], nests: Mapping[str, Nest]) -> Crossing:
+        """Join both."""
+        made = super().__new__(cls, specs)
+        made.nests = nests
+        return made
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {dict(self.nests)}" if self.nests else super().__str__()
+
+
+def nests_of(crossing: Sequence[ValueSpec]) -> Mapping[str, Nest]:
+    """Return which values that cross are more than a tensor, and how these are put together."""
+    return crossing.nests if isinstance(crossing, Crossing) else {}
+
+
+def parts_of(crossing: Sequence[ValueSpec], names: Iterable[str]) -> tuple[str, ...]:
+    """Return what the tensors of values `names` are called where they cross."""
+    nests = nests_of(crossing)
+    return tuple(part for name in names for part in (nests[name].names if name in nests else (name,)))
+
+
+def call_block(block: Block, module: Callable[..., object], values: Mapping[str, Any]) -> dict[str, Any]:
     """Run one block on the values it reads and return the values it writes.
 
     Raises:
@@ -84,12 +112,22 @@ def call_block(block: Block, module: Callable[..., object], values: Mapping[str,
             f"block '{block.name}' changes an input in place that comes from the stage before; make the operation one "
             "that is not in place (such as inplace=False), or cut somewhere else"
         ) from error
-    written = result if isinstance(result, tuple) else (result,)
-    if len(written) != len(block.outputs) or not all(isinstance(item, Tensor) for item in written):
-        kinds = ", ".join(type(item).__name__ for item in written)
+    return split_written(block, result)
+
+
+def split_written(block: Block, result: Any) -> dict[str, Any]:
+    """Return the values in what a block's module returned: that itself is the only one, or its items are several.
+
+    Raises:
+        ModelError: it returned another number of values than the block declares.
+    """
+    names = block.outputs
+    if len(names) == 1:
+        return {names[0]: result}
+    if not isinstance(result, tuple | list) or len(result) != len(names):
+        items = f"{len(result)} in a" if isinstance(result, tuple | list) else "a"
         raise ModelError(
-            f"block '{block.name}' declares {len(block.outputs)} outputs ({', '.join(block.outputs)}) but returned "
-            f"{len(written)} ({kinds}); a block returns one tensor, or a tuple with one tensor per declared output: "
-            "wrap a module that returns more, or list vpipe.Block(name, build, inputs, outputs) in its place"
+            f"block '{block.name}' declares {len(names)} outputs ({', '.join(names)}) but returned {items} "
+            f"{type(result).__name__}; a block that declares several returns a tuple with one value for each"
         )
-    return dict(zip(block.outputs, written, strict=True))
+    return dict(zip(names, result, strict=True))

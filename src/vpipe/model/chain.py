@@ -11,20 +11,21 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vpipe.data.source import FieldSpec
 from vpipe.errors import ModelError
-from vpipe.model.block import Block, ParameterRef, ValueSpec, call_block
+from vpipe.model.block import Block, Crossing, ParameterRef, ValueSpec, call_block
 from vpipe.model.infer import NotOnMeta, build_on_meta, enter_behind_cut, run_on_meta, run_once, specs_of
 from vpipe.model.initialise import initialise_meta
 from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, as_loss, has_weights
 from vpipe.model.modules import LossEnd, Modules, chain_modules
 from vpipe.model.rng import derive_seed, seeded
 
-__all__ = ["Block", "Chain", "ParameterRef", "ValueSpec", "call_block"]
+__all__ = ["Block", "Chain", "Crossing", "ParameterRef", "ValueSpec", "call_block"]
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ class Chain:
         *,
         training: bool = True,
         device: torch.device | str = "cpu",
-    ) -> dict[int, tuple[ValueSpec, ...]]:
+    ) -> dict[int, Crossing]:
         """Return what crosses each of `cuts` for one microbatch, by running the blocks on the meta device.
 
         `fields` are tensors of one microbatch, of which only shape and type matter. If a block does not run on the meta
@@ -287,7 +288,7 @@ class Chain:
             problem = error  # outlives the clause
         batch = {name: _with_numbers(tensor, device) for name, tensor in fields.items()}
 
-        def run(index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def run(index: int, values: Mapping[str, Any]) -> dict[str, Any]:
             module = self._build(index, 0).to(device)
             return run_once(self.blocks[index], module, values, problem, training=training)
 
@@ -309,10 +310,10 @@ class Chain:
         self,
         cuts: Sequence[int],
         batch: Mapping[str, Tensor],
-        run: Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]],
-    ) -> dict[int, tuple[ValueSpec, ...]]:
-        values = dict(batch)
-        specs: dict[int, tuple[ValueSpec, ...]] = {}
+        run: Callable[[int, Mapping[str, Any]], dict[str, Any]],
+    ) -> dict[int, Crossing]:
+        values: dict[str, Any] = dict(batch)
+        specs: dict[int, Crossing] = {}
         with seeded(0), torch.enable_grad():
             for index in range(max(cuts, default=0) + 1):
                 if index in cuts:

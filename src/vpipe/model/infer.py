@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vpipe.errors import ModelError
-from vpipe.model.block import Block, ValueSpec, call_block
+from vpipe.model.block import Block, Crossing, ValueSpec, call_block
 from vpipe.model.copying import copy_module, like_parameter
 from vpipe.model.modes import evaluating
+from vpipe.model.nested import Nest, map_tensors, take_apart, tensors_of
 from vpipe.model.rng import seeding_others
 
 __all__ = ["NotOnMeta", "build_on_meta", "enter_behind_cut", "leaf_of", "run_on_meta", "run_once", "specs_of"]
@@ -35,8 +36,8 @@ def build_on_meta(block: Block) -> nn.Module:
         return block.build()
 
 
-def run_on_meta(block: Block, values: Mapping[str, Tensor], training: bool = True) -> dict[str, Tensor]:
-    """Return what `block` writes for meta tensors `values`, in the mode that it was built in or in an evaluation.
+def run_on_meta(block: Block, values: Mapping[str, Any], training: bool = True) -> dict[str, Any]:
+    """Return what `block` writes for `values` of meta tensors, in the mode that it was built in or in an evaluation.
 
     Tensors that it makes itself are made on the meta device where it does not run otherwise.
 
@@ -51,7 +52,7 @@ def run_on_meta(block: Block, values: Mapping[str, Tensor], training: bool = Tru
             return _on_meta(block, values, training=training)
 
 
-def _on_meta(block: Block, values: Mapping[str, Tensor], *, training: bool) -> dict[str, Tensor]:
+def _on_meta(block: Block, values: Mapping[str, Any], *, training: bool) -> dict[str, Any]:
     module = _apart(build_on_meta(block))
     tensors = {name: tensor.to("meta") for name, tensor in module.named_buffers()}
     for name, parameter in module.named_parameters():
@@ -71,9 +72,9 @@ def _on_meta(block: Block, values: Mapping[str, Tensor], *, training: bool) -> d
 
 
 def run_once(
-    block: Block, module: nn.Module, values: Mapping[str, Tensor], on_meta: NotOnMeta, *, training: bool
-) -> dict[str, Tensor]:
-    """Return what `block`, of which `module` is made, writes for `values`, which are tensors with numbers.
+    block: Block, module: nn.Module, values: Mapping[str, Any], on_meta: NotOnMeta, *, training: bool
+) -> dict[str, Any]:
+    """Return what `block`, of which `module` is made, writes for `values` of tensors with numbers.
 
     Raises:
         ModelError: it does not run; `on_meta` is why it, or one before it, does not on the meta device. Or it writes
@@ -87,11 +88,15 @@ def run_once(
     except Exception as error:  # whatever its code meets
         reason = _reason(error)
         other = "" if reason == on_meta.reason else f" (on the meta device, {on_meta})"
-        shapes = ", ".join(f"{name} {tuple(values[name].shape)}" for name in block.inputs)
+        shapes = ", ".join(f"{name} {_shape(values[name])}" for name in block.inputs)
         raise ModelError(
             f"block '{block.name}' cannot run with {shapes}: {reason}{other}. What crosses the cuts is found by "
             "running the blocks, on the meta device or else on one microbatch: check the sizes"
         ) from error
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"({type(value).__name__})"
 
 
 def _apart(module: nn.Module) -> nn.Module:
@@ -135,17 +140,33 @@ def leaf_of(value: Tensor) -> Tensor:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def enter_behind_cut(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def enter_behind_cut(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values that cross a cut as the stage behind it gets them; names of one tensor stay that."""
-    leaves = {id(value): leaf_of(value) for value in values.values()}
-    return {name: leaves[id(value)] for name, value in values.items()}
+    leaves = {id(tensor): leaf_of(tensor) for value in values.values() for tensor in tensors_of(value)}
+    return {name: map_tensors(lambda tensor: leaves[id(tensor)], value) for name, value in values.items()}
 
 
-def specs_of(values: Mapping[str, Tensor], fields: Mapping[str, Tensor]) -> tuple[ValueSpec, ...]:
-    """Return what a receiver must know of `values`, which cross a cut, beside the batch's `fields`."""
-    aliases = _find_aliases({**fields, **values})
+def specs_of(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Crossing:
+    """Return what a receiver must know of `values`, which cross a cut, beside the batch's `fields`.
+
+    Raises:
+        ModelError: something in a value can cross no cut.
+    """
+    tensors: dict[str, Tensor] = {}
+    nests: dict[str, Nest] = {}
+    for name, value in values.items():
+        parts, nest = take_apart(name, value)
+        tensors.update(parts)
+        if nest is not None:
+            nests[name] = nest
+    beside = {
+        f"{name}.{index}" if index else name: part
+        for name, value in fields.items()
+        for index, part in enumerate(tensors_of(value))
+    }
+    aliases = _find_aliases({**beside, **tensors})
     first: dict[int, str] = {}
-    return tuple(
+    specs = (
         ValueSpec(
             name,
             tuple(value.shape),
@@ -154,8 +175,9 @@ def specs_of(values: Mapping[str, Tensor], fields: Mapping[str, Tensor]) -> tupl
             aliases.get(name),
             other if (other := first.setdefault(id(value), name)) != name else None,
         )
-        for name, value in values.items()
+        for name, value in tensors.items()
     )
+    return Crossing(specs, nests)
 
 
 def _find_aliases(values: Mapping[str, Tensor]) -> dict[str, str]:

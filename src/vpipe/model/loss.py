@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vpipe.errors import ConfigError, ModelError
-from vpipe.model.loss_probe import LossProbe
-from vpipe.model.torch_losses import TorchLoss
+from vpipe.model.losses.probe import LossProbe
+from vpipe.model.losses.torch_losses import TorchLoss
 
 __all__ = ["CallableLoss", "LearnedLoss", "Loss", "as_loss", "exact_sum", "has_weights", "sum_parts"]
 
@@ -113,7 +113,7 @@ class CallableLoss:
             ModelError: the function does not return one number, or is no mean over samples.
         """
         given = [tensors[name] for name in self.inputs]
-        if self._torch is not None:
+        if self._torch is not None and all(isinstance(item, Tensor) for item in given):
             self._check_shapes(*given, is_cut=num_samples != next(iter(totals.values())))
         if self._torch is None or not self._torch.by_targets or self._is_sum:
             return self.share(self.function(*given), tensors, totals, num_samples)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vpipe.errors import ModelError, PlanError
-from vpipe.model.chain import Chain, ValueSpec
+from vpipe.model.chain import Chain, Crossing
 from vpipe.model.copying import check_memory
 from vpipe.plan.partition import Partition
 from vpipe.plan.plan import Plan
@@ -36,7 +36,7 @@ __all__ = [
 
 def crossing_specs(
     chain: Chain, partition: Partition, fields: Mapping[str, Tensor], device: torch.device, *, training: bool
-) -> dict[int, tuple[ValueSpec, ...]]:
+) -> dict[int, Crossing]:
     """Return what crosses the cut in front of each stage but the first, for one microbatch shaped like `fields`."""
     inferred = chain.infer(partition.cuts, fields, training=training, device=device)
     return {stage: inferred[cut] for stage, cut in enumerate(partition.cuts, start=1)}

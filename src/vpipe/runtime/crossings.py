@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vpipe.errors import DataError
-from vpipe.model.chain import Chain, ValueSpec
+from vpipe.model.chain import Chain, Crossing
 from vpipe.plan.partition import Partition
 from vpipe.runtime.assembly import crossing_specs
 from vpipe.runtime.batch import Batch, field_tensors
@@ -23,11 +23,9 @@ class Crossings:
         self._chain = chain
         self._partition = partition
         self._world = world
-        self._known: dict[object, dict[int, tuple[ValueSpec, ...]]] = {}
+        self._known: dict[object, dict[int, Crossing]] = {}
 
-    def of(
-        self, batch: Batch, num_samples: int, *, training: bool, compare: bool = False
-    ) -> dict[int, tuple[ValueSpec, ...]]:
+    def of(self, batch: Batch, num_samples: int, *, training: bool, compare: bool = False) -> dict[int, Crossing]:
         """Return what crosses for microbatches of `num_samples` of such a batch.
 
         Collective when the shape is new, or where ranks are to `compare` their batches anyway.

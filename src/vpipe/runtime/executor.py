@@ -17,8 +17,9 @@ from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Record
 from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.memory_watch import MemoryWatch
+from vpipe.runtime.stage.key import MicrobatchKey
 from vpipe.runtime.stage.split import tell_split
-from vpipe.runtime.stage.stage import MicrobatchKey, Stage
+from vpipe.runtime.stage.stage import Stage
 from vpipe.runtime.weights.movable_versions import MovableVersions
 from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.schedule.action import Action, Kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from vpipe.model.block import ParameterRef, call_block
 from vpipe.model.chain import Chain
 from vpipe.model.infer import build_on_meta, leaf_of, specs_of
 from vpipe.model.loss import sum_parts
+from vpipe.model.nested import map_tensors, tensors_of
 from vpipe.model.rng import seeded
 from vpipe.planner.estimate.analytic import BlockWork, Operation
 
@@ -44,12 +46,12 @@ def count_blocks(chain: Chain, fields: Mapping[str, Tensor], assumptions: Assump
         ModelError: a block cannot run on the meta device.
     """
     batch = {name: _on_meta(tensor, assumptions.dtype) for name, tensor in fields.items()}
-    known: dict[str, tuple[BlockWork, dict[str, Tensor]]] = {}
-    values: dict[str, Tensor] = {}
+    known: dict[str, tuple[BlockWork, dict[str, Any]]] = {}
+    values: dict[str, Any] = {}
     works = []
     with seeded(0):
         for index, block in enumerate(chain.blocks):
-            arriving = {name: leaf_of(values[name]) for name in chain.crossing(index)}
+            arriving = {name: map_tensors(leaf_of, values[name]) for name in chain.crossing(index)}
             signature = _signature(chain, index, arriving)
             if signature not in known:
                 known[signature] = _Counter(chain, index, arriving, batch, assumptions).count()
@@ -70,7 +72,7 @@ def num_tied(chain: Chain, group: Sequence[ParameterRef]) -> int:
     return build_on_meta(chain.blocks[group[0].block]).get_parameter(group[0].name).numel()
 
 
-def _signature(chain: Chain, index: int, arriving: Mapping[str, Tensor]) -> str:
+def _signature(chain: Chain, index: int, arriving: Mapping[str, Any]) -> str:
     specs = {index: specs_of(arriving, {})}
     return f"{index == len(chain) - 1} {block_signature(chain, index, specs)}"
 
@@ -79,10 +81,11 @@ def _on_meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to("meta", dtype if tensor.is_floating_point() else None)
 
 
-def _crossing_bytes(chain: Chain, cut: int, values: Mapping[str, Tensor]) -> int:
+def _crossing_bytes(chain: Chain, cut: int, values: Mapping[str, Any]) -> int:
     if cut == len(chain):
         return 0
-    return sum(values[name].numel() * values[name].itemsize for name in chain.crossing(cut))
+    crossing = tensors_of([values[name] for name in chain.crossing(cut)])
+    return sum(tensor.numel() * tensor.itemsize for tensor in crossing)
 
 
 def _with_ties(chain: Chain, works: Sequence[BlockWork]) -> list[BlockWork]:
@@ -97,7 +100,7 @@ class _Counter:
     """Block `index` with what arrives at it."""
 
     def __init__(
-        self, chain: Chain, index: int, arriving: Mapping[str, Tensor], batch: Mapping[str, Tensor], given: Assumptions
+        self, chain: Chain, index: int, arriving: Mapping[str, Any], batch: Mapping[str, Tensor], given: Assumptions
     ) -> None:
         self._chain, self._block, self._given = chain, chain.blocks[index], given
         self._is_last = index == len(chain) - 1
@@ -108,7 +111,7 @@ class _Counter:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         self._storages = Storages()
 
-    def count(self) -> tuple[BlockWork, dict[str, Tensor]]:
+    def count(self) -> tuple[BlockWork, dict[str, Any]]:
         """Return what the block does and holds, and what it writes."""
         parameters, buffers = list(self._module.parameters()), list(self._module.buffers())
         trained = [item for item in parameters if item.requires_grad]
@@ -120,7 +123,7 @@ class _Counter:
         whole = run.backward()
         first, later = _split(whole, _Run(self).input_backward(), weights)
         # Weights and batch fields are counted elsewhere, and outputs with the block that reads them.
-        others = weights | storages.numbers([*buffers, *self._batch.values(), *run.written.values()])
+        others = weights | storages.numbers([*buffers, *self._batch.values(), *tensors_of(run.written)])
         inputs = run.inputs
         held = (run.saved - others) | inputs
         made_later = {number for item in later for number in item.writes}
@@ -139,9 +142,9 @@ class _Counter:
             workspace_bytes=run.workspace_bytes,
             buffer_bytes=storages.total(storages.numbers([*frozen, *buffers])),
         )
-        return work, {name: leaf_of(value) for name, value in run.written.items()}
+        return work, {name: map_tensors(leaf_of, value) for name, value in run.written.items()}
 
-    def call(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def call(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run the block, and the loss after the last one."""
         module = self._module
         try:
@@ -165,9 +168,9 @@ class _Run:
     def __init__(self, counter: _Counter) -> None:
         self._storages = storages = counter._storages
         self._watch = Watch(storages, counter._given.target_share)
-        self.leaves = {name: leaf_of(value) for name, value in counter._arriving.items()}
+        self.leaves = {name: map_tensors(leaf_of, value) for name, value in counter._arriving.items()}
         read = counter._block.inputs + (counter._chain.loss.inputs if counter._is_last else ())
-        self.inputs = storages.numbers(self.leaves[name] for name in read if name in self.leaves)
+        self.inputs = storages.numbers(tensors_of([self.leaves[name] for name in read if name in self.leaves]))
         storages.numbers(counter._batch.values())
         self.saved: set[int] = set()
         storages.peak_bytes = storages.alive_bytes
@@ -176,7 +179,8 @@ class _Run:
         self.forward = list(self._watch.seen)
         self.workspace_bytes = storages.peak_bytes - storages.alive_bytes
         going = counter._going_on | {"loss"}
-        self._ends = [value for name, value in self.written.items() if name in going and value.requires_grad]
+        leaving = tensors_of([value for name, value in self.written.items() if name in going])
+        self._ends = [value for value in leaving if value.requires_grad]
         self._seeds = [torch.empty_like(value) for value in self._ends]
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ class _Run:
     def input_backward(self) -> list[Seen]:
         """Run the half that gives the gradients of the inputs; return its operations."""
         self._watch.seen.clear()
-        wanted = [leaf for leaf in self.leaves.values() if leaf.requires_grad]
+        wanted = [leaf for leaf in tensors_of(self.leaves) if leaf.requires_grad]
         if self._ends and wanted:
             with self._watch:
                 torch.autograd.grad(self._ends, wanted, self._seeds, allow_unused=True)

@@ -70,8 +70,8 @@ class Activations:
         self._around_loss = self._noting_loss
         return partial(self._noting_block, block, call)
 
-    def around_loss(self, call: Callable[[tuple[Tensor, ...]], Any], written: tuple[Tensor, ...]) -> Any:
-        """Run the loss on what the last block wrote, by that block's policy."""
+    def around_loss(self, call: Callable[[Any], Any], written: Any) -> Any:
+        """Run the loss on what the last block returned, by that block's policy."""
         return self._around_loss(call, written)
 
     def note(self, tensors: Iterable[Tensor]) -> None:

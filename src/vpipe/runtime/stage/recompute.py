@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from vpipe.errors import ModelError
+from vpipe.model.nested import map_tensors, tensors_of
 from vpipe.model.rng import RandomState
 from vpipe.runtime.stage.findings import telling_refused_hooks
 from vpipe.runtime.stage.state import ChangingState, Place, meeting
@@ -55,15 +56,15 @@ class Recomputation:
         self._state = ChangingState(name) if state is None else state
         self._met: dict[Place, Any] = {}
         self._calls: list[Callable[..., Any]] = [call]
-        self._inputs: tuple[Tensor, ...] = ()
+        self._inputs: tuple[Any, ...] = ()
         self._versions: tuple[int, ...] = ()
         self._places: list[weakref.ref[_Place]] = []
         self._is_running = self._was_asked = self._is_filled = False
 
-    def run(self, *inputs: Tensor) -> Any:
+    def run(self, *inputs: Any) -> Any:
         """Run the block for the first time."""
-        self._inputs = tuple(value.detach().requires_grad_(value.requires_grad) for value in inputs)
-        self._versions = tuple(value._version for value in inputs)
+        self._inputs = tuple(map_tensors(_leaf, value) for value in inputs)
+        self._versions = tuple(value._version for value in tensors_of(inputs))
         with self._running(), self._state.keeping(self._module, self._met):
             return self._calls[0](*inputs)
 
@@ -94,7 +95,7 @@ class Recomputation:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield what is held now: the inputs and what the block's state was, or what was computed again."""
-        yield from self._inputs
+        yield from tensors_of(self._inputs)
         yield from (value for value in self._met.values() if isinstance(value, Tensor))
         for place in self._alive():
             if place.tensor is not None:
@@ -128,7 +129,7 @@ class Recomputation:
         if not self._places:
             return
         filler = _Filler(self._name, self._places)
-        inputs = tuple(value.detach().requires_grad_(value.requires_grad) for value in self._inputs)
+        inputs = tuple(map_tensors(_leaf, value) for value in self._inputs)
         try:
             with torch.enable_grad(), meeting(self._module, self._met), saved_tensors_hooks(filler.put, _as_it_is):
                 result = self._calls[0](*inputs)
@@ -142,7 +143,8 @@ class Recomputation:
         )
 
     def _check_inputs(self) -> None:
-        if any(value._version != version for value, version in zip(self._inputs, self._versions, strict=True)):
+        now = tuple(value._version for value in tensors_of(self._inputs))
+        if now != self._versions:
             raise ModelError(
                 f"an input of block '{self._name}' was changed in place, so the block cannot be computed again; let it "
                 "keep its activations, or replace the in-place operation"
@@ -177,6 +179,10 @@ class _Filler:
         if self.count == len(self._places):
             raise _Enough
         return tensor.detach()
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_(value.requires_grad)
 
 
 def _take(place: _Place) -> Tensor:

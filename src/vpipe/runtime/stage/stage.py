@@ -17,14 +17,16 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
 
 from vpipe.errors import ModelError
+from vpipe.model.block import nests_of, split_written
 from vpipe.model.chain import Chain, ValueSpec, call_block
 from vpipe.model.loss import sum_parts
-from vpipe.model.rng import derive_seeds, seed_everything
+from vpipe.model.nested import Nest, take_apart, tensors_of
 from vpipe.runtime.memory.storages import sizes_of
 from vpipe.runtime.memory.swap import Parcel
 from vpipe.runtime.stage.activations import Activations
 from vpipe.runtime.stage.entry import Entrance, enter_as_leaves, enter_through_nodes
 from vpipe.runtime.stage.findings import Findings, RunAgain
+from vpipe.runtime.stage.key import MicrobatchKey
 from vpipe.runtime.stage.split import (
     Deferred,
     DeferWeightGradients,
@@ -34,36 +36,11 @@ from vpipe.runtime.stage.split import (
 )
 from vpipe.runtime.stage.state import Snapshot
 
-__all__ = ["MicrobatchKey", "Stage"]
+__all__ = ["Stage"]
 
 T = TypeVar("T")
 
 _WHOLE = nullcontext()
-
-
-@dataclass(frozen=True)
-class MicrobatchKey:
-    """Where in the training a microbatch is: everything its random numbers depend on, besides the block."""
-
-    seed: int
-    iteration: int
-    microbatch: int
-    _seeds: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def seed_of(self, block: int) -> int:
-        """Return the seed of a block; what comes after the last one is the loss."""
-        if block not in self._seeds:
-            self.prepare(range(block, block + 1))
-        return self._seeds[block]
-
-    def prepare(self, blocks: range) -> None:
-        """Derive the seeds of `blocks` ahead of their use, while there is nothing else to do."""
-        place = self.seed, "dropout", self.iteration, self.microbatch
-        self._seeds.update(zip(blocks, derive_seeds(*place, last=blocks), strict=True))
-
-    def seed_block(self, block: int) -> None:
-        """Set the random state in which `block` runs for this microbatch."""
-        seed_everything(self.seed_of(block))
 
 
 @dataclass
@@ -106,6 +83,8 @@ class Stage:
         self._aliases: dict[str, str] = {}
         self._same_inputs: dict[str, str] = {}
         self._same_outputs: dict[str, str] = {}
+        self._nests_of_inputs: Mapping[str, Nest] = {}
+        self._nests_of_outputs: Mapping[str, Nest] = {}
         self._recomputes = recomputes
         self._swaps = frozenset(block for block in range(start, stop) if block in swaps)
         self._enter = enter_through_nodes if self._swaps else enter_as_leaves
@@ -124,6 +103,7 @@ class Stage:
         self._differentiable = frozenset(spec.name for spec in inputs if spec.requires_grad)
         self._owed = frozenset(spec.name for spec in outputs if spec.requires_grad) - self._same_outputs.keys()
         self._aliases = {spec.name: spec.alias for spec in inputs if spec.alias is not None}
+        self._nests_of_inputs, self._nests_of_outputs = nests_of(inputs), nests_of(outputs)
 
     @property
     def swaps(self) -> bool:
@@ -170,9 +150,9 @@ class Stage:
         def run() -> tuple[dict[str, Tensor], Activations]:
             activations = Activations(self._swaps, fields.values(), is_watched=is_watched, findings=self._findings)
             activations.note(entrance.held())
-            values = self._run(modules, {**fields, **entrance.values}, key, deferred, activations)
+            values = self._run(modules, self._entering(fields, entrance.values), key, deferred, activations)
             if split and is_first:
-                for block in blocks_with_unseen_uses(values.values()) - self._findings.whole:
+                for block in blocks_with_unseen_uses(tensors_of(values)) - self._findings.whole:
                     self._findings.add(self._findings.whole, block)
             return values, activations
 
@@ -245,15 +225,14 @@ class Stage:
 
         It keeps, recomputes or swaps what it needs as the last block does.
         """
-        saved, names = self._saved[serial], self.chain.blocks[-1].outputs
-        others = {name: values[name] for name in self.chain.loss.inputs if name not in names}
+        saved, block = self._saved[serial], self.chain.blocks[-1]
+        others = {name: values[name] for name in self.chain.loss.inputs if name not in block.outputs}
 
         def call(written: Any) -> dict[str, Tensor]:
-            tensors = written if isinstance(written, tuple) else (written,)
-            given = {**others, **dict(zip(names, tensors, strict=True))}
-            return self._call_loss(saved.key, given, totals, num_samples)
+            return self._call_loss(saved.key, {**others, **split_written(block, written)}, totals, num_samples)
 
-        parts = saved.activations.around_loss(call, tuple(values[name] for name in names))
+        written = tuple(values[name] for name in block.outputs)
+        parts = saved.activations.around_loss(call, written if len(written) > 1 else written[0])
         saved.activations.forget_needless()
         total = sum_parts(parts)
         if total.requires_grad:
@@ -281,19 +260,41 @@ class Stage:
         """Run one microbatch forward only; nothing is kept."""
         same = {name: inputs[other] for name, other in self._same_inputs.items()}
         with torch.no_grad():
-            values = self._run(modules, {**fields, **inputs, **same}, key)
+            values = self._run(modules, self._entering(fields, {**inputs, **same}), key)
         return values if self.is_last else self._leaving(values)
 
-    def _leaving(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what crosses the next cut; of a tensor with several names the first."""
+    def _entering(self, fields: Mapping[str, Any], arrived: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return what the first block may read: what has arrived is put together."""
+        nested = {name: nest.put_together(arrived) for name, nest in self._nests_of_inputs.items()}
+        return {**fields, **arrived, **nested}
+
+    def _leaving(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return what crosses the next cut, taken apart; of a tensor with several names the first."""
+        parts: dict[str, Tensor] = {}
+        for name in self.outputs:
+            if name in self._nests_of_outputs or not isinstance(values[name], Tensor):
+                parts.update(self._taken_apart(name, values[name]))
+            else:
+                parts[name] = values[name]
         for name, other in self._same_outputs.items():
-            if values[name] is not values[other]:
+            if parts[name] is not parts[other]:
                 raise ModelError(
                     f"'{name}' and '{other}' are not one tensor where the stage of blocks {self.start} to "
                     f"{self.stop - 1} ends, unlike when shapes were inferred; blocks must not make that depend on data "
                     "or device"
                 )
-        return {name: values[name] for name in self.outputs if name not in self._same_outputs}
+            del parts[name]
+        return parts
+
+    def _taken_apart(self, name: str, value: Any) -> dict[str, Tensor]:
+        tensors, nest = take_apart(name, value)
+        if nest != (agreed := self._nests_of_outputs.get(name)):
+            raise ModelError(
+                f"'{name}' is {nest or 'a tensor'} where the stage of blocks {self.start} to {self.stop - 1} ends, and "
+                f"was {agreed or 'a tensor'} when shapes were inferred. Of what crosses a cut only the numbers in "
+                "tensors may change: let what changes be a tensor, or cut somewhere else"
+            )
+        return tensors
 
     def _run(
         self,

@@ -90,6 +90,8 @@ class LossProbe:
 
 def _rows_of(tensors: Mapping[str, Tensor], whole: Sequence[str], num: int) -> _Samples | None:
     """Return what has a row, or several, for each sample; None where that cannot be told."""
+    if not all(isinstance(item, Tensor) for item in tensors.values()):
+        return None
     # Flattened outputs have a row for each element of the targets.
     sizes = {num, *(item.numel() for item in tensors.values() if item.dim() and item.shape[0] == num)}
     rows: list[Tensor | None] = []

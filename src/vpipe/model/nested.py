@@ -1,0 +1,145 @@
+"""Values that are more than a tensor: dictionaries, lists, tuples, dataclasses, and what else torch's pytrees know.
+
+What crosses a cut is tensors. A nested value is taken apart in front of it and put together behind it; that it is put
+together in the same way for every microbatch, and what stands in it beside tensors, is known from shape inference.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from vpipe.errors import ModelError
+
+__all__ = ["Nest", "map_tensors", "take_apart", "tensors_of"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, slice, range, type)
+
+
+@dataclass(frozen=True)
+class Nest:
+    """How a value is put together of tensors, which are called `names`, in their order."""
+
+    names: tuple[str, ...]
+    form: Any
+
+    def put_together(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Return the value of which `tensors` are the parts."""
+        return _close(self.form, iter([tensors[name] for name in self.names]))
+
+    def __str__(self) -> str:
+        try:
+            return repr(_close(self.form, repeat(_Shown())))
+        except Exception:  # a class of the user's that wants tensors
+            return repr(self.form)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A container: what makes it of its items, which is equal for equal containers, and the forms of these."""
+
+    kind: Any
+    items: tuple[Any, ...]
+
+
+class _Shown:
+    def __repr__(self) -> str:
+        return _TENSOR
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: Any
+
+
+_TENSOR = "a tensor"
+
+
+def take_apart(name: str, value: Any) -> tuple[dict[str, Tensor], Nest | None]:
+    """Return the tensors of the value called `name`, by names of their own, and how it is put together of them.
+
+    A tensor has no nest.
+
+    Raises:
+        ModelError: there is something in it that is neither a tensor nor a plain constant.
+    """
+    if isinstance(value, Tensor):
+        return {name: value}, None
+    tensors: dict[str, Tensor] = {}
+    form = _open(name, value, tensors)
+    return tensors, Nest(tuple(tensors), form)
+
+
+def _open(path: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return _TENSOR
+    if (opened := _items(value)) is not None:
+        kind, items = opened
+        return _Node(kind, tuple(_open(path + step, item, tensors) for step, item in items))
+    if value is None or isinstance(value, _PLAIN) or callable(value):
+        return _Constant(value)
+    raise ModelError(
+        f"'{path}' is of type {type(value).__name__} where it crosses a cut; what crosses is tensors and None, numbers "
+        "and words in dictionaries, lists, tuples, dataclasses and types that torch.utils._pytree knows: hand one of "
+        "these on, or cut somewhere else"
+    )
+
+
+def _items(value: Any) -> tuple[Any, list[tuple[str, Any]]] | None:
+    """Return what makes such a container, and its items, each with its place; None for what is no container."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value), [(f".{name}", item) for name, item in zip(value._fields, value, strict=True)]
+    if is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
+        names = tuple(item.name for item in fields(value) if hasattr(value, item.name))
+        return (type(value), names), [(f".{name}", getattr(value, name)) for name in names]
+    if type(value) not in pytree.SUPPORTED_NODES:
+        return None
+    items, kind = pytree.tree_flatten_with_path(value, is_leaf=lambda item: item is not value)
+    return kind, [(pytree.keystr(path), item) for path, item in items]
+
+
+def _close(form: Any, tensors: Iterator[Any]) -> Any:
+    if isinstance(form, _Constant):
+        return form.value
+    if not isinstance(form, _Node):
+        return next(tensors)
+    items = [_close(item, tensors) for item in form.items]
+    return _made(form.kind, items)
+
+
+def _made(kind: Any, items: Sequence[Any]) -> Any:
+    if isinstance(kind, pytree.TreeSpec):
+        return pytree.tree_unflatten(items, kind)
+    if isinstance(kind, type):
+        return kind(*items)
+    made = object.__new__(kind[0])
+    for name, item in zip(kind[1], items, strict=True):
+        object.__setattr__(made, name, item)  # also of a frozen dataclass
+    return made
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return `value` with `function` of each tensor in it; what is no container is the same object."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if (opened := _items(value)) is None:
+        return value
+    kind, items = opened
+    return _made(kind, [map_tensors(function, item) for _, item in items])
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value."""
+    if isinstance(values, Tensor):
+        yield values
+    elif (opened := _items(values)) is not None:
+        for _, item in opened[1]:
+            yield from tensors_of(item)
