@@ -37,6 +37,8 @@ CASES = {
         "plain", (3, 4), "pipedream", 4, SWAPPING | {"macrobatch": True, "depths": [3, 2]}, calls=(3, 1)
     ),
     "swap-stages": Case("tied", (2, 1, 2, 2), "looped-bfs", 4, SWAPPING | {"stages_per_rank": 2}, num_ranks=2),
+    "swap-nested": Case("nested", (4, 3), "1f1b", 6, SWAPPING | DEEP),
+    "both-nested": Case("nested", (3, 4), "pipedream", 4, BOTH | DEEP),
     "mixed-gpipe": Case("tied", (4, 3), "gpipe", 4, MIXED | CLIP),
     "mixed-split": Case("skipping", (4, 3), "zb-h2", 6, MIXED),
     "mixed-pipedream": Case("normalised", (3, 4), "pipedream", 4, MIXED | DEEP),
