@@ -7,8 +7,7 @@ counted here is counted alike on all ranks, so that their counts say who is behi
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -93,9 +92,10 @@ class Activity:
         self.wait: Wait | None = None
         self.group: dist.ProcessGroup | None = None
         """What would have to be closed to end the wait; None for shared memory, where the waiting thread looks here."""
-        self.meetings: deque[Meeting] = deque(maxlen=_RECENT)
-        self.programs: dict[int, Begun] = {}
-        self.ended: dict[int, str] = {}
+        self.meetings: tuple[Meeting, ...] = ()
+        """The last ones; like all that is read on another thread, they are replaced and never changed."""
+        self.programs: Mapping[int, Begun] = {}
+        self.ended: Mapping[int, str] = {}
         """Pipelines that can do nothing any more, and why."""
         self.find_verdict: Callable[[bool], VPipeError | None] = lambda ask_others: None
         """Returns why a wait of this rank can never end, if this one has found that out, or another one."""
@@ -141,7 +141,7 @@ class Activity:
     def meeting(self, what: str, group: dist.ProcessGroup | None, source: int | None = None) -> Iterator[None]:
         """Meet all other ranks inside, or wait for `source` alone; as `waiting`, and counted."""
         self._num_meetings += 1
-        self.meetings.append(Meeting(self._num_meetings, self.key(what)))
+        self.meetings = (*self.meetings[1 - _RECENT :], Meeting(self._num_meetings, self.key(what)))
         peers = self.others if source is None or source == self.rank else (source,)
         self.begin_wait(what, peers, group, self._num_meetings)
         try:
@@ -176,7 +176,7 @@ class Activity:
 
     def end(self, why: str, pipeline: int = EVERYTHING) -> None:
         """Say that a pipeline, or all that there are, can do nothing any more."""
-        self.ended.setdefault(pipeline, why)
+        self.ended = {pipeline: why, **self.ended}
         self.publish()
 
     def begin_wait(
@@ -257,9 +257,10 @@ class Calls:
 
     def begin(self, kind: str) -> None:
         """Count a program, of the same kind on all ranks."""
-        programs = self._activity.programs
-        before = programs.get(self._pipeline)
-        programs[self._pipeline] = Begun(1 if before is None else before.number + 1, kind)
+        activity = self._activity
+        before = activity.programs.get(self._pipeline)
+        number = 1 if before is None else before.number + 1
+        activity.programs = {**activity.programs, self._pipeline: Begun(number, kind)}
 
     def end(self, why: str) -> None:
         """Say that the pipeline can do nothing any more."""
