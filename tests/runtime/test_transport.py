@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from vpipe.runtime.comm.activity import Activity
 from vpipe.runtime.comm.transport import Transport
 
 
@@ -18,7 +19,11 @@ def test_a_rank_is_not_said_to_run_while_only_its_stream_waits(
     told: list[str] = []
     stream = SimpleNamespace(synchronize=lambda: told.append("arrived"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    transport = cast(Any, SimpleNamespace(_announce=told.append, _wire=torch.device(wire)))
+    activity = Activity(1, (0, 1))
+    parts = {"_announce": told.append, "_wire": torch.device(wire), "_activity": activity, "_groups": {}}
+    transport = cast(Any, SimpleNamespace(**parts))
+    channel = cast(Any, SimpleNamespace(peer=0, link=(0, 1, True)))
     work = cast(Any, SimpleNamespace(wait=lambda: told.append("wait")))
-    Transport._wait(transport, work, "1F3", 0, "waiting for 1F3")
+    Transport._wait(transport, work, "1F3", channel, "waiting for 1F3")
     assert told == ["waiting for 1F3", "wait", *waits, "running"]
+    assert activity.wait is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from vpipe.runtime.comm.activity import Activity
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.weights.update import TiedCopy, TiedGroup, Update, Updater
 from vpipe.runtime.weights.weights import WeightVersions
@@ -37,7 +38,7 @@ def build(starts=(1.0, 2.0), tied=(), *, synchronous=True, clip=None, rate=None,
         Update(clip, rate, **options),
         synchronous=synchronous,
         loss_of_batch=lambda: loss,
-        world=SimpleNamespace(peers=None, gather=lambda mine, what: [mine]),
+        world=SimpleNamespace(peers=None, activity=Activity(), gather=lambda mine, what: [mine]),
         hooks=hooks or Hooks(),
     )
     return weights, updater

@@ -7,7 +7,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from vpipe.runtime.comm.wait import telling_losses
 from vpipe.runtime.comm.world import World
 
 __all__ = ["gather", "slowest"]
@@ -24,6 +23,6 @@ def slowest(milliseconds: float, world: World) -> float:
     """Return the largest of all ranks' times; collective, so that all ranks go on together."""
     time = torch.tensor(milliseconds, dtype=torch.float64)
     if world.peers is not None:
-        with telling_losses("all ranks to measure the same block"):
+        with world.activity.meeting("all ranks to measure the same block", world.peers):
             dist.all_reduce(time, dist.ReduceOp.MAX, group=world.peers)
     return float(time)

@@ -35,6 +35,7 @@ __all__ = [
     "check_kinds",
     "check_optimizer",
     "count_batches",
+    "refuse_unfinished",
     "refusing_moved",
 ]
 
@@ -191,6 +192,20 @@ class Untaken:
                 "train() was called and its results were not taken, so it has not trained; it trains while they are "
                 "taken: for result in pipeline.train(batches): ..., or list(pipeline.train(batches))"
             )
+
+
+def refuse_unfinished(ended_by: BaseException | None, *, is_busy: bool) -> None:
+    """Raise ExecutionError where an earlier batch did not get to its end."""
+    if ended_by is not None:
+        raise ExecutionError(
+            f"an earlier batch ended in the middle with {type(ended_by).__name__}: {ended_by}; other ranks may be "
+            "waiting for it still, so make another pipeline"
+        )
+    if is_busy:
+        raise ExecutionError(
+            "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of its "
+            "results, or give it the num_batches that you want"
+        )
 
 
 def as_plan(plan: Plan | str) -> Plan:

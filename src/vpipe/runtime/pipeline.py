@@ -28,10 +28,12 @@ from vpipe.runtime.arguments import (
     check_kinds,
     check_optimizer,
     count_batches,
+    refuse_unfinished,
     refusing_moved,
 )
 from vpipe.runtime.assembly import build_stages, connect, named_state, show_loss, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
+from vpipe.runtime.comm.activity import CLOSED, ended_by
 from vpipe.runtime.comm.agreement import agree, agree_on_weights
 from vpipe.runtime.comm.board import LossBoard
 from vpipe.runtime.comm.transport import Transport
@@ -108,8 +110,9 @@ class Pipeline:
         self._owns_world = world is None
         self.world = World.join() if world is None else world
         self.device, self.rank, self.num_ranks = self.world.device, self.world.rank, self.world.num_ranks
+        self._calls = self.world.activity.calls()
         keep_freed_memory()
-        with ExitStack() as leaving:
+        with self._calls.during("Pipeline"), ExitStack() as leaving:
             leaving.push(self)  # what fails here fails inside of the group that was joined
             self.plan = open_plan.resolve(self.chain, self.world)
             self.programs = ProgramBuilder(self.plan, self.rank)
@@ -203,7 +206,8 @@ class Pipeline:
             raise DataError(
                 f"{len(data)} tensors were given in order and {', '.join(fields)} by name; give all in one way"
             )
-        (result,) = self.train([fields or (data[0] if len(data) == 1 else cast(Sequence[Tensor], data))], 1)
+        with self._calls.during("step"):
+            (result,) = self.train([fields or (data[0] if len(data) == 1 else cast(Sequence[Tensor], data))], 1)
         return result
 
     def train(self, batches: Iterable[BatchLike], num_batches: int | None = None) -> Iterator[StepResult]:
@@ -219,9 +223,9 @@ class Pipeline:
         """
         self._check_open()
         count = count_batches(batches, num_batches, synchronous=self.programs.synchronous)
-        stream = (as_batch(data, self.chain) for data in itertools.islice(iter(batches), count))
+        stream = (as_batch(data, self.chain) for data in itertools.islice(self._calls.reading(iter(batches)), count))
         run = self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
-        return self._untaken.watch(run)
+        return self._untaken.watch(self._calls.following(run, lambda: self.iteration, count or batches))
 
     def _train_each(self, batches: Iterator[Batch], count: int | None) -> Iterator[StepResult]:
         done = 0
@@ -284,6 +288,7 @@ class Pipeline:
         """Note what ended a program before its end; where no other rank is in the middle of it, get ready for more."""
         if self.num_ranks > 1 or self.host_link is not None:
             self._ended_by = problem
+            self._calls.end(ended_by(problem))
             return
         self._executor.forget()
         self._updater.forget()
@@ -320,15 +325,16 @@ class Pipeline:
         """
         self._check_open()
         sums = LossSums(self.chain.loss.parts)
-        stream = (as_batch(data, self.chain) for data in batches)
-        with evaluating([item.weights.newest for item in self.held.values()]):
+        stream = (as_batch(data, self.chain) for data in self._calls.reading(iter(batches)))
+        with self._calls.during("evaluate"), evaluating([item.weights.newest for item in self.held.values()]):
             for alike in pieces_alike(stream, microbatch_size, self.programs, self.ledger.limit):
                 self._evaluate(alike, sums)
-        return sums.means(self._last_rank, self.world)
+            agree({"microbatches to evaluate": "no more"}, self.world)
+            return sums.means(self._last_rank, self.world)
 
     def _evaluate(self, pieces: list[Piece], sums: LossSums) -> None:
         program = self.programs.evaluation([piece.number for piece in pieces])
-        agree({"microbatches to evaluate": len(pieces)}, self.world)  # whoever is ahead waits here
+        agree({"microbatches to evaluate": f"{len(pieces)} more"}, self.world)  # whoever is ahead waits here
         feed = self._start(program, (piece.batch for piece in pieces))
         try:
             for _ in self._executor.run(program, feed):
@@ -350,16 +356,7 @@ class Pipeline:
     def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
         self._given.check()
-        if self._ended_by is not None:
-            raise ExecutionError(
-                f"an earlier batch ended in the middle with {type(self._ended_by).__name__}: {self._ended_by}; other "
-                "ranks may be waiting for it still, so make another pipeline"
-            )
-        if self._is_busy:
-            raise ExecutionError(
-                "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of "
-                "its results, or give it the num_batches that you want"
-            )
+        refuse_unfinished(self._ended_by, is_busy=self._is_busy)
         if (first := next(batches, None)) is None:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
@@ -367,6 +364,7 @@ class Pipeline:
         for index, item in self.held.items():
             item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
         self.transport.start(program.actions, crossing, program.num_serials, program.window)
+        self._calls.begin("training" if program.training else "evaluation")
         self._watch.expect(crossing)
         readers = [item.stage.fields for item in self.held.values()]
         every, move = itertools.chain([first], batches), methodcaller("to", self.device, non_blocking=True)
@@ -383,6 +381,7 @@ class Pipeline:
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""
         self._is_closed = True
+        self._calls.end(CLOSED)
         if self.host_link is not None:
             self.host_link.close()
         if self._owns_world:

@@ -13,7 +13,6 @@ from vpipe.model.chain import ValueSpec
 from vpipe.runtime.comm.message import MessageLayout
 from vpipe.runtime.comm.shared_links import share_memory
 from vpipe.runtime.comm.shared_memory import Inbox
-from vpipe.runtime.comm.wait import telling_losses, wait_for
 from vpipe.runtime.comm.world import World
 
 __all__ = ["LossBoard"]
@@ -63,14 +62,15 @@ class LossBoard:
 
     def _post(self, operation: Callable[..., dist.Work | None], vector: Tensor, rank: int) -> dist.Work:
         """Start `dist.isend` or `dist.irecv`; torch knows a rank by its process."""
-        with telling_losses(_WHAT, rank):
+        with self._world.activity.waiting(_WHAT, (rank,), self._world.control):
             work = operation(vector, self._world.processes[rank], self._world.control, _TAG)
         assert work is not None  # None is for ranks outside the group
         return work
 
     def _wait_oldest(self) -> None:
-        for work, _ in self._sends.popleft():
-            wait_for(work, f"the taking of {_WHAT}", None)
+        with self._world.activity.waiting(f"the taking of {_WHAT}", group=self._world.control):
+            for work, _ in self._sends.popleft():
+                work.wait()
 
     def expect(self) -> None:
         """Elsewhere: post the receive of the next vector, so that it is here when `collect` asks."""
@@ -87,7 +87,8 @@ class LossBoard:
         self.expect()
         assert self._posted is not None
         (work, vector), self._posted = self._posted, None
-        wait_for(work, _WHAT, self._source)
+        with self._world.activity.waiting(_WHAT, (self._source,), self._world.control):
+            work.wait()
         return [float(value) for value in vector.tolist()]
 
     def _collect_shared(self, inbox: Inbox) -> list[float]:

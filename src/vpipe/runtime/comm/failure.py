@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from vpipe.errors import PeerLostError, VPipeError
 
-__all__ = ["Failures", "peer_ended", "peer_silent", "raise_if_peer_lost"]
+__all__ = ["Failures", "peer_ended", "peer_silent", "raise_if_peer_lost", "telling_losses"]
 
 KEY = "vpipe/failure"
 
@@ -96,6 +98,20 @@ def raise_if_peer_lost(error: RuntimeError, waiting_for: str, peer: int | None =
     lost = _peer_lost(error, waiting_for, peer)
     if lost is not None:
         raise lost from error
+
+
+@contextmanager
+def telling_losses(what: str, peer: int | None = None) -> Iterator[None]:
+    """Run a call of torch.distributed that may find out that other ranks are gone.
+
+    Raises:
+        PeerLostError: `peer`, or some rank, died or did not answer in time; the text says `what` it was waited for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise_if_peer_lost(error, what, peer)
+        raise
 
 
 def peer_ended(peer: int | None, waiting_for: str) -> PeerLostError:

@@ -44,13 +44,15 @@ def share_memory(links: Collection[Link], world: World, *, allowed: bool = True)
     inboxes = {}
     for invitations, _ in _tell_all({link: outbox.invitation for link, outbox in offers.items()}, world):
         for link, invitation in invitations.items():
-            if allowed and link[1] == rank and (inbox := open_inbox(invitation, link[0], world.timeout)) is not None:
+            if not allowed or link[1] != rank:
+                continue
+            if (inbox := open_inbox(invitation, link[0], world.timeout, world.activity)) is not None:
                 inboxes[link] = inbox
     outboxes, num_opened = {}, 0
     for opened, pid in _tell_all(dict.fromkeys(inboxes), world):
         num_opened += len(opened)
         for link in opened.keys() & offers.keys():
-            offers[link].connect(link[1], pid, world.timeout)
+            offers[link].connect(link[1], pid, world.timeout, world.activity)
             outboxes[link] = offers[link]
     if own:
         logger.info("%d of %d links from this rank are shared memory", len(outboxes), len(own))

@@ -11,7 +11,6 @@ receiver opens it through the sender's entry in /proc; where that fails, as on a
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import secrets
@@ -29,8 +28,10 @@ import torch
 from torch import Tensor
 
 from vpipe.errors import TransportError
+from vpipe.runtime.comm.activity import Activity
 from vpipe.runtime.comm.failure import peer_ended, peer_silent
 from vpipe.runtime.comm.message import Message, MessageLayout
+from vpipe.runtime.comm.semaphore import CACHE_LINE, Semaphore
 
 __all__ = ["Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
 
@@ -40,17 +41,13 @@ _LOOK_SECONDS = 0.1
 
 _NAME = "vpipe-link"
 _TOKEN_BYTES = 16
-_CACHE_LINE = 64
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _ENTRY = struct.Struct("<qq")
 """Where a message lies in the file, and how long it is."""
 _NUM_ENTRIES = 1024
-_RING_BYTES = 2 * _CACHE_LINE + _NUM_ENTRIES * _ENTRY.size
-_SENT, _RETURNED = _CACHE_LINE, _CACHE_LINE + _RING_BYTES
+_RING_BYTES = 2 * CACHE_LINE + _NUM_ENTRIES * _ENTRY.size
+_SENT, _RETURNED = CACHE_LINE, CACHE_LINE + _RING_BYTES
 _CONTROL_BYTES = -(-(_RETURNED + _RING_BYTES) // _PAGE) * _PAGE
-
-# Quick calls keep the interpreter's lock, those that wait let go of it.
-_quick, _waiting = ctypes.PyDLL(None), ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -62,50 +59,13 @@ class Invitation:
     token: bytes
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-class _Semaphore:
-    """A POSIX semaphore in shared memory."""
-
-    def __init__(self, memory: mmap.mmap, offset: int) -> None:
-        self._cell = (ctypes.c_char * _CACHE_LINE).from_buffer(memory, offset)
-        self._address = ctypes.c_void_p(ctypes.addressof(self._cell))
-
-    def initialise(self, value: int) -> None:
-        """Make it one, before anybody uses it."""
-        if _quick.sem_init(self._address, 1, value):
-            raise OSError("the C library has no semaphores between processes")
-
-    @property
-    def value(self) -> int:
-        """Return the count."""
-        count = ctypes.c_int()
-        _quick.sem_getvalue(self._address, ctypes.byref(count))
-        return count.value
-
-    def post(self) -> None:
-        """Add one, and wake who waits for it."""
-        _quick.sem_post(self._address)
-
-    def take(self) -> bool:
-        """Take one away if there is one."""
-        return bool(_quick.sem_trywait(self._address) == 0)
-
-    def wait(self, seconds: float) -> bool:
-        """Take one away; wait so long for it."""
-        until = _Timespec(*divmod(time.time_ns() + int(seconds * 1e9), 1_000_000_000))
-        return bool(_waiting.sem_timedwait(self._address, ctypes.byref(until)) == 0)
-
-
 class _Ring:
     """A queue of places in the file, from one process to the other; take one of `filled` or of `room` beforehand."""
 
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
-        self.filled, self.room = _Semaphore(memory, offset), _Semaphore(memory, offset + _CACHE_LINE)
+        self.filled, self.room = Semaphore(memory, offset), Semaphore(memory, offset + CACHE_LINE)
         self._memory = memory
-        self._start = offset + 2 * _CACHE_LINE
+        self._start = offset + 2 * CACHE_LINE
         self._position = 0
 
     def initialise(self) -> None:
@@ -132,22 +92,30 @@ class _Ring:
 class _Peer:
     """The process at the other end, which is `rank`."""
 
-    def __init__(self, rank: int, pid: int, timeout: timedelta | None) -> None:
+    def __init__(self, rank: int, pid: int, timeout: timedelta | None, activity: Activity | None) -> None:
         self.rank = rank
+        self._activity = Activity() if activity is None else activity
         self._seconds = float("inf") if timeout is None else timeout.total_seconds()
         descriptor = os.pidfd_open(pid)
         weakref.finalize(self, os.close, descriptor)
         self._end = select.poll()
         self._end.register(descriptor, select.POLLIN)
 
-    def wait(self, semaphore: _Semaphore, what: str) -> None:
+    def wait(self, semaphore: Semaphore, what: str) -> None:
         """Take one of `semaphore`.
 
         Raises:
             PeerLostError: the process ended, or did not answer in time.
+            ExecutionError: it is certain that it never will.
         """
-        deadline = time.monotonic() + self._seconds
-        while not semaphore.wait(min(_LOOK_SECONDS, self._seconds)):
+        deadline, step = time.monotonic() + self._seconds, min(_LOOK_SECONDS, self._seconds)
+        if not semaphore.wait(step):  # nearly always something comes; only what lasts is written down
+            with self._activity.waiting(what, (self.rank,)):
+                self._wait_until(deadline, step, semaphore, what)
+
+    def _wait_until(self, deadline: float, step: float, semaphore: Semaphore, what: str) -> None:
+        while not semaphore.wait(step):
+            self._activity.raise_verdict()
             if self._end.poll(0):
                 if semaphore.take():
                     return  # what it sent before it ended is there
@@ -216,9 +184,9 @@ class Outbox:
         self._away: dict[int, _Slot] = {}
         self._peer: _Peer | None = None
 
-    def connect(self, rank: int, pid: int, timeout: timedelta | None) -> None:
+    def connect(self, rank: int, pid: int, timeout: timedelta | None, activity: Activity | None = None) -> None:
         """Say who opened the other end."""
-        self._peer = _Peer(rank, pid, timeout)
+        self._peer = _Peer(rank, pid, timeout, activity)
 
     def send(self, layout: MessageLayout, serial: int, values: Mapping[str, Tensor], what: Callable[[], str]) -> None:
         """Write a message; `what` says what was waited for where the receiver takes none for very long.
@@ -375,8 +343,13 @@ def open_outbox() -> Outbox | None:
         return None
 
 
-def open_inbox(invitation: Invitation, rank: int, timeout: timedelta | None) -> Inbox | None:
-    """Open the file of the sender, which is `rank`; None where it is on another machine or cannot be seen."""
+def open_inbox(
+    invitation: Invitation, rank: int, timeout: timedelta | None, activity: Activity | None = None
+) -> Inbox | None:
+    """Open the file of the sender, which is `rank`; None where it is on another machine or cannot be seen.
+
+    `activity` is where long waits are written down.
+    """
     path = f"/proc/{invitation.pid}/fd/{invitation.descriptor}"
     try:
         if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
@@ -385,7 +358,7 @@ def open_inbox(invitation: Invitation, rank: int, timeout: timedelta | None) -> 
     except OSError:
         return None
     try:
-        memory, peer = _map(file, 0, _CONTROL_BYTES), _Peer(rank, invitation.pid, timeout)
+        memory, peer = _map(file, 0, _CONTROL_BYTES), _Peer(rank, invitation.pid, timeout, activity)
     except (AttributeError, OSError, ValueError):
         os.close(file)
         return None

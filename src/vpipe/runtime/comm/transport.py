@@ -23,11 +23,9 @@ from torch import Tensor
 from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.planner.cost.loads import SPARE_GRADIENTS
-from vpipe.runtime.comm.failure import raise_if_peer_lost
 from vpipe.runtime.comm.message import Message, MessageLayout
 from vpipe.runtime.comm.shared_links import share_memory
 from vpipe.runtime.comm.shared_memory import Inbox, Outbox
-from vpipe.runtime.comm.wait import telling_losses
 from vpipe.runtime.comm.world import World
 from vpipe.schedule.action import Action, Kind
 from vpipe.schedule.passes.lower import counterpart, lower
@@ -106,7 +104,7 @@ class Transport:
             raise ConfigError(f"the process group's backend is nccl but the device is {device}; use cuda, or gloo")
         self._schedule = schedule
         self._world = world
-        self._rank = world.rank
+        self._rank, self._activity = world.rank, world.activity
         self._device = device
         self._announce = announce
         self._ordered = is_nccl if ordered is None else ordered
@@ -163,7 +161,7 @@ class Transport:
             # NCCL connects at the first message, and blocks until the other side does: in the same order everywhere,
             # or two ranks that post their first receives from each other would wait for ever.
             probe = torch.zeros(1, device=self._wire)
-            with telling_losses("the first message of a link"):
+            with self._activity.waiting("the first message of a link", (source + target - self._rank,), group):
                 if self._rank == source:
                     dist.send(probe, self._world.processes[target], group)
                 else:
@@ -267,7 +265,8 @@ class Transport:
         except RuntimeError as error:
             sending = channel.link[0] == self._rank
             message_name = channel.name(microbatch)
-            raise_if_peer_lost(error, f"room to send {message_name}" if sending else message_name, channel.peer)
+            awaited = f"room to send {message_name}" if sending else message_name
+            self._activity.raise_if_lost(error, awaited, channel.peer)
             raise
 
     def send(self, action: Action, values: Mapping[str, Tensor]) -> None:
@@ -332,7 +331,7 @@ class Transport:
         if self._answered:
             self._complete_answered()
         what = channel.name(action.microbatch)
-        self._wait(work, what, channel.peer, f"waiting for {what} from rank {channel.peer}")
+        self._wait(work, what, channel, f"waiting for {what} from rank {channel.peer}")
         if action.kind is Kind.RECV_B and (forward := self._channels.get((Kind.SEND_F, action.stage))) is not None:
             # The gradient's arrival shows that the forward message was received.
             self._answered.append((forward, action.microbatch))
@@ -350,20 +349,23 @@ class Transport:
         if microbatch in channel.sent:
             work, message = channel.sent.pop(microbatch)
             announcement = f"waiting for rank {channel.peer} to take {channel.name(microbatch)}"
-            self._wait(work, f"the taking of {channel.name(microbatch)}", channel.peer, announcement)
+            self._wait(work, f"the taking of {channel.name(microbatch)}", channel, announcement)
             if self._wire.type == "cpu":
                 channel.messages.append(message)
 
-    def _wait(self, work: dist.Work, what: str, peer: int, announcement: str) -> None:
+    def _wait(self, work: dist.Work, what: str, channel: _Channel, announcement: str) -> None:
         self._announce(announcement)
+        self._activity.begin_wait(what, (channel.peer,), self._groups.get(channel.link))
         try:
             work.wait()
             if self._wire.type == "cuda":
                 # With NCCL only the stream waits; what is announced is for those who wonder why this rank does.
                 torch.cuda.current_stream().synchronize()
         except RuntimeError as error:
-            raise_if_peer_lost(error, what, peer)
+            self._activity.raise_if_lost(error, what, channel.peer)
             raise
+        finally:
+            self._activity.wait = None
         self._announce("running")
 
     def memory(self) -> dict[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,9 +29,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.distributed_c10d import _world as torch_world
 
 from vpipe.errors import ConfigError, VPipeError
-from vpipe.runtime.comm.failure import Failures, raise_if_peer_lost
+from vpipe.runtime.comm.activity import Activity, ended_by
+from vpipe.runtime.comm.failure import Failures, raise_if_peer_lost, telling_losses
 from vpipe.runtime.comm.joining import as_device, check_backend, choose_backend, connect, let_threads_rest, local_rank
-from vpipe.runtime.comm.wait import telling_losses
+from vpipe.runtime.comm.lookout import Lookout, look_out
+from vpipe.runtime.comm.sighting import name_place
+from vpipe.runtime.comm.verdict import different_calls
 from vpipe.runtime.memory.workspace import GpuPeak
 
 __all__ = ["World"]
@@ -38,6 +42,8 @@ __all__ = ["World"]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+_END = "the end of the run"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +76,10 @@ class World:
     """What a rank says to the others when it fails."""
     everyone: dist.ProcessGroup | None = None
     """All processes of torch's group, where this world made it: they leave it together."""
+    activity: Activity = field(default_factory=Activity)
+    """What this rank is doing, for ranks that wait for it."""
+    lookout: Lookout | None = None
+    """What tells that, and looks after long waits; None where there is nobody else."""
     _open: list[bool] = field(default_factory=lambda: [True], repr=False)
 
     @classmethod
@@ -153,6 +163,7 @@ class World:
             "Finished initializing process group; backend: %s, rank: %d, world size: %d",
             backend, process, num_processes,
         )  # fmt: skip
+        activity = Activity(position, processes)
         return cls(
             processes,
             position,
@@ -165,6 +176,8 @@ class World:
             store,
             failures,
             everyone,
+            activity,
+            look_out(activity, store, processes),
         )
 
     @classmethod
@@ -178,7 +191,23 @@ class World:
             _agree_on_order(processes, process, timeout, _get_default_store())
         control = _new_group(processes, timeout, "gloo", processes) if len(processes) > 1 else None
         position = processes.index(process)
-        return cls(processes, position, local_rank(), dist.get_backend(), device, timeout, control, shared_memory)
+        activity = Activity(position, processes)
+        return cls(
+            processes,
+            position,
+            local_rank(),
+            dist.get_backend(),
+            device,
+            timeout,
+            control,
+            shared_memory,
+            activity=activity,
+            lookout=look_out(activity, _get_default_store(), processes, is_shared=True),
+        )
+
+    def __post_init__(self) -> None:
+        if self.lookout is not None:
+            weakref.finalize(self, self.lookout.stop)
 
     @property
     def is_open(self) -> bool:
@@ -230,10 +259,15 @@ class World:
         """
         if self.peers is None:
             return [mine]
-        everyone: list[T] = [mine] * self.num_ranks
-        with telling_losses(what):
-            dist.all_gather_object(everyone, mine, group=self.peers)
-        return [everyone[self.position_in(self.peers, position)] for position in range(self.num_ranks)]
+        own = self.activity.key(what), f"{name_place(self.activity.place)}, waiting for {what}", mine
+        everyone = [own] * self.num_ranks
+        with self.activity.meeting(what, self.peers):
+            dist.all_gather_object(everyone, own, group=self.peers)
+        everyone = [everyone[self.position_in(self.peers, position)] for position in range(self.num_ranks)]
+        if any(key != own[0] for key, _, _ in everyone):
+            self.activity.publish()
+            raise different_calls([place for _, place, _ in everyone])
+        return [theirs for _, _, theirs in everyone]
 
     def broadcast(self, tensor: Tensor, source: int, what: str) -> None:
         """Fill a tensor of the CPU on every rank with that of the rank at position `source`; collective.
@@ -242,7 +276,7 @@ class World:
             PeerLostError: a rank ended meanwhile.
         """
         if self.peers is not None:
-            with telling_losses(what):
+            with self.activity.meeting(what, self.peers, source):
                 dist.broadcast(tensor, self.processes[source], group=self.peers)
 
     def meet(self, what: str) -> None:
@@ -251,9 +285,7 @@ class World:
         Raises:
             PeerLostError: a rank ended before it got here.
         """
-        if self.control is not None:
-            with telling_losses(what):
-                dist.barrier(group=self.control)
+        self.gather(None, what)
 
     def close(self) -> None:
         """Leave the others, if this world joined them: wait until all got here, then disconnect.
@@ -262,9 +294,13 @@ class World:
             PeerLostError: a rank ended before it got here.
         """
         if self.store is not None and self._open[0]:
-            with telling_losses("the end of the run"):
-                dist.barrier(group=self.everyone)
+            with self.activity.during("close"):
+                self.meet(_END)
+                with self.activity.waiting(_END, () if self.everyone is not self.control else None, self.everyone):
+                    dist.barrier(group=self.everyone)
             self._open[0] = False
+            if self.lookout is not None:
+                self.lookout.stop()
             dist.destroy_process_group()
             let_threads_rest()
 
@@ -282,6 +318,7 @@ class World:
             self._leave_after(error)
 
     def _leave_after(self, error: Exception) -> None:
+        self.activity.end(str(error) if isinstance(error, VPipeError) else ended_by(error))
         if self.store is None:
             return
         if dist.is_initialized() and dist.get_world_size() == 1:

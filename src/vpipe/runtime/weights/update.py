@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vpipe.errors import ConfigError
-from vpipe.runtime.comm.wait import telling_losses
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.weights.clipping import (
@@ -230,7 +229,7 @@ class Updater:
             for copy in item.copies:
                 part = mine[copy] if copy in mine else torch.empty_like(next(iter(mine.values())))
                 if item.group is not None:
-                    with self._collective("the gradient of a tied weight"):
+                    with self._collective("the gradient of a tied weight", item):
                         dist.broadcast(part, self._world.processes[copy.rank], group=item.group)
                 # All have the first part by now, and it is overwritten below: it needs no copy.
                 total = part if total is None else total.add_(part)
@@ -243,7 +242,7 @@ class Updater:
         is_used = any(parameter.grad is not None for parameter in own)
         if tied.group is None:
             return is_used
-        with self._collective("whether a tied weight was used"):
+        with self._collective("whether a tied weight was used", tied):
             votes = torch.tensor([is_used], dtype=torch.float64, device=device_of(tied.group))
             dist.all_reduce(votes, dist.ReduceOp.MAX, group=tied.group)
             return bool(votes.item())
@@ -258,7 +257,7 @@ class Updater:
             # The first of mine is the first of all on the rank that sends.
             first = mine[0].detach().clone()
             if item.group is not None:
-                with telling_losses("a tied weight"):
+                with self._among("a tied weight", item):
                     dist.broadcast(first, self._world.processes[item.copies[0].rank], group=item.group)
             for parameter in mine:
                 parameter.detach().copy_(first)
@@ -273,11 +272,18 @@ class Updater:
         with self._collective("the gradient norm"):
             return global_norm(placed, len(self._positions), self._world.peers)
 
+    def _among(self, what: str, tied: TiedGroup | None) -> AbstractContextManager[None]:
+        """Meet the ranks that hold a tied weight inside; None: all of them."""
+        if tied is None:
+            return self._world.activity.meeting(what, self._world.peers)
+        others = {copy.rank for copy in tied.copies} - {self._world.rank}
+        return self._world.activity.waiting(what, sorted(others), tied.group)
+
     @contextmanager
-    def _collective(self, what: str) -> Iterator[None]:
+    def _collective(self, what: str, tied: TiedGroup | None = None) -> Iterator[None]:
         self._hooks.announce(f"waiting for {what} from other ranks")
         start = time.perf_counter_ns()
-        with telling_losses(what):
+        with self._among(what, tied):
             yield
         self._hooks.waited(time.perf_counter_ns() - start)
         self._hooks.announce("running")
