@@ -130,7 +130,7 @@ class InPlace(Own):
 
 
 class Ema(Own):
-    """Keeps moving averages: a buffer changed in place, one that is replaced, a number and a tensor as attributes."""
+    """Keeps moving averages: a buffer changed in place, and one that is replaced."""
 
     mean: Tensor
     scale: Tensor
@@ -139,16 +139,29 @@ class Ema(Own):
         super().__init__(width)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        self.calls, self.last = 0, torch.zeros(())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.training:
+            found = hidden.detach().mean((0, 1))
+            self.mean.mul_(0.9).add_(found, alpha=0.1)
+            self.scale = self.scale * 0.9 + 0.1 * hidden.detach().std((0, 1))
+        shifted = (hidden - self.mean) / (self.scale + 1e-3)
+        return torch.as_tensor(hidden + self.linear(shifted))
+
+
+class Attributes(Own):
+    """Counts its calls, and keeps a tensor, in plain attributes."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.calls, self.last, self.sum = 0, torch.zeros(()), torch.zeros(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.training:
             self.calls += 1
-            found = hidden.detach().mean((0, 1))
-            self.mean.mul_(0.9).add_(found, alpha=0.1)
-            self.scale = self.scale * 0.9 + 0.1 * hidden.detach().std((0, 1))
-            self.last = 0.5 * self.last + found.sum()
-        shifted = (hidden - self.mean) / (self.scale + 1e-3) + 0.01 * self.calls + 0.001 * torch.tanh(self.last)
+            self.last = 0.5 * self.last + hidden.detach().mean()
+            self.sum += hidden.detach().mean((0, 1))
+        shifted = hidden + 0.01 * self.calls + torch.tanh(self.last) - 0.01 * self.sum
         return torch.as_tensor(hidden + self.linear(shifted))
 
 
@@ -212,11 +225,11 @@ class Complex(nn.Module):
     def __init__(self, width: int = WIDTH // 2) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width, dtype=torch.complex64)
-        self.scale = nn.Parameter(torch.randn(width, dtype=torch.complex64))
+        self.scale = nn.Parameter(torch.randn(width, dtype=torch.complex64) / 4)
 
     def forward(self, hidden: Tensor) -> Tensor:
         mixed = torch.fft.ifft(torch.fft.fft(self.linear(hidden), dim=1) * self.scale, dim=1)
-        return torch.as_tensor(hidden + mixed.conj() * torch.view_as_complex(torch.view_as_real(mixed).abs()))
+        return torch.as_tensor(hidden + mixed.conj() + torch.view_as_complex(torch.view_as_real(mixed).tanh()))
 
 
 class ToComplex(nn.Module):

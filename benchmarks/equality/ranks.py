@@ -2,7 +2,7 @@
 
 python -m benchmarks.equality.ranks FOLDER NUM_RANKS FIRST    # with torchrun's variables, where there are several ranks
 
-`FOLDER/rows.json` has the names of the rows. Rank 0 adds what it finds to `FOLDER/found.jsonl`. A row that fails on all
+`FOLDER/rows.json` has the rows. Rank 0 adds what it finds to `FOLDER/found.jsonl`. A row that fails on all
 ranks alike is told there, and the next one is run; else a rank that failed leaves its message and ends, and whoever
 started it starts all of them again.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from benchmarks.equality.options import UPDATES
-from benchmarks.equality.rows import MOVING, Row, all_rows
+from benchmarks.equality.rows import MOVING, Row
 from benchmarks.equality.training import differences, train_loop, train_pipeline
 
 from vpipe.errors import ConfigError, DataError, ModelError, PeerLostError, PlanError, ScheduleError
@@ -82,13 +82,12 @@ def main() -> None:
     folder, num_ranks, first = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     rank = int(os.environ.get("RANK", "0"))
     torch.set_num_threads(1)
-    by_name = {row.name: row for row in all_rows()}
-    names: list[str] = json.loads((folder / "rows.json").read_text())
+    rows = [Row.read(item) for item in json.loads((folder / "rows.json").read_text())]
     with (folder / "found.jsonl").open("a") as found:
-        for index in range(first, len(names)):
+        for index in range(first, len(rows)):
             start = time.perf_counter()
             try:
-                outcome = run_row(by_name[names[index]], rank)
+                outcome = run_row(rows[index], rank)
             except Exception as error:
                 outcome = outcome_of_error(error)
                 draft = folder / f"draft.{rank}"

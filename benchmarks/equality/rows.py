@@ -1,14 +1,15 @@
 """The rows of the sweep: which model runs in which schedule on how many ranks, and with which options.
 
-Every model meets every schedule; the other options take turns, so that each meets each model and each schedule.
+Every model meets every schedule; the other options are drawn, for each row by its name, so that a model or a schedule
+more leaves the rows of others as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from random import Random
 from typing import Any
 
 from benchmarks.equality.loop import Delays
@@ -67,6 +68,11 @@ class Row:
     evaluated: int | None
     """Samples of an evaluation's microbatches; None: as in training."""
     stages_per_rank: int | None = None
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> Row:
+        """Make a row of its fields as JSON has them."""
+        return cls(**{**said, "cut": tuple(said["cut"])})
 
     @property
     def name(self) -> str:
@@ -180,7 +186,6 @@ def all_rows() -> list[Row]:
 
 
 def _rows() -> Iterator[Row]:
-    turns = count()
     blocks = {name: len(model.task().blocks) for name, model in MODELS.items()}
     for ranks in (1, 2, 3, 4):
         for place, (family, (name, _)) in enumerate(FAMILIES.items()):
@@ -191,7 +196,7 @@ def _rows() -> Iterator[Row]:
                 stages = per_rank * ranks
                 if stages > blocks[model]:
                     continue
-                if (row := _choose(model, family, ranks, blocks[model], stages, next(turns))) is not None:
+                if (row := _choose(model, family, ranks, blocks[model], stages)) is not None:
                     yield row
 
 
@@ -200,32 +205,28 @@ def _is_wanted(ranks: int, turn: int) -> bool:
     return {1: turn % 3 != 0, 2: turn % 5 < 3, 3: turn % 3 == 0, 4: turn % 3 == 1}[ranks]
 
 
-def _choose(model: str, family: str, ranks: int, num_blocks: int, stages: int, turn: int) -> Row | None:
-    """Return the row whose turn it is: the first of the options in turn that goes together."""
-    cuts, sizes, updates = _cuts(num_blocks, stages), _sizes(ranks), list(UPDATES)
+def _choose(model: str, family: str, ranks: int, num_blocks: int, stages: int) -> Row | None:
+    """Return the row with options drawn by its name: the first that go together."""
+    draw = Random(f"{model} {family} {ranks}")
     optimizers = ["sgd", "several"] if model in BY_ROWS else list(OPTIMIZERS)
-    if model in NO_NUMBERS:
-        updates = [name for name in updates if not UPDATES[name].has_nan]
-    for attempt in range(len(MEMORIES) * len(sizes)):
-        memory = MEMORIES[(turn + attempt // len(sizes)) % len(MEMORIES)]
-        size = sizes[(turn // 3 + attempt) % len(sizes)]
-        cut = cuts[(turn // 2) % len(cuts)]
-        plan = _plan(family, ranks, size, stages // ranks, cut, memory)
-        if not _is_legal(plan, family, memory):
-            continue
-        moves = memory in ("swap", "all three")
-        return Row(
-            model,
-            family,
-            ranks,
-            size,
-            (2, 3, 2)[turn % 3] if moves else (2, 1, 3)[turn % 3],
-            cut,
-            memory,
-            updates[(turn + turn // len(MEMORIES)) % len(updates)],
-            optimizers[(turn + turn // 5) % len(optimizers)],
-            turn % 4 != 3,
-            (None, 3, 2)[turn % 3],
-            stages // ranks,
-        )
+    updates = [name for name, item in UPDATES.items() if not (item.has_nan and model in NO_NUMBERS)]
+    cut = draw.choice(_cuts(num_blocks, stages))
+    for memory in draw.sample(MEMORIES, len(MEMORIES)):
+        for size in draw.sample(_sizes(ranks), len(_sizes(ranks))):
+            if not _is_legal(_plan(family, ranks, size, stages // ranks, cut, memory), family, memory):
+                continue
+            return Row(
+                model,
+                family,
+                ranks,
+                size,
+                draw.choice((2, 3) if memory in ("swap", "all three") else (1, 2, 3)),
+                cut,
+                memory,
+                draw.choice(updates),
+                draw.choice(optimizers),
+                draw.random() < 0.75,
+                draw.choice((None, 2, 3)),
+                stages // ranks,
+            )
     return None

@@ -1,6 +1,6 @@
 """The sweep: every model in every schedule, on one to four ranks, against a plain loop in one process, bit for bit.
 
-    python -m benchmarks.equality.run [--only PATTERN] [--ranks 1 2] [--list] [--out FILE]
+    python -m benchmarks.equality.run [--only PATTERN] [--ranks 1 2] [--part 1/3] [--list] [--out FOLDER]
 
 Ranks are started once for each number of them, and again after a row that some of them alone refuse. PATTERN is a part
 of a row's name, or a pattern with `*`. The exit code is 1 if a row differs or fails; refusals are counted.
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Table:
     def __init__(self, rows: Sequence[Row], folder: Path) -> None:
         self.rows, self.folder = rows, folder
         self.outcomes: list[dict[str, Any]] = []
-        (folder / "rows.json").write_text(json.dumps([row.name for row in rows]))
+        (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
         self._path = folder / "found.jsonl"
         self._path.touch()
         self._num_read = 0
@@ -177,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of a row's name, or a pattern with *")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th row from the I-th on")
     parser.add_argument("--list", action="store_true", help="print the rows' names and run nothing")
     parser.add_argument(
         "--out", type=Path, help="folder for ranks_N.json; default: results, where all rows of so many ranks are run"
@@ -185,6 +187,8 @@ def main() -> None:
     pattern = arguments.only if "*" in arguments.only else f"*{arguments.only}*"
     every = all_rows()
     rows = [row for row in every if row.num_ranks in arguments.ranks and fnmatchcase(row.name, pattern)]
+    first, step = map(int, arguments.part.split("/"))
+    rows = rows[first - 1 :: step]
     if arguments.list or not rows:
         print("\n".join(row.name for row in rows) or f"no row has '{arguments.only}' in its name")
         sys.exit(not rows)
