@@ -30,7 +30,7 @@ def test_the_loop_knows_nothing_of_the_project() -> None:
     assert roots - set(sys.stdlib_module_names) == {"numpy", "torch"}
 
 
-@pytest.mark.parametrize("pattern", ["skips | *ahead*", "codebook | pipedream*x2*"])
+@pytest.mark.parametrize("pattern", ["skips | *recompute some*", "codebook | pipedream*"])
 def test_rows_of_one_rank_are_equal(pattern: str, tmp_path: Path) -> None:
     done = sweep("--ranks", "1", "--only", pattern, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,7 +40,7 @@ def test_rows_of_one_rank_are_equal(pattern: str, tmp_path: Path) -> None:
 
 
 def test_rows_of_two_ranks_are_equal_and_move_bytes(tmp_path: Path) -> None:
-    done = sweep("--ranks", "2", "--only", "*gpipe*| swap |*", "--part", "1/3", "--out", str(tmp_path))
+    done = sweep("--ranks", "2", "--only", "*gpipe*| swap |*", "--part", "1/4", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "ranks_2.json").read_text())
     assert found["not_equal"] == []

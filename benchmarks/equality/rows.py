@@ -6,7 +6,7 @@ more leaves the rows of others as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -21,7 +21,7 @@ from vpipe.plan.plan import Plan
 from vpipe.schedule.action import Kind
 from vpipe.schedule.registry import SCHEDULES
 
-__all__ = ["FLOATS", "MOVING", "Row", "all_rows"]
+__all__ = ["FLOATS", "MOVING", "RANKS", "Row", "all_rows"]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "naive": ("naive", {}),
@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "pipedream-2bw": ("pipedream-2bw", {}),
 }
 FLOATS = {"input", "source"}
+RANKS = (1, 2, 3, 4)
 MOVING = ("swap", "all three", "versions")
 NO_NUMBERS = ("sparse", "sparse bag", "tied", "words that do not count", "classes that weigh", "two parts")
 """Models whose batches have no number that could be NaN."""
@@ -180,14 +181,14 @@ def _sizes(num_ranks: int) -> list[int]:
     return list(dict.fromkeys([2 * num_ranks, 3, 1, num_ranks + 1, max(num_ranks - 1, 1), 6, 2 * num_ranks + 1, 4]))
 
 
-def all_rows() -> list[Row]:
-    """Return every row."""
-    return list(_rows())
+def all_rows(ranks: Sequence[int] = RANKS) -> list[Row]:
+    """Return every row of these numbers of ranks."""
+    return list(_rows(ranks))
 
 
-def _rows() -> Iterator[Row]:
+def _rows(numbers: Sequence[int]) -> Iterator[Row]:
     blocks = {name: len(model.task().blocks) for name, model in MODELS.items()}
-    for ranks in (1, 2, 3, 4):
+    for ranks in numbers:
         for place, (family, (name, _)) in enumerate(FAMILIES.items()):
             per_rank = SCHEDULES[name].default_stages_per_rank
             for number, model in enumerate(MODELS):

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, environment, format_table, write_results
 from benchmarks.equality.ranks import message_path
-from benchmarks.equality.rows import Row, all_rows
+from benchmarks.equality.rows import RANKS, Row, all_rows
 
 OUT = Path(__file__).parent / "results"
 SILENCE_SECONDS = 180.0
@@ -177,7 +177,7 @@ def _without_names(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of a row's name, or a pattern with *")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, choices=RANKS)
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th row from the I-th on")
     parser.add_argument("--list", action="store_true", help="print the rows' names and run nothing")
     parser.add_argument(
@@ -185,8 +185,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     pattern = arguments.only if "*" in arguments.only else f"*{arguments.only}*"
-    every = all_rows()
-    rows = [row for row in every if row.num_ranks in arguments.ranks and fnmatchcase(row.name, pattern)]
+    every = all_rows(sorted(set(arguments.ranks)))
+    rows = [row for row in every if fnmatchcase(row.name, pattern)]
     first, step = map(int, arguments.part.split("/"))
     rows = rows[first - 1 :: step]
     if arguments.list or not rows:
