@@ -76,6 +76,63 @@ def test_it_runs_again_when_told_and_not_once_more_in_the_backward() -> None:
     assert module.runs["first"] == 2
 
 
+class ForScript(nn.Module):
+    """What a script is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(value)))
+
+
+def test_a_scripted_module_runs_again() -> None:
+    torch.manual_seed(2)
+    plain = ForScript()
+    module = torch.jit.script(ForScript())
+    module.load_state_dict(plain.state_dict())
+    _, value = prepare(plain)
+    for _ in range(3):  # torch rewrites a script when it has seen it run
+        module(value).sum().backward()
+    module.zero_grad()
+    again, other = prepare(module)
+    _, value = prepare(plain)
+    again.run(other).square().sum().backward()
+    plain(value).square().sum().backward()
+    for mine, theirs in zip(gradients(module, other), gradients(plain, value), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class ForOtherScript(ForScript):
+    """Another script, of which torch has seen nothing yet."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.last(torch.sigmoid(self.first(value)))
+
+
+def test_a_script_that_torch_rewrites_between_the_runs_is_told_in_our_words() -> None:
+    module = torch.jit.script(ForOtherScript())
+    again, value = prepare(module)
+    output = again.run(value)
+    with pytest.raises(ModelError, match="when it was computed again; a block that recomputes"):
+        output.sum().backward()
+
+
+def test_an_error_of_the_second_run_is_told() -> None:
+    class Fails(Counted):
+        def forward(self, value: Tensor) -> Tensor:
+            if self.runs["first"]:
+                raise RuntimeError("no more")
+            return super().forward(value)
+
+    module = Fails()
+    again, value = prepare(module)
+    output = again.run(value)
+    with pytest.raises(RuntimeError, match="no more"):
+        output.sum().backward()
+
+
 def test_what_comes_after_the_last_saved_tensor_is_not_run_again() -> None:
     class Tail(Counted):
         def forward(self, value: Tensor) -> Tensor:

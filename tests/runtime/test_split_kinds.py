@@ -92,6 +92,12 @@ def _four(inner: nn.Module, value: Tensor) -> Tensor:
     return inner(images).permute(0, 2, 1, 3).reshape(-1, WIDTH)
 
 
+def _changed_in_place(inner: nn.Module, value: Tensor) -> Tensor:
+    result = inner(value.reshape(-1, 3, WIDTH))
+    result[:, ::2].mul_(0.5)
+    return result.add_(1.0).reshape(-1, WIDTH)
+
+
 class Functional(nn.Module):
     """Parameters that are used by functions of torch, in ways that no module of torch does."""
 
@@ -174,6 +180,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "gradients of functions": lambda: Around(_func_grad),
     "columns": lambda: Around(_columns),
     "four dimensions": lambda: Around(_four),
+    "changed in place": lambda: Around(_changed_in_place),
     "one row": lambda: Around(lambda inner, value: torch.stack([inner(row) for row in value])),
     "every other": lambda: Around(lambda inner, value: inner(value.repeat(1, 2)[:, ::2])),
     "in lists": lambda: Functional(_in_lists),

@@ -137,6 +137,13 @@ class Recomputation:
                     result = call(result)
         except _Enough:
             return
+        except RuntimeError:
+            # What is raised here comes out of a scripted module as an error of TorchScript's own.
+            if filler.problem is not None:
+                raise filler.problem from None
+            if not filler.has_ended:
+                raise
+            return
         raise ModelError(
             f"block '{self._name}' saved {filler.count} tensors when it was computed again and {len(self._places)} "
             "before; a block that recomputes must do the same every time: let it keep its activations"
@@ -163,6 +170,13 @@ class _Filler:
         self._name = name
         self._places = places
         self.count = 0
+        self.problem: ModelError | None = None
+        """What is wrong with the second run."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether all that the first run saved is there."""
+        return self.count == len(self._places)
 
     def put(self, tensor: Tensor) -> Tensor:
         """Return what the second run itself has saved, for a backward in it."""
@@ -171,12 +185,13 @@ class _Filler:
         if place is not None:
             if place.kind != (tensor.shape, tensor.dtype):
                 (shape, dtype), found = place.kind, f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ModelError(
+                self.problem = ModelError(
                     f"block '{self._name}' saved a tensor of {tuple(shape)} {dtype}, and of {found} when it was "
                     "computed again; a block that recomputes must do the same every time: let it keep its activations"
                 )
+                raise self.problem
             place.tensor = tensor.detach()
-        if self.count == len(self._places):
+        if self.has_ended:
             raise _Enough
         return tensor.detach()
 

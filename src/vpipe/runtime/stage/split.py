@@ -140,7 +140,9 @@ class _Linear(_Layer):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, mode: DeferWeightGradients) -> Tensor:
         _keep(ctx, hidden, weight, bias, mode)
-        return nn.functional.linear(hidden, weight, bias)
+        made = nn.functional.linear(hidden, weight, bias)
+        # Autograd lets nobody change in place what is a view already when a function returns it.
+        return torch.ops.aten._unsafe_view(made, made.shape) if made._is_view() else made
 
     @staticmethod
     def halve(ctx: Any, gradient: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, _WeightGradient]:
