@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vpipe.runtime.comm.activity import Activity, Begun, LastCall, Meeting, Place, Wait
+from vpipe.words.near import plural
 
 __all__ = ["Sighting", "Verdict", "name_place"]
 
@@ -166,15 +167,11 @@ def _name_last(last: LastCall) -> str:
         return "closed" if place.call == "close" else "made its Pipeline"
     if last.how == "ended":
         return f"ended its {place.call}" + (
-            f" after {_batches(done)}" if done is not None and place.call != "step" else ""
+            f" after {plural(done, 'batch', 'batches')}" if done is not None and place.call != "step" else ""
         )
     if last.how == "left":
-        return f"left its {place.call} after {_batches(done or 0)}"
+        return f"left its {place.call} after {plural(done or 0, 'batch', 'batches')}"
     return f"ended its {place.call} with {last.how}"
-
-
-def _batches(count: int) -> str:
-    return f"{count} {'batch' if count == 1 else 'batches'}"
 
 
 def _clean(text: Any) -> str:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from vpipe.errors import ExecutionError
-from vpipe.runtime.comm.activity import CLOSED, EVERYTHING
+from vpipe.runtime.comm.activity import CLOSED, EVERYTHING, LastCall, Place
 from vpipe.runtime.comm.sighting import Sighting, Verdict, name_place
+from vpipe.words.near import plural
 
 __all__ = ["describe_wait", "different_calls", "judge"]
 
@@ -23,12 +25,22 @@ _MOST_NAMED = 4
 _LATE_SECONDS = 5.0
 """How long after the end of a rank a message that it may have sent before is still thought to be on its way."""
 
-_STOPPED = "rank {} stopped: "
-_SAME_BATCHES = "give every rank the same number of batches"
 _SAME_CALLS = (
     "every rank must make the same calls in the same order; Pipeline, step, train, evaluate and close are for all "
     "ranks, not for rank 0 alone"
 )
+
+
+class _End(NamedTuple):
+    """Why a rank will never do what another one waits for, whatever it does now, and what to change."""
+
+    text: str
+    fix: str | None = _SAME_CALLS
+    """None: the rank is lost, and its own words say what to change."""
+
+
+_Lacked = Mapping[int, _End | None]
+"""The ranks that one lacks; with a reason where that is for ever by itself."""
 
 
 def judge(
@@ -39,36 +51,26 @@ def judge(
     `waiting` are those ranks that are known to have waited all at one moment.
     """
     now = time.time() if now is None else now
-    lacking = {own: _lacking(seen[own], seen, now) for own in waiting if own in seen}
-    stuck = dict(lacking)
+    stuck: dict[int, _Lacked] = {own: _lacked(seen[own], seen, now) for own in waiting if own in seen}
     while True:
-        left = {
-            own: {peer: why for peer, why in peers.items() if why is not None or peer in stuck}
+        left: dict[int, _Lacked] = {
+            own: {peer: end for peer, end in peers.items() if end is not None or stuck.get(peer)}
             for own, peers in stuck.items()
         }
-        left = {own: peers for own, peers in left.items() if peers}
         if left == stuck:
             break
         stuck = left
-    if rank in stuck:
-        return _verdict(stuck, seen)
-    return None
+    stuck = {own: peers for own, peers in stuck.items() if peers}
+    return _verdict(stuck, seen) if rank in stuck else None
 
 
-def _lacking(own: Sighting, seen: Mapping[int, Sighting], now: float) -> dict[int, str | None]:
-    """Return the ranks that `own` lacks; with a reason where that is for ever, whatever they are doing."""
-    found: dict[int, str | None] = {}
-    if own.wait is None:
-        return found
-    for peer in own.wait.peers:
-        other = seen.get(peer)
-        if other is None or other.rank == own.rank:
-            continue
-        has_come, end = _has_come(own, other), _ending(own, other, now)
-        if end is not None:
-            found[peer] = end
-        elif has_come is False:
-            found[peer] = None
+def _lacked(own: Sighting, seen: Mapping[int, Sighting], now: float) -> _Lacked:
+    found: dict[int, _End | None] = {}
+    for peer in () if own.wait is None else own.wait.peers:
+        if (other := seen.get(peer)) is not None:
+            end = _end(own, other, now)
+            if end is not None or _has_come(own, other) is False:
+                found[peer] = end
     return found
 
 
@@ -83,60 +85,58 @@ def _has_come(own: Sighting, other: Sighting) -> bool | None:
     return None if other.num_programs(own.place.pipeline) >= count else False
 
 
-def _ending(own: Sighting, other: Sighting, now: float) -> str | None:
-    """Return why `other` will never do what `own` waits for, whatever it does now."""
-    assert own.wait is not None
-    place, has_come = own.place, _has_come(own, other)
-    if own.wait.meeting is not None:
-        mine = next((item.key for item in own.meetings if item.number == own.wait.meeting), None)
-        theirs = next((item.key for item in other.meetings if item.number == own.wait.meeting), None)
-        if mine is not None and theirs is not None and mine != theirs:
-            return f"rank {other.rank} has met the others for something else there ({theirs.partition(': ')[2]})"
-        if has_come:
-            return None
-    else:
-        own_program, program = own.programs.get(place.pipeline), other.programs.get(place.pipeline)
-        if own_program is not None and program is not None:
-            is_same = own_program.number == program.number
-            if is_same and own_program.kind != program.kind:
-                return f"rank {other.rank} is in its {program.kind} there"
-    if (why := other.ended.get(place.pipeline, other.ended.get(EVERYTHING))) is not None:
-        is_late = now - other.place.since > _LATE_SECONDS
+def _end(own: Sighting, other: Sighting, now: float) -> _End | None:
+    """Return why `other` will never do what `own` waits for; None: it may."""
+    pipeline, has_come = own.place.pipeline, _has_come(own, other)
+    if (elsewhere := _met_elsewhere(own, other)) is not None:
+        return _End(f"rank {other.rank} is elsewhere: {elsewhere}")
+    if has_come:
+        return None
+    if (why := other.ended.get(pipeline, other.ended.get(EVERYTHING))) is not None:
         if why == CLOSED:
-            return f"rank {other.rank} has closed its pipeline" if has_come is False else None
-        return f"{_STOPPED.format(other.rank)}{why}" if has_come is False or is_late else None
-    if has_come is False and _trained_fewer(own, other):
-        assert other.last is not None
-        done = other.last.place.done
-        return f"rank {other.rank} has ended its train after {done} {'batch' if done == 1 else 'batches'}"
+            return _End(f"rank {other.rank} has closed its pipeline") if has_come is False else None
+        is_late = now - other.place.since > _LATE_SECONDS
+        return _End(f"rank {other.rank} stopped: {why}", None) if has_come is False or is_late else None
+    if has_come is False and other.last is not None and _trained_fewer(own.place, other.last):
+        done = plural(other.last.place.done or 0, "batch", "batches")
+        return _End(f"rank {other.rank} has ended its train after {done}", "give every rank the same number of batches")
     return None
 
 
-def _trained_fewer(own: Sighting, other: Sighting) -> bool:
-    """Tell whether `other` has got to the end of the train in which `own` is, which it began at the same iteration."""
-    if other.last is None or own.place.call != "train" or own.place.done is None:
-        return False
-    ended = other.last.place
+def _met_elsewhere(own: Sighting, other: Sighting) -> str | None:
+    """Return for what else `other` met the others, or began a program, where `own` waits; None: that is not known."""
+    assert own.wait is not None
+    if own.wait.meeting is not None:
+        mine, theirs = (
+            next((item.key for item in seen.meetings if item.number == own.wait.meeting), None) for seen in (own, other)
+        )
+        return None if None in (mine, theirs) or mine == theirs else theirs
+    begun, program = own.programs.get(own.place.pipeline), other.programs.get(own.place.pipeline)
+    if begun is None or program is None or begun.number != program.number:
+        return None
+    return program.kind if begun.kind != program.kind else None
+
+
+def _trained_fewer(place: Place, last: LastCall) -> bool:
+    """Tell whether a call that has ended was the train in which another rank is, begun at the same iteration."""
+    ended = last.place
     return (
-        other.last.how == "ended"
-        and (ended.call, ended.pipeline, ended.began) == ("train", own.place.pipeline, own.place.began)
-        and ended.done is not None
-        and ended.done <= own.place.done
+        last.how == "ended"
+        and (place.call, place.pipeline, place.began) == ("train", ended.pipeline, ended.began)
+        and ended.call == "train"
+        and (ended.done or 0) <= (place.done or 0)
     )
 
 
-def _verdict(stuck: Mapping[int, Mapping[int, str | None]], seen: Mapping[int, Sighting]) -> Verdict:
-    reasons = dict.fromkeys(why for peers in stuck.values() for why in peers.values() if why is not None)
-    is_loss = any(
-        why.startswith(_STOPPED.format(peer)) for peers in stuck.values() for peer, why in peers.items() if why
-    )
+def _verdict(stuck: Mapping[int, _Lacked], seen: Mapping[int, Sighting]) -> Verdict:
+    ends = list(dict.fromkeys(end for peers in stuck.values() for end in peers.values() if end is not None))
     named = sorted(stuck)[:_MOST_NAMED]
     parts = [f"rank {own} is {name_place(seen[own].place)}, and waits for {_awaited(seen[own])}" for own in named]
     if len(stuck) > len(named):
         parts.append(f"{len(stuck) - len(named)} more ranks wait like these")
-    parts += list(reasons)[:_MOST_NAMED]
-    fewer = any("has ended its train" in why for why in reasons)
-    fix = "" if is_loss else f". Nobody can go on: {_SAME_BATCHES if fewer else _SAME_CALLS}"
+    parts += [end.text for end in ends[:_MOST_NAMED]]
+    is_loss = any(end.fix is None for end in ends)
+    fix = "" if is_loss else f". Nobody can go on: {ends[0].fix if ends else _SAME_CALLS}"
     return Verdict("; ".join(parts) + fix, tuple(sorted(stuck)), is_loss)
 
 
