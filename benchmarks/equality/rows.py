@@ -143,7 +143,8 @@ def _plan(
 @cache
 def _moves(plan: Plan) -> tuple[frozenset[int], bool]:
     """Return the stages whose activations move, and whether weight versions do."""
-    actions = [action for order in plan.sample.orders for action in order]
+    # Of one batch: given few, an asynchronous pipeline has fewer microbatches under way than in its steady state.
+    actions = [action for order in plan.build().orders for action in order]
     return (
         frozenset(action.stage for action in actions if action.kind is Kind.OFFLOAD),
         any(action.kind is Kind.OFFLOAD_V for action in actions),

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from benchmarks.common import ROOT, environment, format_table, write_results
 from benchmarks.equality.ranks import message_path
@@ -126,7 +127,7 @@ def run_rows(rows: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
     return table.outcomes
 
 
-def run_ranks(rows: Sequence[Row], out: Path | None) -> list[dict[str, Any]]:
+def run_ranks(rows: Sequence[Row], out: Path | None, chosen: str) -> list[dict[str, Any]]:
     """Run rows of one number of ranks, tell what they gave, and write it into the folder `out`."""
     machine, start = environment(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -142,6 +143,7 @@ def run_ranks(rows: Sequence[Row], out: Path | None) -> list[dict[str, Any]]:
         results = {
             "environment": machine,
             "seconds": seconds,
+            "chosen": chosen.strip(),
             "num_rows": len(rows),
             "bytes_moved": sum(outcome.get("bytes_moved", 0) for outcome in outcomes),
             "counts": {
@@ -178,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of a row's name, or a pattern with *")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, choices=RANKS)
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th row from the I-th on")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="one of N parts, of rows of all kinds")
     parser.add_argument("--list", action="store_true", help="print the rows' names and run nothing")
     parser.add_argument(
         "--out", type=Path, help="folder for ranks_N.json; default: results, where all rows of so many ranks are run"
@@ -188,7 +190,7 @@ def main() -> None:
     every = all_rows(sorted(set(arguments.ranks)))
     rows = [row for row in every if fnmatchcase(row.name, pattern)]
     first, step = map(int, arguments.part.split("/"))
-    rows = rows[first - 1 :: step]
+    rows = [row for row in rows if crc32(row.name.encode()) % step == first - 1]
     if arguments.list or not rows:
         print("\n".join(row.name for row in rows) or f"no row has '{arguments.only}' in its name")
         sys.exit(not rows)
@@ -196,7 +198,9 @@ def main() -> None:
     for num_ranks in sorted(set(arguments.ranks)):
         if own := [row for row in rows if row.num_ranks == num_ranks]:
             is_whole = len(own) == sum(row.num_ranks == num_ranks for row in every)
-            outcomes += run_ranks(own, arguments.out or (OUT if is_whole else None))
+            outcomes += run_ranks(
+                own, arguments.out or (OUT if is_whole else None), f"{arguments.only} {arguments.part}"
+            )
     rows.sort(key=lambda row: row.num_ranks)
     print(f"\n{format_table(['ranks', *OUTCOMES], count_by(outcomes, rows, 'num_ranks'))}")
     for reason, number in reasons(outcomes).items():
