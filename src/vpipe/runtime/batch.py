@@ -13,7 +13,7 @@ from vpipe.data.source import FieldSpec
 from vpipe.errors import DataError
 from vpipe.model.chain import Chain
 
-__all__ = ["Batch", "BatchLike", "as_batch", "field_tensors"]
+__all__ = ["Batch", "BatchLike", "as_batch", "as_input", "field_tensors"]
 
 
 _WHOLE = "vpipe.Chain(..., whole_fields=('{name}',))"
@@ -104,6 +104,26 @@ def as_batch(data: BatchLike, chain: Chain) -> Batch:
     first = next((item for name, item in data.items() if name not in chain.whole_fields), None)
     num_samples = first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
     return Batch(data, num_samples, frozenset(chain.whole_fields))
+
+
+def as_input(data: BatchLike, chain: Chain, wanted: Chain) -> Batch:
+    """Turn what a user calls a batch into what `wanted` reads of it, which reads some of the fields of `chain`.
+
+    What else `chain` reads may be there or not.
+
+    Raises:
+        DataError: as for `as_batch`.
+    """
+    if isinstance(data, Batch):
+        fields = {name: item for name, item in data.fields.items() if name in wanted.fields}
+        return Batch(fields, data.num_samples, data.whole)
+    if (named := _named(data)) is not None and set(named) & set(chain.fields):
+        data = named
+    elif isinstance(data, Sequence) and len(data) == len(chain.fields):
+        data = dict(zip(chain.fields, data, strict=True))
+    if isinstance(data, Mapping):
+        data = {name: item for name, item in data.items() if name in wanted.fields or name not in chain.fields}
+    return as_batch(data, wanted)
 
 
 def _named(data: object) -> dict[str, Tensor] | None:

@@ -25,6 +25,7 @@ from vpipe.runtime.memory.swap import Parcel
 from vpipe.runtime.stage.activations import Activations
 from vpipe.runtime.stage.entry import Entrance, enter_as_leaves, enter_through_nodes
 from vpipe.runtime.stage.findings import Findings, RunAgain
+from vpipe.runtime.stage.metrics import Metrics
 from vpipe.runtime.stage.split import (
     Deferred,
     DeferWeightGradients,
@@ -114,6 +115,7 @@ class Stage:
         self._saved: dict[int, _Saved] = {}
         self._deferred: dict[int, Deferred] = {}
         self._findings = Findings()
+        self._metrics = Metrics(chain, self._findings)
         self._has_run = self._has_state = False
         self._shared: dict[int, Container[int]] = {}
 
@@ -238,7 +240,7 @@ class Stage:
     def loss(
         self, serial: int, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
-        """Compute the parts of the microbatch's loss and make their sum the root of its backward.
+        """Compute the parts of the microbatch's loss and make their sum the root of its backward; add the metrics.
 
         It keeps, recomputes or swaps what it needs as the last block does.
         """
@@ -252,24 +254,27 @@ class Stage:
 
         parts = saved.activations.around_loss(call, tuple(values[name] for name in names))
         saved.activations.forget_needless()
+        metrics = self._metrics.take(parts)
         total = sum_parts(parts)
         if total.requires_grad:
             # One, or NaN where the loss is not finite: so every stage learns it with its gradients.
             saved.loss = _edge(total), total.detach() * 0 + 1
-        return {name: part.detach() for name, part in parts.items()}
+        metrics.update(self._metrics.measure(saved.key.seed_of, values, num_samples))
+        return {name: part.detach() for name, part in parts.items()} | metrics
 
     def evaluate_loss(
         self, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int, key: MicrobatchKey
     ) -> dict[str, Tensor]:
-        """Compute the parts of the loss of what `evaluate` returned."""
+        """Compute the parts of the loss, and the metrics, of what `evaluate` returned."""
         with torch.no_grad():
-            return self._call_loss(key, values, totals, num_samples)
+            parts = self._call_loss(key, values, totals, num_samples)
+        return parts | self._metrics.measure(key.seed_of, values, num_samples)
 
     def _call_loss(
         self, key: MicrobatchKey, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
         end = len(self.chain)
-        call = partial(self.chain.loss, values, totals, num_samples)
+        call = partial(self._metrics.call_loss, values, totals, num_samples)
         return self._findings.run_seeded(end, key.seed_of, None, call)
 
     def evaluate(
