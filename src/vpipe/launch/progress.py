@@ -127,9 +127,9 @@ def format_metrics(record: Mapping[str, object]) -> str:
     parts += [_FORMATS[key].format(value) for key, value in numbers.items() if value is not None]
     for key, prefix in (("metrics", ""), ("eval_metrics", "eval ")):
         metrics = record.get(key)
-        for name in metrics if isinstance(metrics, Mapping) else ():
-            if (value := _number(metrics, name)) is not None:
-                parts.append(f"{prefix}{name} {value:.4g}")
+        if isinstance(metrics, Mapping):
+            told = {name: _number(metrics, name) for name in metrics}
+            parts += [f"{prefix}{name} {value:.4g}" for name, value in told.items() if value is not None]
     return "  ".join(parts)
 
 

@@ -51,7 +51,7 @@ def pieces_alike(
     programs: ProgramBuilder,
     memory_limit: int | None,
     *,
-    most_waiting: int = _MOST_WAITING,
+    in_order: bool = False,
 ) -> Iterator[list[Piece]]:
     """Cut each batch from its start into pieces of `size` samples and a short last one; yield those alike together.
 
@@ -60,7 +60,8 @@ def pieces_alike(
     Without a size a batch is cut as one for training, into `num_microbatches`. What was trained on before has no say:
     how large a piece is decides which kernels compute it, and so the bits of its loss. Nothing comes back from ranks
     behind that would hold up one that is ahead, so whatever is together may be under way at once: with a limit no more
-    than in training, for which a plan has left room.
+    than in training, for which a plan has left room. With `in_order` a piece waits for
+    others no longer than until twice as many have come.
 
     Raises:
         ConfigError, DataError: the size is below 1; there are no batches.
@@ -70,6 +71,7 @@ def pieces_alike(
             f"microbatch_size is {size}; give a number of samples above 0, or None: batches are cut as for training"
         )
     most = _MOST_TOGETHER if memory_limit is None else programs.window
+    most_waiting = most if in_order else _MOST_WAITING
     waiting: dict[object, list[Piece]] = {}
     numbers = count()
     for index, batch in enumerate(batches):
@@ -150,7 +152,7 @@ class Predictions:
         # Of nothing there are no predictions, as in a loop; a mean over it there cannot be.
         if (first := next(given, None)) is not None:
             every = chain([first], given)
-            yield from pieces_alike(every, size, programs, memory_limit, most_waiting=_MOST_TOGETHER)
+            yield from pieces_alike(every, size, programs, memory_limit, in_order=True)
 
     def _batches(self) -> Iterator[Batch]:
         for index, batch in enumerate(self._given):
