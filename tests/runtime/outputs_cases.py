@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from flat_pipeline import flat_pipeline
 from torch import Tensor
-from toy_models import MODELS, make_batch
+from toy_models import MODELS, WIDTH, make_batch
 
+from vpipe.data.source import FieldSpec
 from vpipe.model.loss import Metric
+from vpipe.runtime.batch import Batch
 from vpipe.runtime.comm.world import World
+from vpipe.runtime.pipeline import Pipeline
 
 SEED = 3
 NUM_BATCHES = 3
@@ -37,6 +40,7 @@ class Case:
         return self.num_ranks or len(self.partition)
 
 
+SPECS = {name: FieldSpec((WIDTH,), torch.float32) for name in ("input", "target")}
 V = {"stages_per_rank": 2}
 CASES = {
     "1f1b-1": Case("plain", (7,), "1f1b"),
@@ -48,6 +52,7 @@ CASES = {
     "pipedream-2": Case("plain", (4, 3), "pipedream"),
     "1f1b-2-learned": Case("peculiar", (3, 4), "1f1b"),
     "pipedream-2-sockets": Case("skipping", (4, 3), "pipedream", 2, {"shared_memory": False}),
+    "1f1b-2-own-fields": Case("plain", (4, 3), "1f1b", options={"field_specs": SPECS}),
     "1f1b-3": Case("tied", (2, 4, 1), "1f1b"),
     "dualpipe-v-3": Case("plain", (1, 1, 1, 1, 2, 1), "dualpipe-v", 6, V, num_ranks=3),
     "pipedream-3": Case("skipping", (1, 2, 4), "pipedream", 3),
@@ -93,9 +98,13 @@ def run(case: Case) -> dict[str, Any]:
     size = 2 * case.num_microbatches
     batches = [make_batch(chain, number, size) for number in range(NUM_BATCHES)]
     held_out = [make_batch(chain, 50 + number, size) for number, size in enumerate(HELD_OUT)]
-    inputs = [{name: item for name, item in batch.items() if name in ("input", "tokens")} for batch in held_out]
     plain, _ = _train(case, batches, outputs=False, metrics={})
     results, pipeline = _train(case, batches, outputs=True, metrics=metrics_of(chain.fields))
+    batches, held_out = _given(case, pipeline, batches), _given(case, pipeline, held_out)
+    inputs = [
+        Batch({name: item for name, item in batch.items() if name in ("input", "tokens")}, size)
+        for size, batch in zip(HELD_OUT, held_out, strict=True)
+    ]
     state = {name: tensor.clone() for name, tensor in pipeline.state_dict().items()}
     found = {
         "plain": plain,
@@ -114,6 +123,12 @@ def run(case: Case) -> dict[str, Any]:
     return found
 
 
+def _given(case: Case, pipeline: Pipeline, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return what a rank gives of batches: where fields are described those that it reads, or else all."""
+    names = pipeline.fields if "field_specs" in case.options else pipeline.chain.fields
+    return [{name: batch[name] for name in names} for batch in batches]
+
+
 def _train(case: Case, batches: list[dict[str, Tensor]], *, outputs: bool, metrics: dict[str, Any]) -> tuple[Any, Any]:
     pipeline = flat_pipeline(
         MODELS[case.model](),
@@ -125,10 +140,12 @@ def _train(case: Case, batches: list[dict[str, Tensor]], *, outputs: bool, metri
         metrics=metrics,
         **case.options,
     )
+    batches = _given(case, pipeline, batches)
     results = list(pipeline.train(batches, outputs=outputs))
     if outputs:
         return results, pipeline
     held_out = [make_batch(pipeline.chain, 50 + number, size) for number, size in enumerate(HELD_OUT)]
+    held_out = _given(case, pipeline, held_out)
     found = {
         "losses": [(result.loss, dict(result.parts)) for result in results],
         "state": pipeline.state_dict(),

@@ -238,6 +238,22 @@ def test_what_a_loss_returns_beside_itself_has_names(loss: Any, text: str) -> No
         pipeline.step(*batch())
 
 
+@pytest.mark.parametrize("returned", [("loss", "accuracy"), ()])
+def test_parts_that_a_loss_does_not_name_are_told(returned: tuple[str, ...]) -> None:
+    class Loss:
+        inputs, parts = ("hidden", "target"), ("loss",)
+
+        def count(self, fields: Any, num_samples: int) -> dict[str, float]:
+            return {"loss": float(num_samples)}
+
+        def __call__(self, tensors: Any, totals: Any, num_samples: int) -> dict[str, Tensor]:
+            return {name: tensors["hidden"].sum() for name in returned}
+
+    text = f"the loss names the parts loss and returned {', '.join(returned) or 'nothing'}; parts are what is added"
+    with build(loss=Loss()) as pipeline, pytest.raises(ModelError, match=text):
+        pipeline.step(*batch())
+
+
 class Weighted(nn.Module):
     """A loss with a weight of its own."""
 

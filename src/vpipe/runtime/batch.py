@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from dataclasses import fields as fields_of
 
 import torch
@@ -121,9 +121,13 @@ def as_input(data: BatchLike, chain: Chain, wanted: Chain) -> Batch:
         data = named
     elif isinstance(data, Sequence) and len(data) == len(chain.fields):
         data = dict(zip(chain.fields, data, strict=True))
-    if isinstance(data, Mapping):
-        data = {name: item for name, item in data.items() if name in wanted.fields or name not in chain.fields}
-    return as_batch(data, wanted)
+    if not isinstance(data, Mapping):
+        return as_batch(data, wanted)
+    read = {name: item for name, item in data.items() if name in wanted.fields or name not in chain.fields}
+    if data and not read and wanted.field_specs is not None:
+        # A rank that reads none of them still has to know how many samples there are.
+        return replace(as_batch(data, chain), fields={})
+    return as_batch(read, wanted)
 
 
 def _named(data: object) -> dict[str, Tensor] | None:

@@ -21,6 +21,7 @@ class Metrics:
 
     def __init__(self, chain: Chain, findings: Findings) -> None:
         self._loss = chain.loss
+        self._parts = set(chain.loss.parts)
         self._own = metrics_of(chain.loss)
         self._measured = chain.measured
         self._findings = findings
@@ -30,11 +31,25 @@ class Metrics:
     def call_loss(
         self, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
-        """Call the loss; return its parts, and behind them what it tells beside them."""
+        """Call the loss; return its parts, and behind them what it tells beside them.
+
+        Raises:
+            ModelError: it returns other parts than it names.
+        """
         if self._own and isinstance(self._loss, CallableLoss):
             parts, beside = self._loss.with_metrics(values, totals, num_samples)
             return {**parts, **beside}
-        return self._loss(values, totals, num_samples)
+        parts = self._loss(values, totals, num_samples)
+        if parts.keys() != self._parts:
+            self._refuse(parts)
+        return parts
+
+    def _refuse(self, parts: Mapping[str, Tensor]) -> None:
+        named, returned = ", ".join(self._loss.parts), ", ".join(parts) or "nothing"
+        raise ModelError(
+            f"the loss names the parts {named} and returned {returned}; parts are what is added and trained on, so "
+            "name all of them, and give what is only to be told as metrics={name: function}"
+        )
 
     def take(self, called: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take what is told beside the parts out of what `call_loss` returned."""
