@@ -53,6 +53,7 @@ CASES = {
     "1f1b-2-learned": Case("peculiar", (3, 4), "1f1b"),
     "pipedream-2-sockets": Case("skipping", (4, 3), "pipedream", 2, {"shared_memory": False}),
     "1f1b-2-own-fields": Case("plain", (4, 3), "1f1b", options={"field_specs": SPECS}),
+    "1f1b-2-torch": Case("seeded", (4, 3), "1f1b"),
     "1f1b-3": Case("tied", (2, 4, 1), "1f1b"),
     "dualpipe-v-3": Case("plain", (1, 1, 1, 1, 2, 1), "dualpipe-v", 6, V, num_ranks=3),
     "pipedream-3": Case("skipping", (1, 2, 4), "pipedream", 3),

@@ -10,12 +10,13 @@ import pytest
 import torch
 from outputs_cases import CASES, HELD_OUT, NUM_BATCHES, SEED, largest, right, run_outputs, same_sign
 from torch import Tensor, nn
-from toy_models import MODELS, make_batch
+from toy_models import MODELS, make_batch, seeded_modules
 
 from vpipe.launch.local import launch_local
 from vpipe.model.chain import Chain, call_block
 
-NAMES = {"plain": "hidden", "normalised": "hidden", "peculiar": "hidden", "skipping": "logits", "tied": "logits"}
+NAMES = {"plain": "hidden", "normalised": "hidden", "peculiar": "hidden", "seeded": "hidden"}
+NAMES |= {"skipping": "logits", "tied": "logits"}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,29 @@ def test_outputs_of_training_are_what_the_loss_was_computed_of(folder: Path, nam
         if case.model in ("plain", "normalised"):
             parts = zip(outputs.split(2), batch["target"].split(2), strict=True)
             shares = [nn.functional.mse_loss(a, b).item() for a, b in parts]
-            assert last(ranks)["losses"][number][0] == pytest.approx(math.fsum(shares) / len(shares), rel=1e-6)
+            is_exact = case.num_microbatches == 4  # a sixth is not
+            expected = math.fsum(shares) / len(shares)
+            assert last(ranks)["losses"][number][0] == pytest.approx(expected, rel=0 if is_exact else 1e-6, abs=0)
+
+
+def test_outputs_of_training_are_those_of_the_loop_that_anyone_would_write(folder: Path) -> None:
+    ranks, chain, net = load(folder, "1f1b-2-torch"), MODELS["seeded"](), seeded_modules()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for number in range(NUM_BATCHES):
+        batch = make_batch(chain, number, 8)
+        found = []
+        for x, y in zip(batch["input"].split(2), batch["target"].split(2), strict=True):
+            found.append(net(x))
+            (nn.functional.mse_loss(found[-1], y) * (2 / 8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(torch.cat(found), last(ranks)["outputs"][number])
+        shares = [largest(item, item).item() * 2 for item in found]
+        assert ranks[0]["metrics"][number]["largest"] == math.fsum(shares) / 8
+    net.eval()
+    with torch.no_grad():
+        for parts, output in zip(pieces(chain, 2), last(ranks)["predicted"], strict=True):
+            assert torch.equal(torch.cat([net(part["input"]) for part in parts]), output)
 
 
 @pytest.mark.parametrize("name", CASES)
