@@ -55,7 +55,13 @@ def build_chain(num_features=12, width=64):
         Block("up1", partial(Widen, width), ("hidden", "skip1"), ("hidden",)),
         Block("output", partial(nn.Linear, width, NUM_CLASSES), ("hidden",), ("logits",)),
     )
-    return Chain(blocks, ("features", "label"), CallableLoss(nn.functional.cross_entropy, ("logits", "label")))
+    loss = CallableLoss(nn.functional.cross_entropy, ("logits", "label"))
+    return Chain(blocks, ("features", "label"), loss, metrics={"accuracy": accuracy})
+
+
+def accuracy(logits, label):
+    """Return the share of right answers: told beside the loss, and in the run's metrics.jsonl and summary.json."""
+    return (logits.argmax(1) == label).double().mean()
 
 
 def build_data(split, num_samples=2048, num_features=12):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-LAST_LOSS = {"custom_chain.py": 0.2, "train_asynchronous.py": 0.2, "train_sequential.py": 0.15}
+LAST_LOSS = {"custom_chain.py": 0.2, "predict.py": 0.25, "train_asynchronous.py": 0.2, "train_sequential.py": 0.15}
 
 
 def run(*command):
@@ -62,12 +62,21 @@ def test_a_script_says_how_to_run_it(script):
     assert f"torchrun --nproc-per-node 2 examples/{script}" in documentation
 
 
+def test_predictions_are_what_the_metric_says(outputs):
+    (last,) = re.findall(r"accuracy ([\d.]+), right answers (\d+) of 100", outputs("predict.py"))
+    assert round(100 * float(last[0])) == int(last[1]) > 80
+
+
 def test_a_chain_of_your_own_is_trained_from_a_file(tmp_path):
     output = run("vpipe", "train", "examples/custom.yml", "--set", f"log_directory={tmp_path}")
     (folder,) = {path.resolve().parent for path in tmp_path.glob("*/summary.json")}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["iterations"] == 64
     assert summary["eval_loss"] < 0.2
+    assert summary["eval_metrics"]["accuracy"] > 0.9
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert summary["metrics"] == [record["metrics"] for record in records if "metrics" in record][-1]
+    assert records[-1]["eval_metrics"] == summary["eval_metrics"]
     assert "held-out loss" in output
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vpipe.measure.profile import profile_config
     from vpipe.model.block import Block, ParameterRef
     from vpipe.model.chain import Chain
-    from vpipe.model.loss import CallableLoss, Loss
+    from vpipe.model.loss import CallableLoss, Loss, Metric
     from vpipe.plan.plan import Plan
     from vpipe.plan.prediction import Prediction
     from vpipe.plan.recipe import RankTimes, Recipe
@@ -76,6 +76,7 @@ __all__ = [
     "Loss",
     "Memory",
     "MemoryLimitError",
+    "Metric",
     "ModelError",
     "NonFiniteLossError",
     "ParameterRef",
@@ -120,7 +121,7 @@ _HOMES = {
     "vpipe.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "vpipe.model.block": ("Block", "ParameterRef"),
     "vpipe.model.chain": ("Chain",),
-    "vpipe.model.loss": ("CallableLoss", "Loss"),
+    "vpipe.model.loss": ("CallableLoss", "Loss", "Metric"),
     "vpipe.planner.explain.explain": ("explain_lines",),
     "vpipe.planner.profile.profile": ("Profile", "read_profile"),
     "vpipe.planner.search.search": ("find_plan",),

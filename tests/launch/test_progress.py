@@ -40,6 +40,10 @@ def test_a_record_reads_as_a_line_without_what_it_lacks():
     assert format_metrics(full) == ("iteration 100/2000000  epoch 1  loss 6.5432  lr 0.000123  123.5 samples/s  12 s")
     assert format_metrics({"iteration": 3, "loss": None}) == "iteration 3"
     assert format_metrics({"other": 1}) == ""
+    assert (
+        format_metrics({"loss": 1.0, "metrics": {"accuracy": 0.51234, "none": None}}) == "loss 1.0000  accuracy 0.5123"
+    )
+    assert format_metrics({"eval_loss": 1.0, "eval_metrics": {"accuracy": 1}}) == "eval loss 1.0000  eval accuracy 1"
 
 
 def show(tmp_path, records, *, terminal, print_frequency=1):

@@ -10,7 +10,7 @@ from vpipe.data.source import FieldSpec
 from vpipe.errors import DataError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss
-from vpipe.runtime.batch import Batch, as_batch, field_tensors
+from vpipe.runtime.batch import Batch, as_batch, as_input, field_tensors
 
 CHAIN = Chain.from_modules([nn.Linear(2, 2)], CallableLoss(nn.functional.mse_loss))
 SINGLE = Chain.from_modules([nn.Linear(2, 2)], CallableLoss(torch.mean, ("hidden",)), fields=("input",))
@@ -37,6 +37,18 @@ def test_a_batch_may_have_only_some_fields():
     assert as_batch({"target": Y}, CHAIN).num_samples == 4
     batch = Batch({}, 4)
     assert as_batch(batch, CHAIN) is batch
+
+
+def test_what_only_the_loss_reads_is_left_out_of_an_input():
+    wanted = CHAIN.without_loss()
+    assert wanted.fields == ("input",)
+    for data in (X, [X], (X, Y), (X, None), {"input": X}, {"input": X, "target": None}, Batch({"input": X}, 4)):
+        assert as_input(data, CHAIN, wanted).fields == {"input": X}
+    described = CHAIN.with_field_specs({name: FieldSpec((2,), torch.float32) for name in CHAIN.fields})
+    batch = as_input({"target": Y}, described, described.without_loss())
+    assert (batch.fields, batch.num_samples) == ({}, 4)
+    with pytest.raises(DataError, match="the batch has no fields; the model reads input"):
+        as_input({"target": Y}, CHAIN, wanted)
 
 
 @pytest.mark.parametrize(

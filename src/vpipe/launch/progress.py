@@ -125,6 +125,11 @@ def format_metrics(record: Mapping[str, object]) -> str:
         parts.append(f"iteration {iteration:.0f}" + (f"/{iterations:.0f}" if iterations is not None else ""))
     numbers = {key: _number(record, key) for key in _FORMATS}
     parts += [_FORMATS[key].format(value) for key, value in numbers.items() if value is not None]
+    for key, prefix in (("metrics", ""), ("eval_metrics", "eval ")):
+        metrics = record.get(key)
+        if isinstance(metrics, Mapping):
+            told = {name: _number(metrics, name) for name in metrics}
+            parts += [f"{prefix}{name} {value:.4g}" for name, value in told.items() if value is not None]
     return "  ".join(parts)
 
 

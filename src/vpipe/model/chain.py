@@ -21,8 +21,8 @@ from vpipe.errors import ModelError
 from vpipe.model.block import Block, Crossing, ParameterRef, ValueSpec, call_block
 from vpipe.model.infer import NotOnMeta, build_on_meta, enter_behind_cut, run_on_meta, run_once, specs_of
 from vpipe.model.initialise import initialise_meta
-from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, as_loss, has_weights
-from vpipe.model.modules import LossEnd, Modules, chain_modules
+from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, Metric, ValuesRead, as_loss, has_weights, metrics_of
+from vpipe.model.modules import EndingBlock, LossEnd, Modules, chain_modules
 from vpipe.model.rng import derive_seed, seeded
 
 __all__ = ["Block", "Chain", "Crossing", "ParameterRef", "ValueSpec", "call_block"]
@@ -51,6 +51,8 @@ class Chain:
     each sample."""
     field_specs: Mapping[str, FieldSpec] | None = field(default=None, compare=False)
     """What the batch's fields look like, where batches hold only the fields that a rank needs; None: they hold all."""
+    metrics: Mapping[str, Metric | Callable[..., Any]] = field(default_factory=dict)
+    """What the last stage computes beside the loss, by name; a function reads what the loss reads. See `Metric`."""
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -67,6 +69,7 @@ class Chain:
                 raise ModelError(f"block '{block.name}' writes '{clash[0]}', which is a batch field; rename its output")
             known.update(block.outputs)
         _check_known("the loss", self.loss.inputs, known)
+        self._check_metrics(known)
         self._check_read()
         self._check_tied()
 
@@ -84,8 +87,68 @@ class Chain:
                 "from the batch's fields, as vpipe.Chain.from_modules(modules, loss) does with a loss module"
             )
 
+    def _check_metrics(self, known: set[str]) -> None:
+        if not isinstance(self.metrics, Mapping):
+            raise ModelError(
+                f"metrics is of type {type(self.metrics).__name__}; give a dictionary of functions by name, such as "
+                "{'accuracy': function}"
+            )
+        usual = self.loss.loss.inputs if isinstance(self.loss, LearnedLoss) else self.loss.inputs
+        made: dict[str, Metric] = {}
+        for name, item in self.metrics.items():
+            metric = item if isinstance(item, Metric) else Metric(item)
+            made[name] = replace(metric, inputs=usual if metric.inputs is None else tuple(metric.inputs))
+            _check_known(f"metric '{name}'", made[name].inputs or (), known)
+        object.__setattr__(self, "metrics", made)
+        names = [*metrics_of(self.loss), *made]
+        _check_distinct("metrics", names)
+        if clash := [name for name in names if name in ("loss", *self.loss.parts)]:
+            raise ModelError(f"metric '{clash[0]}' has the name of the loss or of a part of it; rename the metric")
+
+    @property
+    def measured(self) -> dict[str, Metric]:
+        """Return the metrics that are functions of their own."""
+        return {name: item for name, item in self.metrics.items() if isinstance(item, Metric)}
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Name what is told beside the loss: what the loss itself returns, and then the functions of their own."""
+        return (*metrics_of(self.loss), *self.metrics)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Name what the last block writes, without a loss that it computes itself."""
+        last = self.blocks[-1]
+        return last.plain.outputs if isinstance(last, EndingBlock) else last.outputs
+
+    @property
+    def read_at_end(self) -> tuple[str, ...]:
+        """Name the values and batch fields that the loss and the metrics read."""
+        named = [name for item in self.measured.values() for name in item.inputs or ()]
+        return tuple(dict.fromkeys((*self.loss.inputs, *named)))
+
+    def without_loss(self) -> Chain:
+        """Return the chain of the same blocks that reads no field which only the loss or a metric reads.
+
+        It ends in no loss: it is for what the last block writes.
+        """
+        last = self.blocks[-1]
+        blocks = (*self.blocks[:-1], last.plain if isinstance(last, EndingBlock) else last)
+        read = {name for block in blocks for name in block.inputs}
+        # What only loss and metrics read crosses the cuts as it does in an evaluation.
+        written = [name for block in blocks for name in block.outputs if name in self.read_at_end]
+        ending = ValuesRead(tuple(dict.fromkeys((*blocks[-1].outputs, *written))))
+        specs = self.field_specs
+        return Chain(
+            blocks,
+            tuple(name for name in self.fields if name in read),
+            ending,
+            whole_fields=tuple(name for name in self.whole_fields if name in read),
+            field_specs=None if specs is None else {name: item for name, item in specs.items() if name in read},
+        )
+
     def _check_read(self) -> None:
-        needed = set(self.loss.inputs)
+        needed = set(self.read_at_end)
         for block in reversed(self.blocks):
             if not needed & set(block.outputs):
                 written = _quote(block.outputs) or "nothing"
@@ -120,6 +183,7 @@ class Chain:
         *,
         fields: Sequence[str] = ("input", "target"),
         whole_fields: Sequence[str] = (),
+        metrics: Mapping[str, Metric | Callable[..., Any]] | None = None,
     ) -> Chain:
         """Make a chain of modules that each take the previous one's tensor; the first takes the first of `fields`.
 
@@ -139,11 +203,16 @@ class Chain:
         ending = as_loss(loss)
         if not isinstance(ending, CallableLoss) or not has_weights(ending):
             blocks, tied = chain_modules(modules, fields[0])
-            return cls(blocks, tuple(fields), ending, tied, tuple(whole_fields))
+            return cls(blocks, tuple(fields), ending, tied, tuple(whole_fields), metrics=metrics or {})
         assert isinstance(ending.function, nn.Module)
+        if ending.metrics:
+            raise ModelError(
+                f"a loss with weights of its own returns its number alone, and metrics names {_quote(ending.metrics)}; "
+                "give a function for each: metrics={...} of the Pipeline or of the Chain"
+            )
         learned = LearnedLoss(replace(ending, whole=tuple(whole_fields)), ending.function)
         blocks, tied = chain_modules(modules, fields[0], LossEnd(learned.module, ending.inputs, learned.value))
-        return cls(blocks, tuple(fields), learned, tied, tuple(whole_fields))
+        return cls(blocks, tuple(fields), learned, tied, tuple(whole_fields), metrics=metrics or {})
 
     def with_field_specs(self, specs: Mapping[str, FieldSpec]) -> Chain:
         """Return the chain with what its batch fields look like, so that a batch may hold only those a rank needs."""
@@ -157,14 +226,14 @@ class Chain:
         for block in self.blocks[cut:]:
             alive.update((name, None) for name in block.inputs if name in written and name not in overwritten)
             overwritten.update(block.outputs)
-        alive.update((name, None) for name in self.loss.inputs if name in written and name not in overwritten)
+        alive.update((name, None) for name in self.read_at_end if name in written and name not in overwritten)
         return tuple(alive)
 
     def fields_of(self, start: int, stop: int) -> tuple[str, ...]:
-        """Return the batch fields that blocks `start` to `stop - 1` read, and the loss if the last is among them."""
+        """Return the batch fields that blocks `start` to `stop - 1` read, and what comes after the last of all."""
         names = [name for block in self.blocks[start:stop] for name in block.inputs]
         if stop == len(self.blocks):
-            names += self.loss.inputs
+            names += self.read_at_end
         return tuple(dict.fromkeys(name for name in names if name in self.fields))
 
     def count_parameters(self) -> tuple[int, ...]:

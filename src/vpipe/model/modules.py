@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef, call_block
 from vpipe.model.copying import check_memory, copy_module
 
-__all__ = ["LossEnd", "Modules", "chain_modules"]
+__all__ = ["EndingBlock", "LossEnd", "Modules", "chain_modules", "leaving_out_losses"]
 
 Modules = nn.Sequential | nn.ModuleList | Sequence[nn.Module | Block]
 
@@ -25,6 +26,13 @@ class LossEnd:
     module: nn.Module
     inputs: tuple[str, ...]
     value: str
+
+
+@dataclass(frozen=True)
+class EndingBlock(Block):
+    """A last block that computes the loss, too. `plain` is what it is without, of whose outputs the loss is made."""
+
+    plain: Block = field(kw_only=True)
 
 
 def chain_modules(
@@ -93,12 +101,13 @@ def _place_loss(loss: nn.Module, last: int, places: dict[int, list[ParameterRef]
 def _ending(block: Block, end: LossEnd) -> Block:
     """Return `block` with the loss behind it; it writes the loss and what it wrote before."""
     copied = _copying(end.module)
-    return Block(
+    return EndingBlock(
         block.name,
         lambda: _EndingInLoss(block, block.build(), end.inputs, copied()),
         tuple(dict.fromkeys((*block.inputs, *(name for name in end.inputs if name not in block.outputs)))),
         (end.value, *block.outputs),
         (*((f"block.{prefix}", name) for prefix, name in block.keys), ("block.", f"{block.name}."), ("loss.", "loss.")),
+        plain=block,
     )
 
 
@@ -109,13 +118,30 @@ class _EndingInLoss(nn.Module):
         super().__init__()
         self.block, self.loss = block, loss
         self._spec, self._inputs = spec, inputs
+        self.leaves_out = False
+        """Whether it is run as the block alone."""
         self._names = tuple(dict.fromkeys((*spec.inputs, *(name for name in inputs if name not in spec.outputs))))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        values = dict(zip(self._names, tensors, strict=True))
+        values = dict(zip(self._spec.inputs if self.leaves_out else self._names, tensors, strict=True))
         written = call_block(self._spec, self.block, values)
         values.update(written)
+        if self.leaves_out:
+            return tuple(written.values())
         return (self.loss(*(values[name] for name in self._inputs)), *written.values())
+
+
+@contextmanager
+def leaving_out_losses(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let blocks that compute a loss do without, and without the fields that it reads."""
+    ending = [module for module in modules if isinstance(module, _EndingInLoss)]
+    for module in ending:
+        module.leaves_out = True
+    try:
+        yield
+    finally:
+        for module in ending:
+            module.leaves_out = False
 
 
 def _named_items(modules: Modules) -> Iterator[tuple[str, nn.Module | Block]]:

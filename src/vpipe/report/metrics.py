@@ -33,5 +33,7 @@ class MetricsWriter:
 
 
 def finite(value: object) -> object:
-    """Return the value, or None for NaN and infinity, which JSON does not have."""
+    """Return the value, or None for NaN and infinity, which JSON does not have; in a dictionary, too."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

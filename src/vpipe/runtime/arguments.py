@@ -7,20 +7,24 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
-from typing import ParamSpec, get_args
+from typing import Any, ParamSpec, TypeVar, cast, get_args
 
 from torch import Tensor, nn
 
-from vpipe.errors import ConfigError, ExecutionError
+from vpipe.errors import ConfigError, DataError, ExecutionError
 from vpipe.model.chain import Chain
-from vpipe.model.loss import Loss, as_loss
+from vpipe.model.loss import Loss, Metric, as_loss
 from vpipe.model.modules import Modules
 from vpipe.plan.plan import Plan
-from vpipe.runtime.memory_watch import WatchMode
-from vpipe.runtime.result import StepResult
+from vpipe.runtime.batch import BatchLike
+from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.comm.world import World
+from vpipe.runtime.executor import HeldStage
+from vpipe.runtime.memory.ledger import Ledger
+from vpipe.runtime.memory_watch import MemoryWatch, WatchMode
 from vpipe.runtime.weights.update import Update
 from vpipe.words.near import did_you_mean
 
@@ -29,31 +33,42 @@ __all__ = [
     "UPDATE",
     "GivenParameters",
     "Memory",
+    "Readiness",
     "Untaken",
     "as_chain",
     "as_plan",
     "check_kinds",
     "check_optimizer",
+    "choose_batch",
     "count_batches",
-    "refuse_unfinished",
     "refusing_moved",
+    "watch_memory",
 ]
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def as_chain(model: Chain | Modules, loss: Loss | Callable[..., Tensor] | None) -> Chain:
-    """Return `model` as a chain that ends in `loss`.
+def as_chain(
+    model: Chain | Modules,
+    loss: Loss | Callable[..., Tensor] | None,
+    metrics: Mapping[str, Metric | Callable[..., Any]] | None = None,
+) -> Chain:
+    """Return `model` as a chain that ends in `loss`, with `metrics` besides those that it has.
 
     Raises:
         ConfigError: a chain with a loss beside it, or modules without one.
-        ModelError: `model` is neither a chain nor modules in a row.
+        ModelError: `model` is neither a chain nor modules in a row, or two metrics have one name.
     """
-    if isinstance(model, Chain):
-        if loss is not None:
-            raise ConfigError("a Chain brings its own loss; leave the loss argument out")
+    if not isinstance(model, Chain):
+        return Chain.from_modules(model, as_loss(loss), metrics=metrics)
+    if loss is not None:
+        raise ConfigError("a Chain brings its own loss; leave the loss argument out")
+    if not metrics:
         return model
-    return Chain.from_modules(model, as_loss(loss))
+    if twice := sorted(model.metrics.keys() & metrics.keys()):
+        raise ConfigError(f"the Chain has a metric '{twice[0]}' already; rename the one that is given beside it")
+    return replace(model, metrics={**model.metrics, **metrics})
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -105,6 +120,16 @@ class Memory:
         if any(item is not None and item < 1 for item in limits):
             raise ConfigError(f"the memory limit is {self.limit}; give bytes above 0, or None for no limit")
         return limits[rank]
+
+
+def watch_memory(
+    memory: Memory, plan: Plan, held: Mapping[int, HeldStage], transport: Transport, world: World
+) -> MemoryWatch:
+    """Open the account of what a rank holds, and return who keeps it."""
+    ledger = Ledger(world.rank, memory.limit_of(world.rank, world.num_ranks))
+    stages = {index: (item.stage, item.weights) for index, item in held.items()}
+    steady, for_ever = plan.num_batches_until_steady, memory.watch == "all"
+    return MemoryWatch(ledger, stages, transport, world, steady, for_ever=for_ever)
 
 
 def check_kinds(**given: tuple[object, type]) -> None:
@@ -163,49 +188,89 @@ class GivenParameters:
         return found
 
 
+_UNDONE = {
+    "train": "so it has not trained; it trains while they are taken",
+    "predict": "so it has computed nothing; it computes while they are taken",
+}
+
+
 class Untaken:
-    """Results of `train` that nobody has begun to take: it has not trained."""
+    """Results of `train` and `predict` that nobody has begun to take: nothing was done for them."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, weakref.ref[Iterator[StepResult]]] = {}
+        self._waiting: dict[int, tuple[weakref.ref[Iterator[object]], str]] = {}
         self._numbers = itertools.count()
 
-    def watch(self, results: Iterator[StepResult]) -> Iterator[StepResult]:
-        """Return `results`, which are missed when they are dropped before the first was taken."""
+    def watch(self, results: Iterator[T], call: str = "train") -> Iterator[T]:
+        """Return the `results` of a `call`, which are missed when they are dropped before the first was taken."""
         number = next(self._numbers)
 
-        def taking() -> Iterator[StepResult]:
+        def taking() -> Iterator[T]:
             self._waiting.pop(number, None)
             yield from results
 
         taken = taking()
-        self._waiting[number] = weakref.ref(taken)
+        self._waiting[number] = weakref.ref(taken), call
         return taken
 
     def check(self) -> None:
         """Raise ExecutionError where some were dropped."""
-        dropped = [number for number, reference in self._waiting.items() if reference() is None]
-        for number in dropped:
+        dropped = [(number, call) for number, (reference, call) in self._waiting.items() if reference() is None]
+        for number, _ in dropped:
             del self._waiting[number]
         if dropped:
+            call = dropped[0][1]
             raise ExecutionError(
-                "train() was called and its results were not taken, so it has not trained; it trains while they are "
-                "taken: for result in pipeline.train(batches): ..., or list(pipeline.train(batches))"
+                f"{call}() was called and its results were not taken, {_UNDONE[call]}: for result in "
+                f"pipeline.{call}(batches): ..., or list(pipeline.{call}(batches))"
             )
 
 
-def refuse_unfinished(ended_by: BaseException | None, *, is_busy: bool) -> None:
-    """Raise ExecutionError where an earlier batch did not get to its end."""
-    if ended_by is not None:
-        raise ExecutionError(
-            f"an earlier batch ended in the middle with {type(ended_by).__name__}: {ended_by}; other ranks may be "
-            "waiting for it still, so make another pipeline"
-        )
-    if is_busy:
-        raise ExecutionError(
-            "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of its "
-            "results, or give it the num_batches that you want"
-        )
+class Readiness:
+    """Whether a pipeline may begin something, and why not."""
+
+    def __init__(self) -> None:
+        self.untaken = Untaken()
+        self._is_closed = self._is_busy = False
+        self._ended_by: BaseException | None = None
+
+    def begin(self) -> None:
+        """Say that training begins, which leaves microbatches in flight until its `end`."""
+        self._is_busy = True
+
+    def end(self) -> None:
+        """Say that nothing is in flight any more."""
+        self._is_busy = False
+
+    def fail(self, problem: BaseException) -> None:
+        """Say what ended a program in the middle, with other ranks in it still."""
+        self._ended_by = problem
+
+    def close(self) -> None:
+        """Say that the other ranks are left."""
+        self._is_closed = True
+
+    def check_open(self, *, is_world_open: bool) -> None:
+        """Raise ExecutionError where the other ranks cannot be reached, or an earlier call has had no effect."""
+        self.untaken.check()
+        if self._is_closed or not is_world_open:
+            raise ExecutionError(
+                "the pipeline was closed, so its ranks cannot be reached any more; make another one, or train inside "
+                "of the `with` block"
+            )
+
+    def check_idle(self) -> None:
+        """Raise ExecutionError where an earlier program has not come to its end."""
+        if self._ended_by is not None:
+            raise ExecutionError(
+                f"an earlier batch ended in the middle with {type(self._ended_by).__name__}: {self._ended_by}; other "
+                "ranks may be waiting for it still, so make another pipeline"
+            )
+        if self._is_busy:
+            raise ExecutionError(
+                "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of "
+                "its results, or give it the num_batches that you want"
+            )
 
 
 def as_plan(plan: Plan | str) -> Plan:
@@ -250,13 +315,24 @@ def refusing_moved(initialise: Callable[P, None]) -> Callable[P, None]:
 
 
 def _refuse_moved(given: Iterable[str]) -> None:
-    known = ("model", "loss", "plan", "optimizer", "update", "memory", "world", "seed", "hooks")
+    known = ("model", "loss", "plan", "optimizer", "update", "metrics", "memory", "world", "seed", "hooks")
     for name in given:
         if name in known:
             continue
         if name in _MOVED:
             raise ConfigError(f"Pipeline has no argument '{name}' any more; say it as {_MOVED[name]}")
         raise ConfigError(f"Pipeline has no argument '{name}'{did_you_mean(name, known)}; it has {', '.join(known)}")
+
+
+def choose_batch(data: Sequence[BatchLike], fields: Mapping[str, Tensor]) -> BatchLike:
+    """Return the batch that is meant by positional arguments or by keywords.
+
+    Raises:
+        DataError: there are both.
+    """
+    if data and fields:
+        raise DataError(f"{len(data)} tensors were given in order and {', '.join(fields)} by name; give all in one way")
+    return fields or (data[0] if len(data) == 1 else cast(Sequence[Tensor], data))
 
 
 def count_batches(batches: Iterable[object], num_batches: int | None, *, synchronous: bool) -> int | None:

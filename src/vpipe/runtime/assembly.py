@@ -28,8 +28,10 @@ __all__ = [
     "build_stages",
     "connect",
     "crossing_specs",
+    "facts_of",
     "named_state",
     "show_loss",
+    "stages_of",
     "tied_groups",
 ]
 
@@ -40,6 +42,18 @@ def crossing_specs(
     """Return what crosses the cut in front of each stage but the first, for one microbatch shaped like `fields`."""
     inferred = chain.infer(partition.cuts, fields, training=training, device=device)
     return {stage: inferred[cut] for stage, cut in enumerate(partition.cuts, start=1)}
+
+
+def facts_of(chain: Chain, plan: Plan) -> dict[str, object]:
+    """Return what ranks must agree on about the model and the plan."""
+    return plan.facts() | {
+        "blocks": " ".join(block.name for block in chain.blocks),
+        "batch fields": chain.fields,
+        "whole fields": chain.whole_fields,
+        "parts of the loss": chain.loss.parts,
+        "metrics": chain.metric_names,
+        "tied weights": chain.tied,
+    }
 
 
 def build_stages(
@@ -77,6 +91,13 @@ def build_stages(
         if made is not None and plan.cut.num_stages > 1:
             refuse_coupled(made.optimizers)
     return held
+
+
+def stages_of(chain: Chain, held: Mapping[int, HeldStage]) -> dict[int, HeldStage]:
+    """Return stages of `chain`, which only go forward, in the place of those of a chain of the same blocks."""
+    return {
+        index: HeldStage(Stage(chain, item.stage.start, item.stage.stop), item.weights) for index, item in held.items()
+    }
 
 
 def connect(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from dataclasses import fields as fields_of
 
 import torch
@@ -13,7 +13,7 @@ from vpipe.data.source import FieldSpec
 from vpipe.errors import DataError
 from vpipe.model.chain import Chain
 
-__all__ = ["Batch", "BatchLike", "as_batch", "field_tensors"]
+__all__ = ["Batch", "BatchLike", "as_batch", "as_input", "field_tensors"]
 
 
 _WHOLE = "vpipe.Chain(..., whole_fields=('{name}',))"
@@ -104,6 +104,30 @@ def as_batch(data: BatchLike, chain: Chain) -> Batch:
     first = next((item for name, item in data.items() if name not in chain.whole_fields), None)
     num_samples = first.shape[0] if isinstance(first, Tensor) and first.ndim else 0
     return Batch(data, num_samples, frozenset(chain.whole_fields))
+
+
+def as_input(data: BatchLike, chain: Chain, wanted: Chain) -> Batch:
+    """Turn what a user calls a batch into what `wanted` reads of it, which reads some of the fields of `chain`.
+
+    What else `chain` reads may be there or not.
+
+    Raises:
+        DataError: as for `as_batch`.
+    """
+    if isinstance(data, Batch):
+        fields = {name: item for name, item in data.fields.items() if name in wanted.fields}
+        return Batch(fields, data.num_samples, data.whole)
+    if (named := _named(data)) is not None and set(named) & set(chain.fields):
+        data = named
+    elif isinstance(data, Sequence) and len(data) == len(chain.fields):
+        data = dict(zip(chain.fields, data, strict=True))
+    if not isinstance(data, Mapping):
+        return as_batch(data, wanted)
+    read = {name: item for name, item in data.items() if name in wanted.fields or name not in chain.fields}
+    if data and not read and wanted.field_specs is not None:
+        # A rank that reads none of them still has to know how many samples there are.
+        return replace(as_batch(data, chain), fields={})
+    return as_batch(read, wanted)
 
 
 def _named(data: object) -> dict[str, Tensor] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Record
 from vpipe.runtime.memory.host_link import HostLink
+from vpipe.runtime.memory.storages import sizes_of
 from vpipe.runtime.memory_watch import MemoryWatch
 from vpipe.runtime.stage.key import MicrobatchKey
 from vpipe.runtime.stage.split import tell_split
@@ -49,6 +50,8 @@ class Program:
     """Whether there are backwards in two halves."""
     numbers: tuple[int, ...] = ()
     """Of an evaluation, the number of each microbatch in the whole of it, which may take several programs."""
+    keeps_outputs: bool = False
+    """Whether what the last block writes is kept; without training nothing else is computed then."""
 
     @property
     def num_batches(self) -> int:
@@ -95,8 +98,9 @@ class Executor:
 
     `update(stage, microbatch)` is called for every STEP. On the rank of the last stage, `losses` holds the parts of
     each microbatch's loss, and `told` is called with a batch when all of its losses are there; in evaluation these are
-    sums, and `counts` what they have to be divided by. `link` is where
-    OFFLOAD and FETCH move activations; only a stage that swaps needs one. `watch` keeps the rank's ledger.
+    sums, and `counts` what they have to be divided by. `outputs` holds what the last block wrote, where a program keeps
+    that. `link` is where OFFLOAD and FETCH move activations; only a stage that swaps needs one. `watch` keeps the
+    rank's ledger.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Executor:
         self._num_losses: Counter[int] = Counter()
         self.losses: dict[int, dict[str, Tensor]] = {}
         self.counts: dict[int, dict[str, float]] = {}
+        self.outputs: dict[int, dict[str, Tensor]] = {}
         self._dispatch: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
@@ -154,9 +159,14 @@ class Executor:
         """Drop all that is in flight, after a program that did not get to its end."""
         for waiting in (self._arrived, self._leaving, self._prepared, self._num_losses, self.losses, self.counts):
             waiting.clear()
+        self.outputs.clear()
         for held in self._held.values():
             held.stage.forget()
             held.weights.forget_gradients()
+
+    def take_outputs(self, serials: Iterable[int]) -> list[dict[str, Tensor]]:
+        """Move what was kept of these microbatches to the caller."""
+        return [self.outputs.pop(serial) for serial in serials if serial in self.outputs]
 
     def run(self, program: Program, feed: BatchFeed) -> Iterator[Action]:
         """Execute a program; yield each update's action after it was done.
@@ -208,7 +218,7 @@ class Executor:
         return self._watching is not None and self._watching.is_noting
 
     def _handed_over(self) -> Iterator[Tensor]:
-        for values in (*self._arrived.values(), *self._leaving.values()):
+        for values in (*self._arrived.values(), *self._leaving.values(), *self.outputs.values()):
             yield from values.values()
 
     @contextmanager
@@ -245,14 +255,29 @@ class Executor:
             )
             if stage.is_last:
                 self.losses[serial] = stage.loss(serial, outputs, ready.totals, ready.num_samples)
+                if self._program.keeps_outputs:
+                    self._keep_outputs(stage, serial, outputs, inputs, ready)
                 self._count_loss(serial)
         else:
             outputs = stage.evaluate(ready.modules, inputs, ready.fields, ready.key)
-            if stage.is_last:
+            if stage.is_last and self._program.keeps_outputs:
+                self._keep_outputs(stage, serial, outputs, inputs, ready)
+            elif stage.is_last:
                 self._evaluate_loss(stage, serial, outputs, ready)
         if not stage.is_last:
             self._hand_over(Kind.F, action.stage, action.stage + 1, serial, outputs)
         self._feed.done(serial)
+
+    def _keep_outputs(
+        self, stage: Stage, serial: int, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor], ready: _Prepared
+    ) -> None:
+        # What lies in a message, a batch or a weight is copied: that memory is given back, or written to.
+        others = (*inputs.values(), *ready.fields.values(), *ready.modules.parameters(), *ready.modules.buffers())
+        places = sizes_of(others).keys()
+        found = {name: values[name].detach() for name in stage.chain.output_names}
+        self.outputs[serial] = {
+            name: item if places.isdisjoint(sizes_of((item,))) else item.clone() for name, item in found.items()
+        }
 
     def _count_loss(self, serial: int) -> None:
         batch = serial // self._program.num_microbatches

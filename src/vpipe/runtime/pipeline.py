@@ -3,57 +3,58 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from operator import methodcaller
-from typing import cast
+from typing import Any
 
 from torch import Tensor
 
 from vpipe.data.batches import microbatch_rows
-from vpipe.errors import DataError, ExecutionError, NonFiniteLossError
+from vpipe.errors import DataError, NonFiniteLossError
 from vpipe.model.chain import Chain
-from vpipe.model.loss import LearnedLoss, Loss
+from vpipe.model.loss import LearnedLoss, Loss, Metric
 from vpipe.model.modes import evaluating
-from vpipe.model.modules import Modules
+from vpipe.model.modules import Modules, leaving_out_losses
 from vpipe.plan.plan import Plan
 from vpipe.runtime.arguments import (
     MEMORY,
     UPDATE,
     GivenParameters,
     Memory,
-    Untaken,
+    Readiness,
     as_chain,
     as_plan,
     check_kinds,
     check_optimizer,
+    choose_batch,
     count_batches,
-    refuse_unfinished,
     refusing_moved,
+    watch_memory,
 )
-from vpipe.runtime.assembly import build_stages, connect, named_state, show_loss, tied_groups
-from vpipe.runtime.batch import Batch, BatchLike, as_batch
+from vpipe.runtime.assembly import build_stages, connect, facts_of, named_state, show_loss, stages_of, tied_groups
+from vpipe.runtime.batch import Batch, BatchLike, as_batch, as_input
 from vpipe.runtime.comm.activity import CLOSED, ended_by
 from vpipe.runtime.comm.agreement import agree, agree_on_weights
 from vpipe.runtime.comm.board import LossBoard
 from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.crossings import Crossings
-from vpipe.runtime.evaluation import LossSums, Piece, pieces_alike
-from vpipe.runtime.executor import Executor, Program
+from vpipe.runtime.evaluation import Engine, LossSums, Piece, Predictions, join, pieces_alike, share_with_all
+from vpipe.runtime.executor import Executor, HeldStage, Program
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.memory.allocator import keep_freed_memory
 from vpipe.runtime.memory.host_link import HostLink
-from vpipe.runtime.memory.ledger import Ledger
-from vpipe.runtime.memory_watch import MemoryWatch
 from vpipe.runtime.programs import ProgramBuilder
-from vpipe.runtime.result import Outcomes, StepResult
+from vpipe.runtime.result import Outcomes, Outputs, StepResult
 from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
 from vpipe.runtime.weights.update import Update, Updater
 from vpipe.schedule.action import Action, Kind
 
 __all__ = ["Hooks", "Pipeline", "StepResult"]
+
+_NO_MORE = {"microbatches to evaluate": "no more"}
 
 
 class Pipeline:
@@ -71,6 +72,8 @@ class Pipeline:
         optimizer: makes the optimizer of one stage, or a list of several, from its (name, parameter) pairs, which
             torch's optimizers take.
         update: what an update does beside the optimizer, a `vpipe.Update`.
+        metrics: what is told and not trained on, by name: functions of what the loss is given, which return the mean
+            over samples or a pair (sum, count), or `vpipe.Metric`s.
         memory: what a rank may hold, a `vpipe.Memory`.
         world: the ranks that this one works with, a `vpipe.World`; None joins them, and leaves them at the end.
         seed: for dropout, and for initial weights that the blocks draw when they are built.
@@ -89,23 +92,23 @@ class Pipeline:
         plan: Plan | str = "1f1b",
         optimizer: OptimizerFactory,
         update: Update = UPDATE,
+        metrics: Mapping[str, Metric | Callable[..., Any]] | None = None,
         memory: Memory = MEMORY,
         world: World | None = None,
         seed: int = 0,
         hooks: Hooks | None = None,
     ) -> None:
-        self.chain = as_chain(model, loss)
+        self.chain = as_chain(model, loss, metrics)
         ending = self.chain.loss
-        self._own_loss = ending.module if isinstance(ending, LearnedLoss) and model is not self.chain else None
+        self._own_loss = ending.module if isinstance(ending, LearnedLoss) and not isinstance(model, Chain) else None
         open_plan = as_plan(plan)
         check_optimizer(optimizer)
         self.hooks = Hooks() if hooks is None else hooks
         check_kinds(update=(update, Update), memory=(memory, Memory), seed=(seed, int), hooks=(self.hooks, Hooks))
         if world is not None:
             check_kinds(world=(world, World))
-        self._is_busy, self._is_closed, self.iteration = False, False, 0
-        self._untaken = Untaken()
-        self._ended_by: BaseException | None = None
+        self._ready, self._seed, self.iteration = Readiness(), seed, 0
+        self._predictor: Engine | None = None
         self.host_link: HostLink | None = None
         self._owns_world = world is None
         self.world = World.join() if world is None else world
@@ -116,11 +119,10 @@ class Pipeline:
             leaving.push(self)  # what fails here fails inside of the group that was joined
             self.plan = open_plan.resolve(self.chain, self.world)
             self.programs = ProgramBuilder(self.plan, self.rank)
-            agree(self._facts() | update.facts() | {"seed": seed}, self.world)
+            agree(facts_of(self.chain, self.plan) | update.facts() | {"seed": seed}, self.world)
             given = self.chain.given_weights()
             agree_on_weights(given, self.world)
             self._given = GivenParameters(given)
-            self._crossings = Crossings(self.chain, self.plan.cut, self.world)
             placement = self.programs.sample.placement
             self.held = build_stages(
                 self.chain,
@@ -133,39 +135,20 @@ class Pipeline:
                 moving=self.programs.moving,
             )
             self.transport = Transport(self.programs.sample, self.world, self.hooks.announce)
-            self._watch_memory(memory)
-            self._assemble(update, seed)
+            self._watch = watch_memory(memory, self.plan, self.held, self.transport, self.world)
+            self.ledger, moved = self._watch.ledger, self._watch.moved
+            self.host_link = connect(self.held, self.programs.swapping, self.device, memory.swap_directory, moved)
+            self._assemble(update)
             leaving.pop_all()
 
-    def _facts(self) -> dict[str, object]:
-        """Return what ranks must agree on about the model and the plan."""
-        return self.plan.facts() | {
-            "blocks": " ".join(block.name for block in self.chain.blocks),
-            "batch fields": self.chain.fields,
-            "whole fields": self.chain.whole_fields,
-            "parts of the loss": self.chain.loss.parts,
-            "tied weights": self.chain.tied,
-        }
-
-    def _watch_memory(self, memory: Memory) -> None:
-        """Open the account of what the rank holds, and the way to host memory."""
-        self.ledger = Ledger(self.rank, memory.limit_of(self.rank, self.num_ranks))
-        stages = {index: (item.stage, item.weights) for index, item in self.held.items()}
-        steady = self.plan.num_batches_until_steady
-        self._watch = MemoryWatch(
-            self.ledger, stages, self.transport, self.world, steady, for_ever=memory.watch == "all"
-        )
-        self.host_link = connect(
-            self.held, self.programs.swapping, self.device, memory.swap_directory, self._watch.moved
-        )
-
-    def _assemble(self, update: Update, seed: int) -> None:
+    def _assemble(self, update: Update) -> None:
         """Make what moves values, steps and tells the loss, around the stages; collective."""
         placement, synchronous = self.programs.sample.placement, self.programs.synchronous
         self._last_rank = self.programs.sample.rank_of(Action(placement.num_stages - 1, Kind.F, 0))
-        parts = self.chain.loss.parts
-        self._board = LossBoard(self._last_rank, len(parts), self.world, shared_memory=self.world.shared_memory)
-        self._outcomes = Outcomes(self._board, parts, synchronous=synchronous, stops=update.on_non_finite == "stop")
+        parts, metrics, shared = self.chain.loss.parts, self.chain.metric_names, self.world.shared_memory
+        self._board = LossBoard(self._last_rank, len(parts) + len(metrics), self.world, shared_memory=shared)
+        stops = update.on_non_finite == "stop"
+        self._outcomes = Outcomes(self._board, parts, metrics, synchronous=synchronous, stops=stops)
         sizes = self.chain.parameter_sizes()
         self._updater = Updater(
             {index: item.weights for index, item in self.held.items()},
@@ -177,18 +160,23 @@ class Pipeline:
             world=self.world,
             hooks=self.hooks,
         )
-        self._executor = Executor(
-            self.held,
+        self._engine = self._make_engine(self.chain, self.held)
+        self._executor = self._engine.executor
+
+    def _make_engine(self, chain: Chain, held: dict[int, HeldStage]) -> Engine:
+        executor = Executor(
+            held,
             self.programs.sample.rank_of,
             self.transport,
             self._update,
             self._publish,
             self.hooks.record,
-            seed=seed,
+            seed=self._seed,
             link=self.host_link,
             watch=self._watch,
             synchronise=self.device.type == "cuda",
         )
+        return Engine(held, Crossings(chain, self.plan.cut, self.world), executor)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -202,52 +190,52 @@ class Pipeline:
             DataError, ConfigError: the batch is not one of the model's, or cannot be cut into microbatches.
             NonFiniteLossError: the loss or the gradient norm is not finite, and was not applied; on every rank.
         """
-        if data and fields:
-            raise DataError(
-                f"{len(data)} tensors were given in order and {', '.join(fields)} by name; give all in one way"
-            )
         with self._calls.during("step"):
-            (result,) = self.train([fields or (data[0] if len(data) == 1 else cast(Sequence[Tensor], data))], 1)
+            (result,) = self.train([choose_batch(data, fields)], 1)
         return result
 
-    def train(self, batches: Iterable[BatchLike], num_batches: int | None = None) -> Iterator[StepResult]:
+    def train(
+        self, batches: Iterable[BatchLike], num_batches: int | None = None, *, outputs: bool = False
+    ) -> Iterator[StepResult]:
         """Train on batches; yield each one's result when this rank has done its update.
 
         An asynchronous pipeline fills with the first batch and drains with the last: it has to know how many there are,
-        from `num_batches` or else from ``len(batches)``, and all of its results must be taken.
+        from `num_batches` or else from ``len(batches)``, and all of its results must be taken. With `outputs` those of
+        the rank of the last stage have what the last block returned, which is kept until then.
 
         Raises:
             DataError, ConfigError: a batch is not one of the model's, or cannot be cut into microbatches.
             NonFiniteLossError: the loss or a gradient is not finite, and was not applied; on every rank, but for a
                 gradient in an asynchronous schedule.
         """
-        self._check_open()
+        self._ready.check_open(is_world_open=self.world.is_open)
         count = count_batches(batches, num_batches, synchronous=self.programs.synchronous)
         stream = (as_batch(data, self.chain) for data in itertools.islice(self._calls.reading(iter(batches)), count))
-        run = self._train_each(stream, count) if self.programs.synchronous else self._train_all(stream, count or 0)
-        return self._untaken.watch(self._calls.following(run, lambda: self.iteration, count or batches))
+        train = self._train_each if self.programs.synchronous else self._train_all
+        run = self._calls.following(train(stream, count, outputs), lambda: self.iteration, count or batches)
+        return self._ready.untaken.watch(run)
 
-    def _train_each(self, batches: Iterator[Batch], count: int | None) -> Iterator[StepResult]:
+    def _train_each(self, batches: Iterator[Batch], count: int | None, outputs: bool) -> Iterator[StepResult]:
         done = 0
         for batch in batches:
             with nullcontext() if self.iteration else self._given.staying_out():
-                (result,) = self._run(self.programs.training(1, self.iteration), iter([batch]))
+                (result,) = self._run(self.programs.training(1, self.iteration, keeps_outputs=outputs), iter([batch]))
             done += 1
             yield result
         if count is not None and done < count:
             raise DataError(f"batch {done} was expected but the data ended; give a num_batches that exists")
 
-    def _train_all(self, batches: Iterator[Batch], count: int) -> Iterator[StepResult]:
+    def _train_all(self, batches: Iterator[Batch], count: int | None, outputs: bool) -> Iterator[StepResult]:
         agree({"number of batches": count}, self.world)
         if count:
-            yield from self._run(self.programs.training(count, self.iteration), batches)
+            yield from self._run(self.programs.training(count, self.iteration, keeps_outputs=outputs), batches)
 
     def _run(self, program: Program, batches: Iterator[Batch]) -> Iterator[StepResult]:
         """Execute a training program to its end."""
         self._program = program
-        feed = self._start(program, batches)
+        feed = self._start(program, batches, self._engine)
         updates_left = [len(self.held)] * program.num_batches
-        self._is_busy = True
+        self._ready.begin()
         self._board.expect()
         done = 0
         try:
@@ -279,7 +267,7 @@ class Pipeline:
         if self._own_loss is not None and last is not None:
             show_loss(self._own_loss, last)
         self.iteration += program.num_batches
-        self._is_busy = False
+        self._ready.end()
         if error is not None:
             raise error
         yield result
@@ -287,14 +275,15 @@ class Pipeline:
     def _give_up(self, problem: BaseException) -> None:
         """Note what ended a program before its end; where no other rank is in the middle of it, get ready for more."""
         if self.num_ranks > 1 or self.host_link is not None:
-            self._ended_by = problem
+            self._ready.fail(problem)
             self._calls.end(ended_by(problem))
             return
-        self._executor.forget()
+        for engine in filter(None, (self._engine, self._predictor)):
+            engine.executor.forget()
         self._updater.forget()
         self._board.forget()
         self._watch.forget()
-        self._is_busy = False
+        self._ready.end()
 
     def _publish(self, batch: int) -> None:
         size = self._program.num_microbatches
@@ -305,8 +294,9 @@ class Pipeline:
     def _result(self, program: Program, batch: int) -> tuple[StepResult, NonFiniteLossError | None]:
         """Return what a batch gave, and why training ends with it if it does."""
         size = program.num_microbatches
-        reasons = self._updater.take_refused(range(batch * size, (batch + 1) * size))
-        return self._outcomes.result(program.first_iteration + batch, self._updater.gradient_norm, reasons)
+        serials = range(batch * size, (batch + 1) * size)
+        reasons, outputs = self._updater.take_refused(serials), join(self._executor.take_outputs(serials))
+        return self._outcomes.result(program.first_iteration + batch, self._updater.gradient_norm, reasons, outputs)
 
     def _update(self, stage: int, microbatch: int) -> None:
         program = self._program
@@ -315,7 +305,7 @@ class Pipeline:
         self._updater.step(stage, microbatch, progress)
 
     def evaluate(self, batches: Iterable[BatchLike], microbatch_size: int | None = None) -> dict[str, float]:
-        """Return the loss and its parts over `batches` of any size, with dropout off, on the newest weights.
+        """Return the loss, its parts and the metrics over `batches` of any size: no dropout, the newest weights.
 
         Each batch is cut from its start into microbatches of `microbatch_size` samples and a short last one; None: into
         `num_microbatches`, as for training. The result depends on weights, batches and size, not on what came before.
@@ -323,52 +313,77 @@ class Pipeline:
         Raises:
             DataError, MemoryLimitError: a batch is not one of the model's; a rank held more than its limit.
         """
-        self._check_open()
-        sums = LossSums(self.chain.loss.parts)
+        self._ready.check_open(is_world_open=self.world.is_open)
+        sums = LossSums(self.chain.loss.parts, self.chain.metric_names)
         stream = (as_batch(data, self.chain) for data in self._calls.reading(iter(batches)))
-        with self._calls.during("evaluate"), evaluating([item.weights.newest for item in self.held.values()]):
+        with self._calls.during("evaluate"):
             for alike in pieces_alike(stream, microbatch_size, self.programs, self.ledger.limit):
-                self._evaluate(alike, sums)
-            agree({"microbatches to evaluate": "no more"}, self.world)
+                self._forwards(self._engine, alike)
+                sums.take(self._executor.losses, self._executor.counts)
+            agree(_NO_MORE, self.world)
             return sums.means(self._last_rank, self.world)
 
-    def _evaluate(self, pieces: list[Piece], sums: LossSums) -> None:
-        program = self.programs.evaluation([piece.number for piece in pieces])
+    def predict(
+        self, batches: Iterable[BatchLike], microbatch_size: int | None = None, *, everywhere: bool = False
+    ) -> Iterator[Outputs | None]:
+        """Yield what the last block returns for each of `batches`, in their order: no dropout, the newest weights.
+
+        It is one tensor, or several by name, on the rank of the last stage, and None elsewhere; with `everywhere` all
+        ranks get it. Fields that only loss and metrics read may be missing. Batches are cut as by `evaluate`; some are
+        read ahead, so train when all is taken.
+
+        Raises:
+            DataError, MemoryLimitError: as `evaluate` does.
+            ModelError: what comes out of microbatches cannot be put together to a batch.
+        """
+        self._ready.check_open(is_world_open=self.world.is_open)
+        return self._ready.untaken.watch(self._predict(batches, microbatch_size, everywhere), "predict")
+
+    def _predict(self, batches: Iterable[BatchLike], size: int | None, everywhere: bool) -> Iterator[Outputs | None]:
+        chain = self.chain.without_loss()
+        engine = self._predictor = self._predictor or self._make_engine(chain, stages_of(chain, self.held))
+        predictions = Predictions(as_input(data, self.chain, chain) for data in self._calls.reading(iter(batches)))
+        for alike in predictions.pieces(size, self.programs, self.ledger.limit):
+            with self._calls.during("predict"):
+                self._forwards(engine, alike, keeps_outputs=True)
+            for outputs in predictions.take(alike, engine.executor.outputs):
+                with self._calls.during("predict"):
+                    found = share_with_all(outputs, self._last_rank, self.world) if everywhere else outputs
+                yield found
+        with self._calls.during("predict"):
+            agree(_NO_MORE, self.world)
+
+    def _forwards(self, engine: Engine, pieces: list[Piece], *, keeps_outputs: bool = False) -> None:
+        program = self.programs.evaluation([piece.number for piece in pieces], keeps_outputs=keeps_outputs)
         agree({"microbatches to evaluate": f"{len(pieces)} more"}, self.world)  # whoever is ahead waits here
-        feed = self._start(program, (piece.batch for piece in pieces))
-        try:
-            for _ in self._executor.run(program, feed):
-                raise AssertionError("an evaluation has no updates")
-            self.transport.finish()
-        except BaseException as problem:
-            self._give_up(problem)
-            raise
-        sums.take(self._executor.losses, self._executor.counts)
+        modules = [item.weights.newest for item in self.held.values()]
+        with evaluating(modules), leaving_out_losses(itertools.chain(*modules)) if keeps_outputs else nullcontext():
+            feed = self._start(program, (piece.batch for piece in pieces), engine)
+            try:
+                for _ in engine.executor.run(program, feed):
+                    raise AssertionError("an evaluation has no updates")
+                self.transport.finish()
+            except BaseException as problem:
+                self._give_up(problem)
+                raise
 
-    def _check_open(self) -> None:
-        self._untaken.check()
-        if self._is_closed or not self.world.is_open:
-            raise ExecutionError(
-                "the pipeline was closed, so its ranks cannot be reached any more; make another one, or train inside "
-                "of the `with` block"
-            )
-
-    def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
+    def _start(self, program: Program, batches: Iterator[Batch], engine: Engine) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
         self._given.check()
-        refuse_unfinished(self._ended_by, is_busy=self._is_busy)
+        self._ready.check_idle()
         if (first := next(batches, None)) is None:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
-        crossing = self._crossings.of(first, num_samples, training=program.training, compare=program.compares_batches)
-        for index, item in self.held.items():
+        held, crossings, executor = engine
+        crossing = crossings.of(first, num_samples, training=program.training, compare=program.compares_batches)
+        for index, item in held.items():
             item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
         self.transport.start(program.actions, crossing, program.num_serials, program.window)
         self._calls.begin("training" if program.training else "evaluation")
         self._watch.expect(crossing)
-        readers = [item.stage.fields for item in self.held.values()]
+        readers = [item.stage.fields for item in held.values()]
         every, move = itertools.chain([first], batches), methodcaller("to", self.device, non_blocking=True)
-        return BatchFeed(every, program.num_microbatches, readers, move, self._executor.callers_turn)
+        return BatchFeed(every, program.num_microbatches, readers, move, executor.callers_turn)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.
@@ -380,7 +395,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""
-        self._is_closed = True
+        self._ready.close()
         self._calls.end(CLOSED)
         if self.host_link is not None:
             self.host_link.close()
@@ -394,6 +409,6 @@ class Pipeline:
         if error is None or self.num_ranks == 1:
             self.close()
             if error is None:
-                self._untaken.check()
+                self._ready.untaken.check()
         elif self._owns_world:
             self.world.__exit__(kind, error, traceback)  # the others learn why; leaving together is impossible now

@@ -60,11 +60,11 @@ class ProgramBuilder:
     def _stages_with(self, kind: Kind) -> frozenset[int]:
         return frozenset(action.stage for order in self.sample.orders for action in order if action.kind is kind)
 
-    def training(self, num_batches: int, first_iteration: int) -> Program:
+    def training(self, num_batches: int, first_iteration: int, *, keeps_outputs: bool = False) -> Program:
         """Return the program of `num_batches` batches; a synchronous one is of a single batch."""
         if self._latest is None or self._latest[0] != num_batches:
             self._latest = num_batches, self._program(self.recipe.build(1 if self.synchronous else num_batches))
-        return replace(self._latest[1], first_iteration=first_iteration)
+        return replace(self._latest[1], first_iteration=first_iteration, keeps_outputs=keeps_outputs)
 
     def _program(self, schedule: Schedule) -> Program:
         return Program(
@@ -83,7 +83,7 @@ class ProgramBuilder:
         """Count the microbatches that are in flight on any stage at most, in training."""
         return _window(self.sample)
 
-    def evaluation(self, numbers: Sequence[int]) -> Program:
+    def evaluation(self, numbers: Sequence[int], *, keeps_outputs: bool = False) -> Program:
         """Return a program of forwards only, for microbatches that have `numbers` in the whole evaluation."""
         schedule = build_evaluation(self.sample, len(numbers))
         return Program(
@@ -96,6 +96,7 @@ class ProgramBuilder:
             window=schedule.num_stages,
             training=False,
             numbers=tuple(numbers),
+            keeps_outputs=keeps_outputs,
         )
 
 

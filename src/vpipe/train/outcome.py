@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,29 @@ from vpipe.train.prediction import compare_prediction
 from vpipe.train.stretches import Stretch, choose_measured
 from vpipe.workload.setup import Setup
 
-__all__ = ["RankOutcome", "count_filling", "summarize_run"]
+__all__ = ["HeldOut", "RankOutcome", "count_filling", "summarize_run"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation gave: the loss, and what is told beside it."""
+
+    loss: float
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class RankOutcome:
     """What one rank knows at the end.
 
-    `iteration_ms` is None where no iteration was followed by another one that counts; `events` are this rank's.
+    `held_out` is None where nothing was evaluated. `metrics` are those of the last iteration. `iteration_ms` is None
+    where no iteration was followed by another one that counts; `events` are this rank's.
     """
 
     final_loss: float
     num_skipped: int
-    eval_loss: float | None
+    held_out: HeldOut | None
+    metrics: Mapping[str, float]
     iteration_ms: float | None
     events: Sequence[TraceEvent]
     stretches: Sequence[Stretch]
@@ -72,7 +82,7 @@ def summarize_run(
     around = [event for rank in everyone for event in rank.pop("events")]
     inside = between_iterations(around, *measured)
     drawn = [event for event in around if measured.start <= event.iteration < measured.stop]
-    config, iterations = setup.config, setup.total_iterations
+    config, iterations, held_out = setup.config, setup.total_iterations, outcome.held_out
     seen_ms = [rank.pop("iteration_ms") for rank in everyone]
     # As rank 0 saw it, which has a microbatch first and last.
     iteration_ms = seen_ms[0] or _span_ms(inside) / measured.num_iterations
@@ -81,7 +91,9 @@ def summarize_run(
         "iterations": iterations,
         "num_samples": iterations * config.train.batch_size,
         "final_loss": finite(outcome.final_loss),
-        "eval_loss": finite(outcome.eval_loss),
+        "eval_loss": finite(held_out.loss if held_out else None),
+        **({"metrics": finite(outcome.metrics)} if outcome.metrics else {}),
+        **({"eval_metrics": finite(held_out.metrics)} if held_out and held_out.metrics else {}),
         "samples_per_second": config.train.batch_size / iteration_ms * 1e3 if iteration_ms else 0.0,
         "iteration_ms": iteration_ms,
         "measured_iterations": [measured.start + 1, measured.stop],

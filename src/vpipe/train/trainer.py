@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from vpipe.runtime.trace import TraceRecorder
 from vpipe.schedule.action import Action
 from vpipe.train.describe import describe_plan
 from vpipe.train.metrics import ThroughputMeter, peak_memory_bytes
-from vpipe.train.outcome import RankOutcome, count_filling, summarize_run
+from vpipe.train.outcome import HeldOut, RankOutcome, count_filling, summarize_run
 from vpipe.train.save import save_model
 from vpipe.train.stretches import cut_into_stretches
 from vpipe.workload.same_data import agree_on_data
@@ -79,6 +79,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         train, total = self.config.train, self.setup.total_iterations
         loss, held_out, num_skipped = float("nan"), None, 0
+        metrics: Mapping[str, float] = {}
         stretches = list(cut_into_stretches(total, train.eval_frequency if self.setup.evaluates else 0))
         for stretch in stretches:
             batches = self.setup.batches(self.pipeline.fields, stretch.start, stretch.num_iterations)
@@ -86,14 +87,16 @@ class Trainer:
             for result in self.pipeline.train(batches, stretch.num_iterations):
                 self._meter.update(train.batch_size)
                 self._report(result)
-                loss, num_skipped = result.loss, num_skipped + result.num_skipped
+                loss, num_skipped, metrics = result.loss, num_skipped + result.num_skipped, result.metrics
             due = stretch.stop == total or (train.eval_frequency and stretch.stop % train.eval_frequency == 0)
             if self.setup.evaluates and due:
                 held_out = self._evaluate(stretch.stop)
         if train.save_model:
             self._status.write("saving the model")
             save_model(self.pipeline, self.setup, self.run_directory / "model", self.world)
-        outcome = RankOutcome(loss, num_skipped, held_out, self._meter.iteration_ms, self._recorder.events(), stretches)
+        outcome = RankOutcome(
+            loss, num_skipped, held_out, metrics, self._meter.iteration_ms, self._recorder.events(), stretches
+        )
         summary = summarize_run(self.pipeline, self.setup, self.world, outcome, self.run_directory, self._prediction)
         if self._metrics is not None:
             self._metrics.close()
@@ -127,6 +130,7 @@ class Trainer:
                     "epoch": epoch,
                     "loss": result.loss,
                     **{f"{name}_loss": part for name, part in result.parts.items() if len(result.parts) > 1},
+                    **({"metrics": result.metrics} if result.metrics else {}),
                     "gradient_norm": result.gradient_norm,
                     "skipped_updates": result.num_skipped,
                     "learning_rate": setup.learning_rate(result.iteration),
@@ -136,8 +140,8 @@ class Trainer:
             )
         if done == 1 or done % train.print_frequency == 0 or done == total:
             logger.info(
-                "Epoch: [%d][%d/%d]  Iteration: %d/%d  Loss: %.4f  Samples/s: %.1f",
-                epoch, step + 1, setup.iterations_per_epoch, done, total, result.loss, rate,
+                "Epoch: [%d][%d/%d]  Iteration: %d/%d  Loss: %.4f%s  Samples/s: %.1f",
+                epoch, step + 1, setup.iterations_per_epoch, done, total, result.loss, _shown(result.metrics), rate,
             )  # fmt: skip
         if result.num_skipped:
             logger.warning(
@@ -155,16 +159,21 @@ class Trainer:
             {stage: held.weights.num_sets for stage, held in self.pipeline.held.items()},
         )  # fmt: skip
 
-    def _evaluate(self, iteration: int) -> float:
+    def _evaluate(self, iteration: int) -> HeldOut:
         self._recorder.enabled, self._doing = False, "evaluating"
         with self._meter.paused():
             held_out = self.setup.evaluation_batches(self.pipeline.fields)
             losses = self.pipeline.evaluate(held_out, self.config.microbatch_size)
         self._recorder.enabled, self._doing = True, "training"
-        loss = losses["loss"]
-        parts = {f"eval_{name}_loss": value for name, value in losses.items() if name != "loss"}
-        logger.info("Iteration: %d  Held-out loss: %.4f", iteration, loss)
+        loss, metrics = losses["loss"], {name: losses[name] for name in self.setup.chain.metric_names}
+        parts = {f"eval_{name}_loss": losses[name] for name in self.setup.chain.loss.parts if name != "loss"}
+        told = {"eval_metrics": metrics} if metrics else {}
+        logger.info("Iteration: %d  Held-out loss: %.4f%s", iteration, loss, _shown(metrics))
         if self._metrics is not None:
             total = self.setup.total_iterations
-            self._metrics.write({"iteration": iteration, "iterations": total, "eval_loss": loss, **parts})
-        return loss
+            self._metrics.write({"iteration": iteration, "iterations": total, "eval_loss": loss, **parts, **told})
+        return HeldOut(loss, metrics)
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return "".join(f"  {name}: {value:.4g}" for name, value in metrics.items())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vpipe.errors import ModelError
 from vpipe.model.rng import noticing_draws
 
-__all__ = ["LossProbe"]
+__all__ = ["LossProbe", "loss_of"]
 
 _TOLERANCE = 1e-4
 
@@ -26,6 +26,13 @@ _WAYS = (
     "one that compares the samples it is given with each other;\n"
     "or give an object with the methods of vpipe.Loss"
 )
+
+
+def loss_of(returned: object) -> object:
+    """Return the loss out of what a function returned: a pair of it and a dictionary, or a dictionary that has it."""
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping):
+        return returned[0]
+    return returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
 
 
 class _Samples(NamedTuple):
@@ -128,8 +135,7 @@ def _try(
             )
             is_narrow = joined.is_floating_point() and joined.dtype.itemsize < 4
             given.append(joined.float() if widened and is_narrow else joined)
-        result = call(*given)
-        return torch.as_tensor(result)
+        return torch.as_tensor(loss_of(call(*given)))
 
     with torch.no_grad(), noticing_draws() as has_drawn:
         first, second, whole = value(one), value(two), value(one, two)

@@ -14,7 +14,7 @@ from rich.text import Text
 from vpipe.report.sweep.sweep import Axis, Row, short_key
 from vpipe.words.units import format_bytes
 
-__all__ = ["METRICS", "Metric", "failure_lines", "find_best", "one_line", "render_table", "table_csv"]
+__all__ = ["METRICS", "SweepMetric", "failure_lines", "find_best", "one_line", "render_table", "table_csv"]
 
 _MOST_FAILED = 8
 """Combinations that are named for one reason."""
@@ -23,7 +23,7 @@ _WIDEST_VALUE = 24
 
 
 @dataclass(frozen=True)
-class Metric:
+class SweepMetric:
     """A number of a row: its key, how a person reads it, and whether a terminal has the room for it."""
 
     key: str
@@ -33,14 +33,14 @@ class Metric:
 
 
 METRICS = (
-    Metric("samples_per_second", "samples/s", "{:.4g}".format),
-    Metric("iteration_ms", "ms/iter", "{:.4g}".format),
-    Metric("bubble_fraction", "bubble", "{:.1%}".format),
-    Metric("communication_share", "communication", "{:.1%}".format, in_terminal=False),
-    Metric("peak_memory_bytes", "memory", lambda size: format_bytes(int(size))),
-    Metric("predicted_memory_bytes", "memory", lambda size: format_bytes(int(size))),
-    Metric("final_loss", "loss", "{:.4f}".format),
-    Metric("eval_loss", "held-out loss", "{:.4f}".format),
+    SweepMetric("samples_per_second", "samples/s", "{:.4g}".format),
+    SweepMetric("iteration_ms", "ms/iter", "{:.4g}".format),
+    SweepMetric("bubble_fraction", "bubble", "{:.1%}".format),
+    SweepMetric("communication_share", "communication", "{:.1%}".format, in_terminal=False),
+    SweepMetric("peak_memory_bytes", "memory", lambda size: format_bytes(int(size))),
+    SweepMetric("predicted_memory_bytes", "memory", lambda size: format_bytes(int(size))),
+    SweepMetric("final_loss", "loss", "{:.4f}".format),
+    SweepMetric("eval_loss", "held-out loss", "{:.4f}".format),
 )
 """Of the busiest rank, where each has its own."""
 
@@ -100,10 +100,10 @@ def one_line(text: str) -> str:
     return "; ".join(line.strip() for line in text.splitlines())
 
 
-def _present(rows: Sequence[Row]) -> list[Metric]:
+def _present(rows: Sequence[Row]) -> list[SweepMetric]:
     return [metric for metric in METRICS if any(row.metrics.get(metric.key) is not None for row in rows)]
 
 
-def _shown(row: Row, metric: Metric) -> str:
+def _shown(row: Row, metric: SweepMetric) -> str:
     value = row.metrics.get(metric.key)
     return "-" if value is None else metric.show(value)

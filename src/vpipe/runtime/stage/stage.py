@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge
 
 from vpipe.errors import ModelError
@@ -27,6 +26,8 @@ from vpipe.runtime.stage.activations import Activations
 from vpipe.runtime.stage.entry import Entrance, enter_as_leaves, enter_through_nodes
 from vpipe.runtime.stage.findings import Findings, RunAgain
 from vpipe.runtime.stage.key import MicrobatchKey
+from vpipe.runtime.stage.metrics import Metrics
+from vpipe.runtime.stage.roots import edge_of, one_or_nan
 from vpipe.runtime.stage.split import (
     Deferred,
     DeferWeightGradients,
@@ -93,6 +94,7 @@ class Stage:
         self._saved: dict[int, _Saved] = {}
         self._deferred: dict[int, Deferred] = {}
         self._findings = Findings()
+        self._metrics = Metrics(chain, self._findings)
         self._has_run = self._has_state = False
         self._shared: dict[int, Container[int]] = {}
 
@@ -165,7 +167,7 @@ class Stage:
             return values
         activations.forget_needless()
         outputs = self._leaving(values)
-        saved.roots = {name: _edge(value) for name, value in outputs.items() if value.requires_grad}
+        saved.roots = {name: edge_of(value) for name, value in outputs.items() if value.requires_grad}
         if odd := sorted(saved.roots.keys() ^ self._owed):
             needs = "needs" if odd[0] in saved.roots else "needs no"
             raise ModelError(
@@ -221,7 +223,7 @@ class Stage:
     def loss(
         self, serial: int, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
-        """Compute the parts of the microbatch's loss and make their sum the root of its backward.
+        """Compute the parts of the microbatch's loss and make their sum the root of its backward; add the metrics.
 
         It keeps, recomputes or swaps what it needs as the last block does.
         """
@@ -234,24 +236,27 @@ class Stage:
         written = tuple(values[name] for name in block.outputs)
         parts = saved.activations.around_loss(call, written if len(written) > 1 else written[0])
         saved.activations.forget_needless()
+        metrics = self._metrics.take(parts)
         total = sum_parts(parts)
         if total.requires_grad:
             # One, or NaN where the loss is not finite: so every stage learns it with its gradients.
-            saved.loss = _edge(total), torch.sub(_one(total.dtype, total.device), total.detach(), alpha=0)
-        return {name: part.detach() for name, part in parts.items()}
+            saved.loss = edge_of(total), one_or_nan(total)
+        metrics.update(self._metrics.measure(saved.key.seed_of, values, num_samples))
+        return {name: part.detach() for name, part in parts.items()} | metrics
 
     def evaluate_loss(
         self, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int, key: MicrobatchKey
     ) -> dict[str, Tensor]:
-        """Compute the parts of the loss of what `evaluate` returned."""
+        """Compute the parts of the loss, and the metrics, of what `evaluate` returned."""
         with torch.no_grad():
-            return self._call_loss(key, values, totals, num_samples)
+            parts = self._call_loss(key, values, totals, num_samples)
+        return parts | self._metrics.measure(key.seed_of, values, num_samples)
 
     def _call_loss(
         self, key: MicrobatchKey, values: Mapping[str, Tensor], totals: Mapping[str, float], num_samples: int
     ) -> dict[str, Tensor]:
         end = len(self.chain)
-        call = partial(self.chain.loss, values, totals, num_samples)
+        call = partial(self._metrics.call_loss, values, totals, num_samples)
         return self._findings.run_seeded(end, key.seed_of, None, call)
 
     def evaluate(
@@ -375,22 +380,6 @@ def _fields_read_outside(chain: Chain, start: int, stop: int) -> frozenset[str]:
     """Return the batch fields that blocks `start` to `stop - 1` read and those of other stages, too."""
     others = {*chain.fields_of(0, start), *(chain.fields_of(stop, len(chain)) if stop < len(chain) else ())}
     return frozenset(others.intersection(chain.fields_of(start, stop)))
-
-
-@cache
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
-
-
-def _edge(value: Tensor) -> GradientEdge:
-    # What `get_gradient_edge` does takes several times as long.
-    node = value.grad_fn
-    if node is not None and not isinstance(node, FunctionCtx):
-        return GradientEdge(node, value.output_nr)
-    # A leaf has no node, and one that is written in Python does not keep its graph alive; that of a view does.
-    node = value.view_as(value).grad_fn
-    assert node is not None
-    return GradientEdge(node, 0)
 
 
 def _call(module: nn.Module, deferred: Deferred | None, block: int, *inputs: Tensor) -> Any:
