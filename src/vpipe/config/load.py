@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vpipe.config.checks.run import check_config
-from vpipe.config.checks.waiting import tell_waiting
+from vpipe.config.checks.told import tell_schedule
 from vpipe.config.fields import show
 from vpipe.config.original.flat import FLAT_KEYS, Translation, translate
 from vpipe.config.paths import make_paths_absolute
@@ -109,7 +109,7 @@ def _build(content: Mapping[Any, Any], folder: Path, overrides: Iterable[str], w
     problems += without(check_config(run), problems)
     raise_problems(problems, where, translation.origins)
     is_given = get_key(tree, "pipeline.num_microbatches") is not None
-    run_warnings += tell_waiting(run, is_given=is_given, is_flat=bool(flat))
+    run_warnings += tell_schedule(run, is_given=is_given, is_flat=bool(flat))
     return LoadedConfig(run, (*translation.warnings, *warnings, *old_warnings, *file_warnings, *run_warnings))
 
 
