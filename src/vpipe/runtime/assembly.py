@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ __all__ = [
     "build_stages",
     "connect",
     "crossing_specs",
-    "named_state",
     "show_loss",
     "tied_groups",
 ]
@@ -90,16 +89,6 @@ def connect(
     for weights in movable:
         weights.link = link
     return link
-
-
-def named_state(chain: Chain, held: Iterable[HeldStage]) -> dict[str, Tensor]:
-    """Return the newest weights and the buffers of some stages, by their names in the whole model."""
-    return {
-        chain.blocks[block].global_name(name): tensor
-        for item in held
-        for block, module in enumerate(item.weights.newest, start=item.stage.start)
-        for name, tensor in module.state_dict().items()
-    }
 
 
 def show_loss(module: nn.Module, last: HeldStage) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from operator import methodcaller
 from typing import cast
@@ -30,7 +30,7 @@ from vpipe.runtime.arguments import (
     count_batches,
     refusing_moved,
 )
-from vpipe.runtime.assembly import build_stages, connect, named_state, show_loss, tied_groups
+from vpipe.runtime.assembly import build_stages, connect, show_loss, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch
 from vpipe.runtime.comm.agreement import agree, agree_on_weights
 from vpipe.runtime.comm.board import LossBoard
@@ -38,7 +38,7 @@ from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.crossings import Crossings
 from vpipe.runtime.evaluation import LossSums, Piece, pieces_alike
-from vpipe.runtime.executor import Executor, Program
+from vpipe.runtime.executor import Executor, HeldStage, Program
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.memory.allocator import keep_freed_memory
@@ -47,6 +47,7 @@ from vpipe.runtime.memory.ledger import Ledger
 from vpipe.runtime.memory_watch import MemoryWatch
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.result import Outcomes, StepResult
+from vpipe.runtime.weights.model_state import ModelState
 from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
 from vpipe.runtime.weights.update import Update, Updater
 from vpipe.schedule.action import Action, Kind
@@ -54,7 +55,7 @@ from vpipe.schedule.action import Action, Kind
 __all__ = ["Hooks", "Pipeline", "StepResult"]
 
 
-class Pipeline:
+class Pipeline(ModelState):
     """Trains a chain of blocks that is spread over the ranks of a `World`.
 
     Every rank makes the same `Pipeline` and gives it the same batches; each builds and trains only its own stages.
@@ -347,9 +348,11 @@ class Pipeline:
                 "of the `with` block"
             )
 
-    def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
-        """Look at the first batch, agree on shapes, and start the transport."""
-        self._given.check()
+    @property
+    def _parts(self) -> Collection[HeldStage]:
+        return self.held.values()
+
+    def _check_idle(self) -> None:
         if self._ended_by is not None:
             raise ExecutionError(
                 f"an earlier batch ended in the middle with {type(self._ended_by).__name__}: {self._ended_by}; other "
@@ -360,6 +363,11 @@ class Pipeline:
                 "an earlier train() did not get to its last batch, so microbatches are still in flight; take all of "
                 "its results, or give it the num_batches that you want"
             )
+
+    def _start(self, program: Program, batches: Iterator[Batch]) -> BatchFeed:
+        """Look at the first batch, agree on shapes, and start the transport."""
+        self._given.check()
+        self._check_idle()
         if (first := next(batches, None)) is None:
             raise DataError("there are no batches")
         num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
@@ -371,14 +379,6 @@ class Pipeline:
         readers = [item.stage.fields for item in self.held.values()]
         every, move = itertools.chain([first], batches), methodcaller("to", self.device, non_blocking=True)
         return BatchFeed(every, program.num_microbatches, readers, move, self._executor.callers_turn)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.
-
-        The dictionaries of all ranks together are the model's; for an `nn.Sequential`, what its own would be. Tensors
-        are copies: later training does not change them.
-        """
-        return {name: tensor.detach().clone() for name, tensor in named_state(self.chain, self.held.values()).items()}
 
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""

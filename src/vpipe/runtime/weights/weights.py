@@ -71,6 +71,11 @@ class WeightVersions:
         """Return the modules of the newest version."""
         return self._sets[self._set_of[self._newest]]
 
+    @property
+    def sets(self) -> Sequence[nn.ModuleList]:
+        """Return the modules of all sets, whether a version is in them or not."""
+        return self._sets
+
     def start(self, version_of: Sequence[int]) -> None:
         """Begin a program in which microbatch k uses version `version_of[k]`, counted from the newest one now."""
         self._set_of = {0: self._set_of[self._newest]}
