@@ -7,6 +7,7 @@ a cut: a stage that needs one reads it from the batch.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -191,6 +192,32 @@ class Chain:
             )
         return sizes
 
+    def facts(self) -> dict[str, object]:
+        """Return what ranks must agree on, each under its own name so that it can be told."""
+        with torch.device("meta"):
+            modules = [(block, block.build()) for block in self.blocks]
+        switched_off = [
+            block.global_name(f"{path}.").rstrip(".")
+            for block, module in modules
+            for path, part in module.named_modules()
+            if not part.training
+        ]
+        frozen = [
+            block.global_name(name)
+            for block, module in modules
+            for name, parameter in module.named_parameters()
+            if not parameter.requires_grad
+        ]
+        return {
+            "blocks": " ".join(block.name for block in self.blocks),
+            "batch fields": self.fields,
+            "whole fields": self.whole_fields,
+            "parts of the loss": self.loss.parts,
+            "tied weights": self.tied,
+            "parts in evaluation mode": _listed(switched_off),
+            "frozen weights": _listed(frozen),
+        }
+
     def given_weights(self) -> dict[str, Tensor]:
         """Return those weights and buffers that are there already, by model-wide names: a user's own modules have them.
 
@@ -293,6 +320,13 @@ class Chain:
                 if name in self.fields and name not in fields:
                     known = _quote(sorted(fields)) or "none"
                     raise ModelError(f"block '{block.name}' reads the batch field '{name}'; the batch has {known}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and of many a number that stands for all of them."""
+    if len(names) <= 8:
+        return ", ".join(names) or "none"
+    return f"{', '.join(names[:8])}, ... ({len(names)}, {zlib.crc32(' '.join(names).encode()):08x})"
 
 
 def _quote(names: Iterable[str]) -> str:

@@ -114,7 +114,7 @@ class Pipeline(ModelState):
             leaving.push(self)  # what fails here fails inside of the group that was joined
             self.plan = open_plan.resolve(self.chain, self.world)
             self.programs = ProgramBuilder(self.plan, self.rank)
-            agree(self._facts() | update.facts() | {"seed": seed}, self.world)
+            agree(self.plan.facts() | self.chain.facts() | update.facts() | {"seed": seed}, self.world)
             given = self.chain.given_weights()
             agree_on_weights(given, self.world)
             self._given = GivenParameters(given)
@@ -134,16 +134,6 @@ class Pipeline(ModelState):
             self._watch_memory(memory)
             self._assemble(update, seed)
             leaving.pop_all()
-
-    def _facts(self) -> dict[str, object]:
-        """Return what ranks must agree on about the model and the plan."""
-        return self.plan.facts() | {
-            "blocks": " ".join(block.name for block in self.chain.blocks),
-            "batch fields": self.chain.fields,
-            "whole fields": self.chain.whole_fields,
-            "parts of the loss": self.chain.loss.parts,
-            "tied weights": self.chain.tied,
-        }
 
     def _watch_memory(self, memory: Memory) -> None:
         """Open the account of what the rank holds, and the way to host memory."""
@@ -322,7 +312,7 @@ class Pipeline(ModelState):
         self._check_open()
         sums = LossSums(self.chain.loss.parts)
         stream = (as_batch(data, self.chain) for data in batches)
-        with evaluating([item.weights.newest for item in self.held.values()]):
+        with evaluating([item.weights.newest for item in self.held.values()], calling=True):
             for alike in pieces_alike(stream, microbatch_size, self.programs, self.ledger.limit):
                 self._evaluate(alike, sums)
         return sums.means(self._last_rank, self.world)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from vpipe.errors import ModelError
@@ -44,7 +45,8 @@ class Findings:
         That is found out when it runs for the first time in training, and in evaluation. The state of both is as before
         afterwards: what a loader draws is the same on ranks that run other blocks.
         """
-        key = block, module is None or module.training
+        # A block in evaluation mode may have parts in training mode, which a training alone switches on.
+        key = block, module is None or module.training or torch.is_grad_enabled()
         draws = self._draws.get(key)
         if draws is False:
             return call()
