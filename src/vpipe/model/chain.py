@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from vpipe.data.source import FieldSpec
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef, ValueSpec, call_block
+from vpipe.model.copying import copy_module, like_parameter
 from vpipe.model.infer import build_on_meta, enter_behind_cut, run_on_meta, specs_of
 from vpipe.model.initialise import initialise_meta
 from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, as_loss, has_weights
@@ -192,6 +194,13 @@ class Chain:
             )
         return sizes
 
+    def with_frozen(self, names: Collection[str]) -> Chain:
+        """Return the chain with weights of these model-wide names frozen, whatever its blocks say."""
+        frozen = frozenset(names)
+        return replace(
+            self, blocks=tuple(replace(block, build=partial(_build_frozen, block, frozen)) for block in self.blocks)
+        )
+
     def facts(self) -> dict[str, object]:
         """Return what ranks must agree on, each under its own name so that it can be told."""
         with torch.device("meta"):
@@ -320,6 +329,19 @@ class Chain:
                 if name in self.fields and name not in fields:
                     known = _quote(sorted(fields)) or "none"
                     raise ModelError(f"block '{block.name}' reads the batch field '{name}'; the batch has {known}")
+
+
+def _build_frozen(block: Block, names: frozenset[str]) -> nn.Module:
+    """Build a block with weights frozen; on the meta device, where modules made elsewhere come as they are, a copy."""
+    module = block.build()
+    if torch.get_default_device().type == "meta":
+        tensors = {id(item): item.to("meta") for item in module.buffers()}
+        tensors |= {id(item): like_parameter(item.detach().to("meta"), item) for item in module.parameters()}
+        module = copy_module(module, dict(tensors))
+    for local, parameter in module.named_parameters():
+        if block.global_name(local) in names:
+            parameter.requires_grad_(False)
+    return module
 
 
 def _listed(names: Sequence[str]) -> str:

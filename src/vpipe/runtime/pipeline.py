@@ -342,6 +342,10 @@ class Pipeline(ModelState):
     def _parts(self) -> Collection[HeldStage]:
         return self.held.values()
 
+    @property
+    def _inference(self) -> Crossings:
+        return self._crossings
+
     def _check_idle(self) -> None:
         if self._ended_by is not None:
             raise ExecutionError(

@@ -4,39 +4,53 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vpipe.errors import ModelError
+from vpipe.errors import ConfigError, ModelError
 from vpipe.model.chain import Chain
-from vpipe.runtime.comm.agreement import checksum
+from vpipe.runtime.comm.agreement import agree, checksum
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.words.near import did_you_mean
 
 __all__ = ["IncompatibleKeys", "ModelState"]
 
+Which = str | Iterable[str] | Callable[[str], bool]
+"""Weights by their names or those of modules, or by a function of each one's name."""
+
 _SHOWN = 8
 
 
-class _HasStart(Protocol):
-    """A stage that knows its first block."""
+class _Blocks(Protocol):
+    """A stage, as far as it is asked here."""
 
     start: int
+
+    def look_again(self) -> None: ...
 
 
 class _Held(Protocol):
     """A stage on this rank, with its weights."""
 
     @property
-    def stage(self) -> _HasStart: ...
+    def stage(self) -> _Blocks: ...
 
     @property
     def weights(self) -> WeightVersions: ...
+
+
+class _Inference(Protocol):
+    """What infers which values need gradients where, from what is trained."""
+
+    @property
+    def frozen(self) -> frozenset[str]: ...
+
+    def assume_frozen(self, names: Collection[str]) -> None: ...
 
 
 class IncompatibleKeys(NamedTuple):
@@ -56,6 +70,11 @@ class ModelState(ABC):
     @abstractmethod
     def _parts(self) -> Collection[_Held]:
         """Return the stages of this rank."""
+
+    @property
+    @abstractmethod
+    def _inference(self) -> _Inference:
+        """Return what is to know of frozen weights, and knows which are."""
 
     @abstractmethod
     def _check_idle(self) -> None:
@@ -81,6 +100,66 @@ class ModelState(ABC):
         """
         self._check_idle()
         return _write(self.chain, self._parts, state, self.world, strict=strict)
+
+    def freeze(self, which: Which) -> list[str]:
+        """Train some weights no more, as `requires_grad_(False)` does in one process; collective.
+
+        `which` is a name of a weight or of a module, several of them, or a function that is given each weight's name;
+        names are those of `state_dict`. The optimizer passes over such weights and keeps what it has of them.
+
+        Returns:
+            The names of all weights that are frozen now, of those that were trained when the pipeline was made.
+
+        Raises:
+            ConfigError: no weight of the model is called so, or ranks do not agree.
+            ExecutionError: microbatches are in flight.
+        """
+        return self._freeze(lambda frozen: frozen | _chosen(self.chain, which))
+
+    def unfreeze(self, which: Which) -> list[str]:
+        """Train weights again that `freeze` has taken out; otherwise like that."""
+        return self._freeze(lambda frozen: frozen - _chosen(self.chain, which))
+
+    def _freeze(self, change: Callable[[frozenset[str]], frozenset[str]]) -> list[str]:
+        self._check_idle()
+        frozen = change(self._inference.frozen)
+        agree({"frozen weights": sorted(frozen)}, self.world)
+        if frozen != self._inference.frozen:
+            self._inference.assume_frozen(frozen)
+            for part in self._parts:
+                part.weights.freeze(frozen)
+                part.stage.look_again()
+        return sorted(frozen)
+
+
+def _chosen(chain: Chain, which: Which) -> set[str]:
+    """Return the trained weights that are meant, all copies of one weight with one of them.
+
+    Raises:
+        ConfigError: a name is of none of them.
+    """
+    trained = [name for named in chain.parameter_sizes() for name in named]
+    if callable(which):
+        chosen = {name for name in trained if which(name)}
+    else:
+        chosen = set()
+        for part in [which] if isinstance(which, str) else which:
+            found = {name for name in trained if name == part or name.startswith(f"{part}.")}
+            if not found:
+                never = [name for name in chain.given_weights() if name == part or name.startswith(f"{part}.")]
+                why = (
+                    "; it was frozen when the pipeline was made, so no optimizer has it: make it with the weight "
+                    "trained, and freeze that then"
+                    if never
+                    else did_you_mean(part, trained)
+                )
+                raise ConfigError(f"no trained weight of the model is called '{part}'{why}")
+            chosen |= found
+    for group in chain.tied:
+        names = {chain.blocks[ref.block].global_name(ref.name) for ref in group}
+        if names & chosen:
+            chosen |= names
+    return chosen
 
 
 def _read(chain: Chain, held: Iterable[_Held]) -> dict[str, Any]:
