@@ -164,3 +164,37 @@ def test_not_while_microbatches_are_in_flight() -> None:
         with pytest.raises(ExecutionError, match="microbatches are still in flight"):
             pipeline.freeze("0")
         list(results)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+class Inside(nn.Module):
+    """Computes with its weight as layers do, and in a script, which is found out with the first microbatch alone."""
+
+    scripted = staticmethod(torch.jit.script(_product))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other: Tensor = self.scripted(x, self.inner.weight)
+        return self.inner(x) + other
+
+
+def test_what_a_frozen_weight_did_not_show_is_found_out_when_it_is_trained_again() -> None:
+    states = []
+    for schedule in ("1f1b", "zb-h1"):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 6), Inside(), nn.Linear(6, 6))
+        options = {"schedule": schedule, "num_microbatches": 4}
+        with flat_pipeline(model, nn.functional.mse_loss, optimizer=adamw, **options) as made:
+            made.freeze("1")
+            list(made.train(batches(0)))
+            made.unfreeze("1")
+            list(made.train(batches(1)))
+            states.append(made.state_dict())
+    assert made.held[0].stage._findings.whole == {1}
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
