@@ -43,7 +43,7 @@ INSIDE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("families", "simulate"),
         ("passes",),
         ("proof",),
-        ("csv_form", "csv_file"),
+        ("csv_form", "csv_file", "csv_torch"),
         ("search",),
         ("registry",),
     ),

@@ -84,7 +84,11 @@ def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def test_explains_the_plan(call: Call) -> None:
     code, out, err = call()
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err == (
+        "warning: pipeline.num_microbatches is 4: each of 3 ranks waits for 33% of the time (stages of equal time); "
+        "num_microbatches = 8, which batch_size 8 allows, makes it 20%\n"
+    )
     for words in (
         "Plan: 1f1b, 4 x 2 samples, partition [4, 3, 2]",
         "ms per sample",
@@ -110,7 +114,7 @@ def test_the_file_can_be_a_runs_partition(call: Call, folder: Path) -> None:
     assert "recompute" in plan["policies"]
     assert all(memory["total"] <= 11_500 for memory in plan["predicted"]["memory_bytes"])
     loaded = read_config(folder / "run.yml", [f"plan.partition={folder / 'plan.json'}"])
-    assert loaded.warnings == ()
+    assert not [text for text in loaded.warnings if "ranks waits for" not in text]
     assert loaded.config.plan.partition == theirs.partition
     assert loaded.config.plan.predicted == plan["predicted"]
 
@@ -128,8 +132,8 @@ def test_json_and_auto(call: Call) -> None:
 
 def test_a_schedule_has_as_many_stages_as_a_run_of_it(call: Call) -> None:
     for name, number in (("zb-v", 6), ("interleaved", 6), ("gpipe", 3)):
-        code, out, err = call("--format", "json", "--schedule", name)
-        assert (code, err) == (0, "")
+        code, out, _ = call("--format", "json", "--schedule", name)
+        assert code == 0
         assert (json.loads(out)["schedule"], len(json.loads(out)["partition"])) == (name, number)
     chosen = json.loads(call("--format", "json", "--schedule", "zb-v,gpipe")[1])
     assert len(chosen["partition"]) == {"zb-v": 6, "gpipe": 3}[chosen["schedule"]]

@@ -170,6 +170,14 @@ def test_csv_goes_round(tmp_path: Path) -> None:
     assert _run(f"--csv {file} --format csv").output == file.read_text()
 
 
+def test_what_is_not_in_the_schedule_of_a_csv_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "torch.csv"
+    file.write_text("0UNSHARD,0F0,0F1,0B1,0B0\n1UNSHARD,1F0,1F1,1B1,1B0\n")
+    first, second = _run(f"--csv {file} --format csv").stderr.splitlines()
+    assert first.startswith("warning: torch.csv: 2 cells of UNSHARD left out")
+    assert second.startswith("warning: torch.csv: backwards were put into microbatch order")
+
+
 def test_a_csv_without_a_name_is_called_like_its_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_text("0F0,,0B0\n")

@@ -28,6 +28,10 @@ pipeline: {schedule: 1f1b, num_ranks: 2, num_microbatches: 4}
 train: {batch_size: 8, iterations: 7, print_frequency: 3, eval_frequency: 5, eval_batch_size: 6}
 launch: {device: cpu, threads_per_rank: 1}
 """
+WAITING = (
+    "warning: pipeline.num_microbatches is 4: each of 2 ranks waits for 20% of the time (stages of equal time); "
+    "num_microbatches = 8, which batch_size 8 allows, makes it 11%\n"
+)
 LOG_LINES = (
     r"Finished initializing process group; backend: gloo, rank: {rank}, world size: 2",
     r"Stage: {rank}, rank in stage: 0, blocks {first} to {last} \(block.{first} to block.{last}\)",
@@ -65,8 +69,11 @@ def check_logs(directory: Path) -> None:
 
 def test_a_run_shows_how_it_gets_on_and_what_came_out(config: Path) -> None:
     result = run(config.parent, "vpipe", "train", "run.yml", "--set", "pipeline.schedule=gpipe")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, WAITING)
     directory = (config.parent / "runs" / "latest").resolve()
+    logs = [(directory / f"output.log.{rank}").read_text() for rank in range(2)]
+    assert "With num_microbatches = 4 each of 2 ranks waits for 20% of the time" in logs[0]
+    assert [text.count("ranks waits for") for text in logs] == [1, 0]
     lines = result.stdout.splitlines()
     assert lines[0] == f"gpipe, 2 ranks, 4 microbatches of 2; logs in runs/{directory.name}"
     shown = [line.split("  ")[0] for line in lines[1:7]]
@@ -101,7 +108,7 @@ def test_the_latest_run_is_an_input_of_the_next(config: Path) -> None:
     first = (config.parent / "runs" / "latest").resolve()
     from_latest = ("--set", "plan.partition=runs/latest/plan.json")
     result = run(config.parent, "vpipe", "train", "run.yml", *short, *from_latest)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, WAITING)
     second = (config.parent / "runs" / "latest").resolve()
     assert second != first
     assert load_config(second / "config.yml").plan.partition == [1, 3]

@@ -124,10 +124,15 @@ def test_sync_mode(folder: Path, changes: dict[str, Any], schedule: str, num_mic
 
 def test_what_few_microbatches_cost_is_told(folder: Path) -> None:
     (told,) = load(folder, sync_mode="bsp", batch_size=4).warnings
-    assert told.startswith(
-        "num_microbatches is not given: a batch of 4 flows as 4 through 4 stages, each of which waits"
+    assert told == (
+        "num_microbatches is not given: a batch of 4 flows as 4 through 4 stages: each of 4 ranks waits for 43% of the "
+        "time (stages of equal time); a batch of 4 cannot be cut into more; with a batch_size of 16 it could flow as 16"
     )
-    assert "for 43% of the time" in told
+    (told,) = load(folder, sync_mode="bsp", batch_size=64).warnings
+    assert told == (
+        "num_microbatches is not given: a batch of 64 flows as 16 through 4 stages: each of 4 ranks waits for 16% of "
+        "the time"
+    )
 
 
 @pytest.mark.parametrize(("model_type", "model"), [("gpt", "gpt"), ("gpt2", "gpt"), ("llama", "llama")])

@@ -291,7 +291,10 @@ def test_warnings_are_logged_and_returned(tmp_path: Path, caplog: pytest.LogCapt
     text = SMALL + "pipeline: {num_ranks: 3}\n"
     with caplog.at_level(logging.WARNING, "vpipe.config"):
         run = load(tmp_path, text)
-    warning = "pipeline.num_microbatches is not given: with 1, only one of 3 stages works at a time"
+    warning = (
+        "pipeline.num_microbatches is not given, so it is 1: each of 3 ranks waits for 67% of the time (stages of "
+        "equal time); num_microbatches = 8, which batch_size 8 allows, makes it 20%"
+    )
     assert caplog.messages == [f"{tmp_path}/run.yml: {warning}"]
     assert read_config(tmp_path / "run.yml") == (run, (warning,))
 
@@ -346,7 +349,7 @@ def test_a_run_says_its_plan() -> None:
 
 
 def test_an_old_name_works_with_a_warning(tmp_path: Path) -> None:
-    text = SMALL + "pipeline: {schedule: searched, num_ranks: 2, num_microbatches: 4, memory_limit_microbatches: 1.5}\n"
+    text = SMALL + "pipeline: {schedule: searched, num_ranks: 2, num_microbatches: 8, memory_limit_microbatches: 1.5}\n"
     (tmp_path / "run.yml").write_text(text)
     run, warnings = read_config(tmp_path / "run.yml")
     assert run.pipeline.max_in_flight == 1.5

@@ -22,7 +22,9 @@ def test_all_are_here() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_loads_without_a_warning_and_dumps(path: Path) -> None:
     run, warnings = read_config(path)
-    assert warnings == ()
+    # What GPipe waits is a part of the comparison of three.
+    assert all("each of 4 ranks waits for 27% of the time" in text for text in warnings)
+    assert bool(warnings) == path.stem.endswith("_4gpipe")
     assert run.data.data_dir == CONFIGS.parent / "data" / "bert"
     assert run.log_directory == CONFIGS.parent / "runs"
     assert build_config(parse_yaml(dump_config(run), "dump")) == run

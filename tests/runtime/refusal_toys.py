@@ -53,6 +53,22 @@ def other_blocks() -> None:
     build(Chain.from_modules(layers, MSE), partition=[3, 4 + RANK])
 
 
+def _other_part(change: Callable[[nn.Module], object]) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)) for _ in range(7)]
+    if RANK:
+        change(layers[5][1 if change is nn.Module.eval else 0])
+    build(Chain.from_modules(layers, MSE))
+
+
+def other_modes() -> None:
+    _other_part(nn.Module.eval)
+
+
+def other_frozen() -> None:
+    _other_part(lambda part: part.requires_grad_(False))
+
+
 def other_clipping() -> None:
     build(clip_grad_norm=1.0 if RANK else None)
 
@@ -227,6 +243,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "other_depths": other_depths,
     "other_number_of_batches": other_number_of_batches,
     "other_partition": other_partition,
+    "other_modes": other_modes,
+    "other_frozen": other_frozen,
     "other_seed": other_seed,
     "own_fields_only": own_fields_only,
     "other_buffers": other_buffers,

@@ -94,6 +94,7 @@ def held_out_losses(oracle: Reference, case: Case):
     model = oracle.chain
     sums: dict[str, list[float]] = {name: [] for name in model.loss.parts}
     counts = dict.fromkeys(sums, 0.0)
+    modes = [(part, part.training) for module in oracle._modules for part in module.modules()]
     modules = [module.eval() for module in oracle._modules]
     with torch.no_grad():
         for batch in (piece for whole in case.held_out(model) for piece in cut(whole, case)):
@@ -103,8 +104,8 @@ def held_out_losses(oracle: Reference, case: Case):
             for name, part in model.loss(values, dict.fromkeys(sums, 1.0), size).items():
                 sums[name].append(part.item())
                 counts[name] += model.loss.count(batch, size)[name]
-    for module in modules:
-        module.train()
+    for part, mode in modes:
+        part.training = mode
     parts = {name: math.fsum(sums[name]) / counts[name] for name in sums}
     return {"loss": math.fsum(parts.values()), **parts}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from vpipe.errors import ScheduleError
@@ -89,3 +91,18 @@ def test_stages_per_rank_are_the_familys_own_unless_given():
     assert build("naive", stages_per_rank=2).sample.num_stages == 6
     with pytest.raises(ScheduleError, match="stages_per_rank=2"):
         build("1f1b", stages_per_rank=2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_microbatches", "expected"),
+    [
+        (0, 4, ["With num_microbatches = 4 each of 3 ranks waits for 33% of the time (stages of equal time); "]),
+        (1, 4, []),
+        (0, 12, []),
+    ],
+)
+def test_what_few_microbatches_cost_is_logged_once(caplog, rank, num_microbatches, expected):
+    with caplog.at_level(logging.INFO, "vpipe"):
+        build(rank=rank, num_microbatches=num_microbatches)
+    advice = "num_microbatches = 12 makes it 14%"
+    assert caplog.messages == [text + advice for text in expected]

@@ -31,6 +31,8 @@ def found(tmp_path_factory):
         ("other_partition", r"the partition: rank 0: \[4, 3\]; rank 1: \[3, 4\]. Start all ranks with the same code"),
         ("other_seed", "the seed: rank 0: 0; rank 1: 1"),
         ("other_blocks", r"the partition: rank 0: \[3, 4\]; rank 1: \[3, 5\]"),
+        ("other_modes", "the parts in evaluation mode: rank 0: none; rank 1: 5.1. Start all"),
+        ("other_frozen", "the frozen weights: rank 0: none; rank 1: 5.0.weight, 5.0.bias. Start all"),
         ("other_clipping", r"the clip_grad_norm: rank 0: None; rank 1: 1\.0"),
         ("other_depths", r"the schedule: rank 0: pipedream with 1 microbatches \(\w{16}\); rank 1: pipedream with"),
         ("other_number_of_batches", "the number of batches: rank 0: 2; rank 1: 3"),

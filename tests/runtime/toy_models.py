@@ -175,6 +175,22 @@ def normalised() -> Chain:
     return Chain.from_modules(modules, CallableLoss(nn.functional.mse_loss))
 
 
+def moded() -> Chain:
+    """Parts in evaluation mode among others: frozen norms, in a nested part too, and dropout that is off."""
+    with torch.random.fork_rng():
+        torch.manual_seed(12)
+        inner = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Dropout(0.4))
+        modules = [nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.ReLU(), inner, nn.BatchNorm1d(8), nn.Dropout(0.3)]
+        modules += [nn.Linear(8, WIDTH)]
+        for norm in (part for module in modules for part in module.modules() if isinstance(part, nn.BatchNorm1d)):
+            assert norm.running_var is not None
+            norm.running_var.uniform_(0.5, 2)
+    modules[1].eval().requires_grad_(False)
+    inner[1].eval()
+    inner[2].eval()
+    return Chain.from_modules(modules, CallableLoss(nn.functional.mse_loss))
+
+
 def weightless() -> Chain:
     """Blocks, and with the right cuts whole stages, that have no parameters."""
     with torch.random.fork_rng():
@@ -386,6 +402,7 @@ def winding() -> Chain:
 MODELS: dict[str, Callable[[], Chain]] = {
     "frozen": frozen,
     "nested": nested,
+    "moded": moded,
     "normalised": normalised,
     "peculiar": peculiar,
     "plain": plain,

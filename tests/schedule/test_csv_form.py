@@ -64,8 +64,8 @@ def test_several_updates_make_it_asynchronous() -> None:
         ("", "the CSV has no actions; write one row per rank, e.g. 0F0,0F1"),
         ("# schedule,name=x\n", "the CSV has no actions"),
         ("0F0,0B0\n1F0,what,1B0\n", "rank 1, cell 1: 'what' is not an action"),
-        ("0F0,0UNSHARD,0B0\n", "rank 0, cell 1: '0UNSHARD' is not an action"),
-        ("0F0,0SEND_F0,0B0\n1F0,1B0\n", "0SEND_F0 on rank 0 is no computation"),
+        ("0F0,0GATHER,0B0\n", "rank 0, cell 1: '0GATHER' is not an action"),
+        ("(0F0;0B0)OVERLAP\n", "rank 0, cell 0: '\\(0F0;0B0\\)OVERLAP' is not an action"),
         (
             "0F0,0B0\n2F0,2B0\n",
             "lays 3 stages over 2 ranks, but not as many on each in a loop .*: rank 0: 0; rank 1: 2",
@@ -75,7 +75,8 @@ def test_several_updates_make_it_asynchronous() -> None:
         ("# schedule,placement=ring\n0F0,0B0\n", "first row has placement=ring; write one of loop, v"),
         ("# schedule,weights=old\n0F0,0B0\n", "has weights=old; write one of newest, vertical, delayed"),
         ("# schedule,author=me\n0F0,0B0\n", "first row has 'author=me'; it may say name=..., placement=..."),
-        ("0F0,0F1,0B1,0B0\n", "0B0 comes after 0B1: gradients of a stage accumulate in microbatch order"),
+        ("0F0,0B0,0F2,0B2,0F1,0B1\n", "0B1 comes after 0B2: gradients of a stage accumulate in microbatch order"),
+        ("# schedule\n0F0,0F1,0B1,0B0\n", "0B0 comes after 0B1: gradients of a stage accumulate in microbatch"),
     ],
 )
 def test_files_that_cannot_be_read_say_why(text: str, words: str) -> None:

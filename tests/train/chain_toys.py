@@ -5,6 +5,7 @@ Tests copy it beside the run's YAML; it is not imported by them.
 
 import os
 import random
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -73,6 +74,29 @@ def unseeded():
 def shared():
     layer = nn.Linear(WIDTH, WIDTH)
     return Chain.from_modules(nn.Sequential(layer, nn.Tanh(), layer), CallableLoss(nn.functional.mse_loss))
+
+
+class Labelled(nn.Linear):
+    label = "new"
+
+    def get_extra_state(self):
+        return self.label
+
+    def set_extra_state(self, state):
+        self.label = state
+
+
+def named_modules():
+    inner = nn.Sequential(OrderedDict(norm=nn.BatchNorm1d(WIDTH), deep=nn.Sequential(nn.Linear(WIDTH, WIDTH))))
+    model = nn.Sequential(
+        OrderedDict(stem=nn.Linear(WIDTH, WIDTH), body=inner, act=nn.Tanh(), head=Labelled(WIDTH, WIDTH))
+    )
+    model.head.weight = model.stem.weight
+    return model
+
+
+def named():
+    return Chain.from_modules(named_modules(), CallableLoss(nn.functional.mse_loss))
 
 
 def failing():

@@ -20,7 +20,7 @@ from vpipe.draw.grid import Segment, legend, summary_lines, text_grid, to_dict
 from vpipe.draw.overview import overview, overview_lines
 from vpipe.draw.palette import TERMINAL_COLOURS
 from vpipe.draw.svg import to_svg
-from vpipe.schedule.csv_form import from_csv, to_csv
+from vpipe.schedule.csv_form import read_csv, to_csv
 from vpipe.schedule.passes.offload import insert_offloads
 from vpipe.schedule.passes.version_moves import insert_version_moves
 from vpipe.schedule.registry import SCHEDULES, build_schedule, find_entry
@@ -158,7 +158,10 @@ def command(
         _print_list(ranks, microbatches, form)
         return
     if csv_file is not None:
-        schedules = [from_csv(csv_file.read_text(encoding="utf-8"), csv_file.stem)]
+        schedule, notes = read_csv(csv_file.read_text(encoding="utf-8"), csv_file.stem)
+        for note in notes:
+            click.echo(f"warning: {csv_file.name}: {note}", err=True)
+        schedules = [schedule]
         reports: list[SearchReport | None] = [None]
         sentences = [f"read from {csv_file.name}."]
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vpipe.config.checks.run import check_config
+from vpipe.config.checks.told import tell_schedule
 from vpipe.config.fields import show
 from vpipe.config.original.flat import FLAT_KEYS, Translation, translate
 from vpipe.config.paths import make_paths_absolute
@@ -107,6 +108,8 @@ def _build(content: Mapping[Any, Any], folder: Path, overrides: Iterable[str], w
     problems += [*old_problems, *file_problems, *broken]
     problems += without(check_config(run), problems)
     raise_problems(problems, where, translation.origins)
+    is_given = get_key(tree, "pipeline.num_microbatches") is not None
+    run_warnings += tell_schedule(run, is_given=is_given, is_flat=bool(flat))
     return LoadedConfig(run, (*translation.warnings, *warnings, *old_warnings, *file_warnings, *run_warnings))
 
 

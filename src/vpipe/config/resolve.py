@@ -17,6 +17,7 @@ from vpipe.config.taken_plan import take_plan
 from vpipe.config.text import parse_json, read_text
 from vpipe.config.tree import Tree, get_key, set_key
 from vpipe.errors import ConfigError
+from vpipe.plan.waiting import ENOUGH
 from vpipe.words.near import did_you_mean
 
 __all__ = ["read_initial_model", "read_partition", "resolve_run"]
@@ -107,20 +108,9 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
     if get_key(tree, "pipeline.num_microbatches") is None:
         waits = run.pipeline.schedule != "naive" and is_synchronous(run) is not False
         if is_flat and waits and run.num_stages > 1:
-            pipeline["num_microbatches"] = number = _microbatches_of(run)
-            share = (run.num_stages - 1) / (number + run.num_stages - 1)
-            warnings.append(
-                f"num_microbatches is not given: a batch of {run.train.batch_size} flows as {number} through "
-                f"{run.num_stages} stages, each of which waits for {share:.0%} of the time"
-                + f"; with a batch_size that {4 * run.num_stages} divides they are more"
-                * (number < 4 * run.num_stages)
-            )
+            pipeline["num_microbatches"] = _microbatches_of(run)
         elif is_flat and (waits or run.pipeline.macrobatch):
             pipeline["num_microbatches"] = run.num_stages
-        elif waits and run.num_stages > 1:
-            warnings.append(
-                f"pipeline.num_microbatches is not given: with 1, only one of {run.num_stages} stages works at a time"
-            )
         if is_flat and run.pipeline.macrobatch:
             warnings.append(
                 f"macrobatch: a batch of {run.train.batch_size} flows as {run.num_stages} microbatches and gives one "
@@ -138,7 +128,7 @@ def resolve_run(run: RunConfig, tree: Tree, is_flat: bool) -> tuple[RunConfig, l
 
 def _microbatches_of(run: RunConfig) -> int:
     """Return four microbatches per stage, or as many as the batch can be cut into equally."""
-    counts = (times * run.num_stages for times in (4, 3, 2))
+    counts = (times * run.num_stages for times in range(ENOUGH, 1, -1))
     return next((count for count in counts if run.train.batch_size % count == 0), run.num_stages)
 
 

@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from vpipe.config import RunConfig, load_config
+from vpipe.config import RunConfig, read_config
 from vpipe.data.progress import Progress, no_progress
 from vpipe.errors import PlanError
 from vpipe.measure.alike import describe_machine, describe_model, profile_fingerprint
@@ -101,7 +101,7 @@ def profile_ranks(arguments: Sequence[str]) -> None:
     `arguments` are the file to write it to, the one for progress, sizes in JSON, and the run's file.
     """
     output, progress, sizes, path = arguments
-    config = load_config(path)
+    config = read_config(path).config
     with join_world(config) as world:
         setup = build_setup(config)
         with MetricsWriter(Path(progress)) as writer:

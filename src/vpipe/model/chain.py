@@ -7,10 +7,10 @@ a cut: a stage that needs one reads it from the batch.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from vpipe.data.source import FieldSpec
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, Crossing, ParameterRef, ValueSpec, call_block
-from vpipe.model.infer import NotOnMeta, build_on_meta, enter_behind_cut, run_on_meta, run_once, specs_of
+from vpipe.model.infer import build_on_meta, infer, runs_on_meta
 from vpipe.model.initialise import initialise_meta
 from vpipe.model.loss import CallableLoss, LearnedLoss, Loss, Metric, ValuesRead, as_loss, has_weights, metrics_of
-from vpipe.model.modules import EndingBlock, LossEnd, Modules, chain_modules
+from vpipe.model.modules import EndingBlock, LossEnd, Modules, build_frozen, chain_modules
 from vpipe.model.rng import derive_seed, seeded
 
 __all__ = ["Block", "Chain", "Crossing", "ParameterRef", "ValueSpec", "call_block"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -264,6 +262,13 @@ class Chain:
             )
         return sizes
 
+    def with_frozen(self, names: Collection[str]) -> Chain:
+        """Return the chain with weights of these model-wide names frozen, whatever its blocks say."""
+        frozen = frozenset(names)
+        return replace(
+            self, blocks=tuple(replace(block, build=partial(build_frozen, block, frozen)) for block in self.blocks)
+        )
+
     def given_weights(self) -> dict[str, Tensor]:
         """Return those weights and buffers that are there already, by model-wide names: a user's own modules have them.
 
@@ -348,51 +353,12 @@ class Chain:
             ModelError: a cut is outside the chain, a field is missing, a block cannot run, or writes another number of
                 values than it declares.
         """
-        last = max(cuts, default=0)
-        self._check_inferable(cuts, fields, self.blocks[:last])
-        on_meta = {name: tensor.detach().to("meta") for name, tensor in fields.items()}
-        try:
-            return self._infer(cuts, on_meta, lambda index, values: run_on_meta(self.blocks[index], values, training))
-        except NotOnMeta as error:
-            problem = error  # outlives the clause
-        batch = {name: _with_numbers(tensor, device) for name, tensor in fields.items()}
-
-        def run(index: int, values: Mapping[str, Any]) -> dict[str, Any]:
-            module = self._build(index, 0).to(device)
-            return run_once(self.blocks[index], module, values, problem, training=training)
-
-        specs = self._infer(cuts, batch, run)
-        found = "; ".join(f"before '{self.blocks[cut].name}' {_shown(specs[cut])}" for cut in cuts if cut < len(self))
-        logger.info("not all blocks run on the meta device (%s). What one microbatch gave: %s", problem, found)
-        return specs
+        self._check_inferable(cuts, fields, self.blocks[: max(cuts, default=0)])
+        return infer(self.blocks, self.crossing, lambda index: self._build(index, 0), cuts, fields, training, device)
 
     def runs_on_meta(self, fields: Mapping[str, Tensor]) -> bool:
         """Tell whether all blocks run on the meta device with such fields."""
-        on_meta = {name: tensor.to("meta") for name, tensor in fields.items()}
-        try:
-            self._infer([len(self)], on_meta, lambda index, values: run_on_meta(self.blocks[index], values))
-        except (ModelError, NotOnMeta):
-            return False
-        return True
-
-    def _infer(
-        self,
-        cuts: Sequence[int],
-        batch: Mapping[str, Tensor],
-        run: Callable[[int, Mapping[str, Any]], dict[str, Any]],
-    ) -> dict[int, Crossing]:
-        values: dict[str, Any] = dict(batch)
-        specs: dict[int, Crossing] = {}
-        with seeded(0), torch.enable_grad():
-            for index in range(max(cuts, default=0) + 1):
-                if index in cuts:
-                    # As in a run, the next stage gets leaves, and nothing but what crosses.
-                    leaves = enter_behind_cut({name: values[name] for name in self.crossing(index)})
-                    specs[index] = specs_of(leaves, batch)
-                    values = {**batch, **leaves}
-                if index < max(cuts, default=0):
-                    values.update(run(index, values))
-        return specs
+        return runs_on_meta(self.blocks, self.crossing, fields)
 
     def _check_inferable(self, cuts: Sequence[int], fields: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
         if outside := [cut for cut in cuts if not 0 <= cut <= len(self.blocks)]:
@@ -402,14 +368,6 @@ class Chain:
                 if name in self.fields and name not in fields:
                     known = _quote(sorted(fields)) or "none"
                     raise ModelError(f"block '{block.name}' reads the batch field '{name}'; the batch has {known}")
-
-
-def _with_numbers(tensor: Tensor, device: torch.device | str) -> Tensor:
-    return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
-
-
-def _shown(specs: Iterable[ValueSpec]) -> str:
-    return ", ".join(f"{spec.name} {spec.shape} {str(spec.dtype).removeprefix('torch.')}" for spec in specs)
 
 
 def _quote(names: Iterable[str]) -> str:

@@ -133,6 +133,6 @@ def _all_names(chain: Chain) -> set[str]:
     return {
         block.global_name(local)
         for index, block in enumerate(chain.blocks)
-        for local in build_on_meta(block).state_dict()
-        if (index, local) not in dropped
+        for local, item in build_on_meta(block).state_dict().items()
+        if (index, local) not in dropped and isinstance(item, Tensor)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from itertools import combinations
@@ -17,12 +18,16 @@ from vpipe.model.block import Block, Crossing, ValueSpec, call_block
 from vpipe.model.copying import copy_module, like_parameter
 from vpipe.model.modes import evaluating
 from vpipe.model.nested import Nest, map_tensors, take_apart, tensors_of
-from vpipe.model.rng import seeding_others
+from vpipe.model.rng import seeded, seeding_others
 
-__all__ = ["NotOnMeta", "build_on_meta", "enter_behind_cut", "leaf_of", "run_on_meta", "run_once", "specs_of"]
+__all__ = ["build_on_meta", "infer", "leaf_of", "runs_on_meta", "specs_of"]
+
+logger = logging.getLogger(__name__)
+
+_Run = Callable[[int, Mapping[str, Any]], dict[str, Any]]
 
 
-class NotOnMeta(Exception):
+class _NotOnMeta(Exception):
     """A block does not run on the meta device; `reason` says why."""
 
     def __init__(self, block: str, reason: str) -> None:
@@ -36,18 +41,83 @@ def build_on_meta(block: Block) -> nn.Module:
         return block.build()
 
 
-def run_on_meta(block: Block, values: Mapping[str, Any], training: bool = True) -> dict[str, Any]:
+def infer(
+    blocks: Sequence[Block],
+    crossing: Callable[[int], Sequence[str]],
+    build: Callable[[int], nn.Module],
+    cuts: Sequence[int],
+    fields: Mapping[str, Any],
+    training: bool,
+    device: torch.device | str,
+) -> dict[int, Crossing]:
+    """Return what crosses each of `cuts`, where the values that `crossing` names are alive; `build` makes a module.
+
+    Raises:
+        ModelError: a block cannot run, or writes another number of values than it declares.
+    """
+    on_meta = map_tensors(lambda tensor: tensor.detach().to("meta"), dict(fields))
+    try:
+        return _infer(cuts, crossing, on_meta, lambda index, values: _run_on_meta(blocks[index], values, training))
+    except _NotOnMeta as error:
+        problem = error  # outlives the clause
+
+    def run(index: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        return _run_once(blocks[index], build(index).to(device), values, problem, training=training)
+
+    specs = _infer(cuts, crossing, map_tensors(lambda tensor: _with_numbers(tensor, device), dict(fields)), run)
+    found = "; ".join(f"before '{blocks[cut].name}' {_shown(specs[cut])}" for cut in cuts if cut < len(blocks))
+    logger.info("not all blocks run on the meta device (%s). What one microbatch gave: %s", problem, found)
+    return specs
+
+
+def runs_on_meta(blocks: Sequence[Block], crossing: Callable[[int], Sequence[str]], fields: Mapping[str, Any]) -> bool:
+    """Tell whether all blocks run on the meta device with such fields."""
+    on_meta = map_tensors(lambda tensor: tensor.to("meta"), dict(fields))
+    try:
+        _infer([len(blocks)], crossing, on_meta, lambda index, values: _run_on_meta(blocks[index], values, True))
+    except (ModelError, _NotOnMeta):
+        return False
+    return True
+
+
+def _infer(
+    cuts: Sequence[int], crossing: Callable[[int], Sequence[str]], batch: Mapping[str, Any], run: _Run
+) -> dict[int, Crossing]:
+    values: dict[str, Any] = dict(batch)
+    specs: dict[int, Crossing] = {}
+    last = max(cuts, default=0)
+    with seeded(0), torch.enable_grad():
+        for index in range(last + 1):
+            if index in cuts:
+                # As in a run, the next stage gets leaves, and nothing but what crosses.
+                leaves = _enter_behind_cut({name: values[name] for name in crossing(index)})
+                specs[index] = specs_of(leaves, batch)
+                values = {**batch, **leaves}
+            if index < last:
+                values.update(run(index, values))
+    return specs
+
+
+def _with_numbers(tensor: Tensor, device: torch.device | str) -> Tensor:
+    return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+
+
+def _shown(specs: Iterable[ValueSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.shape} {str(spec.dtype).removeprefix('torch.')}" for spec in specs)
+
+
+def _run_on_meta(block: Block, values: Mapping[str, Any], training: bool) -> dict[str, Any]:
     """Return what `block` writes for `values` of meta tensors, in the mode that it was built in or in an evaluation.
 
     Tensors that it makes itself are made on the meta device where it does not run otherwise.
 
     Raises:
-        NotOnMeta: it does not run on the meta device, or may write other types elsewhere.
+        _NotOnMeta: it does not run on the meta device, or may write other types elsewhere.
         ModelError: it writes another number of values than it declares, or changes what crossed a cut in place.
     """
     try:
         return _on_meta(block, values, training=training)
-    except NotOnMeta:
+    except _NotOnMeta:
         with torch.device("meta"):
             return _on_meta(block, values, training=training)
 
@@ -65,14 +135,14 @@ def _on_meta(block: Block, values: Mapping[str, Any], *, training: bool) -> dict
     try:
         with _undisturbed(module, training=training):
             return call_block(block, call, values)
-    except (ModelError, NotOnMeta):
+    except (ModelError, _NotOnMeta):
         raise
     except Exception as error:  # whatever its code meets there
-        raise NotOnMeta(block.name, _reason(error)) from error
+        raise _NotOnMeta(block.name, _reason(error)) from error
 
 
-def run_once(
-    block: Block, module: nn.Module, values: Mapping[str, Any], on_meta: NotOnMeta, *, training: bool
+def _run_once(
+    block: Block, module: nn.Module, values: Mapping[str, Any], on_meta: _NotOnMeta, *, training: bool
 ) -> dict[str, Any]:
     """Return what `block`, of which `module` is made, writes for `values` of tensors with numbers.
 
@@ -126,7 +196,7 @@ class _WithoutAutocast(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-            raise NotOnMeta(self._block, "there is no autocast")
+            raise _NotOnMeta(self._block, "there is no autocast")
         return function(*args, **(kwargs or {}))
 
 
@@ -140,7 +210,7 @@ def leaf_of(value: Tensor) -> Tensor:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def enter_behind_cut(values: Mapping[str, Any]) -> dict[str, Any]:
+def _enter_behind_cut(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values that cross a cut as the stage behind it gets them; names of one tensor stay that."""
     leaves = {id(tensor): leaf_of(tensor) for value in values.values() for tensor in tensors_of(value)}
     return {name: map_tensors(lambda tensor: leaves[id(tensor)], value) for name, value in values.items()}

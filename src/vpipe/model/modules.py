@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from vpipe.errors import ModelError
 from vpipe.model.block import Block, ParameterRef, call_block
-from vpipe.model.copying import check_memory, copy_module
+from vpipe.model.copying import check_memory, copy_module, like_parameter
 
-__all__ = ["EndingBlock", "LossEnd", "Modules", "chain_modules", "leaving_out_losses"]
+__all__ = ["EndingBlock", "LossEnd", "Modules", "build_frozen", "chain_modules", "leaving_out_losses"]
 
 Modules = nn.Sequential | nn.ModuleList | Sequence[nn.Module | Block]
 
@@ -150,6 +150,8 @@ def _named_items(modules: Modules) -> Iterator[tuple[str, nn.Module | Block]]:
             f"a chain is made of an nn.Sequential or a list of modules, not of {type(modules).__name__}; "
             "list its layers in the order in which they run"
         )
+    if isinstance(modules, nn.Module):
+        _check_container(modules)
     # Not named_children(): that leaves out a module's second appearance.
     named = modules._modules.items() if isinstance(modules, nn.Module) else enumerate(modules)
     for name, item in named:
@@ -161,6 +163,31 @@ def _named_items(modules: Modules) -> Iterator[tuple[str, nn.Module | Block]]:
                 "on a small batch, or give its sizes"
             )
         yield str(name), item
+
+
+def _check_container(container: nn.Module) -> None:
+    """Refuse what an nn.Sequential does beside running its items one after another, which nobody would do."""
+    kind = type(container).__name__
+    plain = nn.Sequential if isinstance(container, nn.Sequential) else nn.Module
+    if "forward" in vars(container) or type(container).forward is not plain.forward:
+        raise ModelError(
+            f"the {kind} has a forward of its own, and a chain runs the items one after another without it; put what "
+            "it does into modules, or list vpipe.Block(name, build, inputs, outputs) for items that take more than "
+            "the previous one's tensor"
+        )
+    own = [*container.named_parameters(recurse=False), *container.named_buffers(recurse=False)]
+    if own:
+        raise ModelError(f"the {kind} holds '{own[0][0]}' beside its items; let the module that uses it hold it")
+    if (
+        container._forward_hooks
+        or container._forward_pre_hooks
+        or container._backward_hooks
+        or container._backward_pre_hooks
+    ):
+        raise ModelError(
+            f"the {kind} has hooks of its own, and a chain runs the items one after another without it; register them "
+            "on its first or last item"
+        )
 
 
 def _check_own_buffers(name: str, module: nn.Module, owners: dict[int, str]) -> None:
@@ -179,3 +206,19 @@ def _copying(module: nn.Module) -> Callable[[], nn.Module]:
     """Return a builder of copies, so that building a block twice does not train one set of weights."""
     # What runs on the meta device writes no weights.
     return lambda: module if torch.get_default_device().type == "meta" else copy_module(module)
+
+
+def build_frozen(block: Block, names: frozenset[str]) -> nn.Module:
+    """Build `block` with the weights of these model-wide names frozen.
+
+    On the meta device, where modules made elsewhere come as they are, that is a copy.
+    """
+    module = block.build()
+    if torch.get_default_device().type == "meta":
+        tensors = {id(item): item.to("meta") for item in module.buffers()}
+        tensors |= {id(item): like_parameter(item.detach().to("meta"), item) for item in module.parameters()}
+        module = copy_module(module, dict(tensors))
+    for local, parameter in module.named_parameters():
+        if block.global_name(local) in names:
+            parameter.requires_grad_(False)
+    return module

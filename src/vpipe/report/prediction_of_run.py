@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vpipe.config import load_config
+from vpipe.config import read_config
 from vpipe.config.planning.to_plan import to_plan
 from vpipe.errors import ConfigError
 from vpipe.plan.plan_file import plan_from_dict
@@ -177,7 +177,7 @@ def predict_run(directory: Path) -> RunPrediction:
             f"'{directory / 'plan.json'}' has no {', '.join(missing)}; it is of an older version of VPipe"
         )
     events = read_timeline(directory / "timeline.json")
-    plan = plan_from_dict(_with_ranks(content), to_plan(load_config(directory / "config.yml")))
+    plan = plan_from_dict(_with_ranks(content), to_plan(read_config(directory / "config.yml").config))
     _, num_microbatches = plan.sizes
     _check_same(plan.build(), events)
     message_bytes = [float(cut["forward_bytes"]) for cut in content["cuts"]]

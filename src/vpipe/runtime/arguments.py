@@ -144,6 +144,11 @@ UPDATE, MEMORY = Update(), Memory()
 """What holds where nothing is said."""
 
 
+_TRAIN_FIRST = (
+    "make it with the weight trained, and call pipeline.freeze('{name}') and later pipeline.unfreeze('{name}')"
+)
+
+
 class GivenParameters:
     """The caller's own parameters, of which a pipeline trains copies: what is said on them later has no effect."""
 
@@ -161,9 +166,9 @@ class GivenParameters:
             if item is not None and item.requires_grad != was_trained:
                 raise ConfigError(
                     f"'{name}' of the modules that were given is {'frozen' if was_trained else 'trained'} now, and was "
-                    f"{'trained' if was_trained else 'frozen'} when the pipeline was made, which trains copies; call "
-                    "requires_grad_ before, make another pipeline from modules that load its state_dict(), or do other "
-                    "things with a copy of your own (copy.deepcopy)"
+                    f"{'trained' if was_trained else 'frozen'} when the pipeline was made, which trains copies; "
+                    + (f"call pipeline.freeze('{name}')" if was_trained else _TRAIN_FIRST.format(name=name))
+                    + ", and do other things with a copy of your own (copy.deepcopy)"
                 )
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,6 @@ __all__ = [
     "connect",
     "crossing_specs",
     "facts_of",
-    "named_state",
     "show_loss",
     "stages_of",
     "tied_groups",
@@ -44,16 +44,39 @@ def crossing_specs(
     return {stage: inferred[cut] for stage, cut in enumerate(partition.cuts, start=1)}
 
 
-def facts_of(chain: Chain, plan: Plan) -> dict[str, object]:
-    """Return what ranks must agree on about the model and the plan."""
-    return plan.facts() | {
+def facts_of(chain: Chain) -> dict[str, object]:
+    """Return what ranks must agree on about the model, each under its own name so that it can be told."""
+    with torch.device("meta"):
+        modules = [(block, block.build()) for block in chain.blocks]
+    switched_off = [
+        block.global_name(f"{path}.").rstrip(".")
+        for block, module in modules
+        for path, part in module.named_modules()
+        if not part.training
+    ]
+    frozen = [
+        block.global_name(name)
+        for block, module in modules
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    ]
+    return {
         "blocks": " ".join(block.name for block in chain.blocks),
         "batch fields": chain.fields,
         "whole fields": chain.whole_fields,
         "parts of the loss": chain.loss.parts,
         "metrics": chain.metric_names,
         "tied weights": chain.tied,
+        "parts in evaluation mode": _listed(switched_off),
+        "frozen weights": _listed(frozen),
     }
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and of many a number that stands for all of them."""
+    if len(names) <= 8:
+        return ", ".join(names) or "none"
+    return f"{', '.join(names[:8])}, ... ({len(names)}, {zlib.crc32(' '.join(names).encode()):08x})"
 
 
 def build_stages(
@@ -111,16 +134,6 @@ def connect(
     for weights in movable:
         weights.link = link
     return link
-
-
-def named_state(chain: Chain, held: Iterable[HeldStage]) -> dict[str, Tensor]:
-    """Return the newest weights and the buffers of some stages, by their names in the whole model."""
-    return {
-        chain.blocks[block].global_name(name): tensor
-        for item in held
-        for block, module in enumerate(item.weights.newest, start=item.stage.start)
-        for name, tensor in module.state_dict().items()
-    }
 
 
 def show_loss(module: nn.Module, last: HeldStage) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from vpipe.errors import DataError
 from vpipe.model.chain import Chain, Crossing
 from vpipe.plan.partition import Partition
@@ -24,6 +26,15 @@ class Crossings:
         self._partition = partition
         self._world = world
         self._known: dict[object, dict[int, Crossing]] = {}
+        self._inferred = chain
+        self.frozen: frozenset[str] = frozenset()
+        """Weights that are not trained now, besides those that never are."""
+
+    def assume_frozen(self, names: Collection[str]) -> None:
+        """Infer anew, with the weights of these names frozen and all others as the model has them."""
+        self.frozen = frozenset(names)
+        self._known.clear()
+        self._inferred = self._chain.with_frozen(names)
 
     def of(self, batch: Batch, num_samples: int, *, training: bool, compare: bool = False) -> dict[int, Crossing]:
         """Return what crosses for microbatches of `num_samples` of such a batch.
@@ -46,7 +57,7 @@ class Crossings:
                 _refuse_cut_of_whole(self._chain, batch, num_samples)
             rows = Batch(described, batch.num_samples, batch.whole).rows(slice(num_samples)) if described else {}
             crossing = crossing_specs(
-                self._chain, self._partition, fields | rows, self._world.device, training=training
+                self._inferred, self._partition, fields | rows, self._world.device, training=training
             )
             agree({"values between stages": crossing}, self._world)
             self._known[shapes] = crossing

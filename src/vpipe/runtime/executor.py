@@ -320,10 +320,7 @@ class Executor:
     def _tell_split(self, held: HeldStage, action: Action) -> None:
         self._told.add(action.stage)
         version = self._program.weights[action.stage].version_of[action.microbatch]
-        own = [item for item in held.weights.modules(version).parameters() if item.requires_grad]
-        tell_split(
-            action.stage, list(zip(held.weights.names, own, strict=True)), held.stage.deferred(action.microbatch)
-        )
+        tell_split(action.stage, held.weights.trained(version), held.stage.deferred(action.microbatch))
 
     def _backward_weights(self, action: Action) -> None:
         held, serial = self._held[action.stage], action.microbatch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from operator import methodcaller
 from typing import Any
@@ -32,7 +32,7 @@ from vpipe.runtime.arguments import (
     refusing_moved,
     watch_memory,
 )
-from vpipe.runtime.assembly import build_stages, connect, facts_of, named_state, show_loss, stages_of, tied_groups
+from vpipe.runtime.assembly import build_stages, connect, facts_of, show_loss, stages_of, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch, as_input
 from vpipe.runtime.comm.activity import CLOSED, ended_by
 from vpipe.runtime.comm.agreement import agree, agree_on_weights
@@ -48,6 +48,7 @@ from vpipe.runtime.memory.allocator import keep_freed_memory
 from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.programs import ProgramBuilder
 from vpipe.runtime.result import Outcomes, Outputs, StepResult
+from vpipe.runtime.weights.model_state import ModelState
 from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
 from vpipe.runtime.weights.update import Update, Updater
 from vpipe.schedule.action import Action, Kind
@@ -57,7 +58,7 @@ __all__ = ["Hooks", "Pipeline", "StepResult"]
 _NO_MORE = {"microbatches to evaluate": "no more"}
 
 
-class Pipeline:
+class Pipeline(ModelState):
     """Trains a chain of blocks that is spread over the ranks of a `World`.
 
     Every rank makes the same `Pipeline` and gives it the same batches; each builds and trains only its own stages.
@@ -119,7 +120,7 @@ class Pipeline:
             leaving.push(self)  # what fails here fails inside of the group that was joined
             self.plan = open_plan.resolve(self.chain, self.world)
             self.programs = ProgramBuilder(self.plan, self.rank)
-            agree(facts_of(self.chain, self.plan) | update.facts() | {"seed": seed}, self.world)
+            agree(self.plan.facts() | facts_of(self.chain) | update.facts() | {"seed": seed}, self.world)
             given = self.chain.given_weights()
             agree_on_weights(given, self.world)
             self._given = GivenParameters(given)
@@ -357,7 +358,10 @@ class Pipeline:
         program = self.programs.evaluation([piece.number for piece in pieces], keeps_outputs=keeps_outputs)
         agree({"microbatches to evaluate": f"{len(pieces)} more"}, self.world)  # whoever is ahead waits here
         modules = [item.weights.newest for item in self.held.values()]
-        with evaluating(modules), leaving_out_losses(itertools.chain(*modules)) if keeps_outputs else nullcontext():
+        with (
+            evaluating(modules, calling=True),
+            leaving_out_losses(itertools.chain(*modules)) if keeps_outputs else nullcontext(),
+        ):
             feed = self._start(program, (piece.batch for piece in pieces), engine)
             try:
                 for _ in engine.executor.run(program, feed):
@@ -366,6 +370,17 @@ class Pipeline:
             except BaseException as problem:
                 self._give_up(problem)
                 raise
+
+    @property
+    def _parts(self) -> Collection[HeldStage]:
+        return self.held.values()
+
+    @property
+    def _inference(self) -> Crossings:
+        return self._engine.crossings
+
+    def _check_idle(self) -> None:
+        self._ready.check_idle()
 
     def _start(self, program: Program, batches: Iterator[Batch], engine: Engine) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
@@ -384,14 +399,6 @@ class Pipeline:
         readers = [item.stage.fields for item in held.values()]
         every, move = itertools.chain([first], batches), methodcaller("to", self.device, non_blocking=True)
         return BatchFeed(every, program.num_microbatches, readers, move, executor.callers_turn)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.
-
-        The dictionaries of all ranks together are the model's; for an `nn.Sequential`, what its own would be. Tensors
-        are copies: later training does not change them.
-        """
-        return {name: tensor.detach().clone() for name, tensor in named_state(self.chain, self.held.values()).items()}
 
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""

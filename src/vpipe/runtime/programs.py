@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 from vpipe.errors import ScheduleError
 from vpipe.plan.recipe import Recipe, build_evaluation
+from vpipe.plan.waiting import find_waiting
 from vpipe.runtime.executor import Program
 from vpipe.schedule.action import Kind
 from vpipe.schedule.memory import peak_activations
@@ -16,6 +18,8 @@ from vpipe.schedule.schedule import Schedule, uses_split_backward
 from vpipe.schedule.weights import weight_usage
 
 __all__ = ["ProgramBuilder"]
+
+logger = logging.getLogger(__name__)
 
 
 class ProgramBuilder:
@@ -37,6 +41,13 @@ class ProgramBuilder:
         # A longer asynchronous schedule repeats the steady state of this one.
         validate_schedule(self.sample)
         self.update_size = self._count_update_size()
+        if rank == 0 and logger.isEnabledFor(logging.INFO):
+            self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        waiting = find_waiting(self.recipe)
+        if waiting is not None and waiting.is_long:
+            logger.info("With num_microbatches = %d %s", waiting.num_microbatches, waiting)
 
     def _count_update_size(self) -> int:
         count = weight_usage(self.sample)[0].update_of.count(0)

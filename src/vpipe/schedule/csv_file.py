@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vpipe.errors import ScheduleError
-from vpipe.schedule.csv_form import from_csv
+from vpipe.schedule.csv_form import ReadSchedule, read_csv
 from vpipe.schedule.schedule import Schedule
 
 __all__ = ["build_from_csv", "check_csv_run", "is_csv_file", "read_csv_file"]
@@ -19,8 +19,8 @@ def is_csv_file(name: str) -> bool:
     return name.lower().endswith(".csv")
 
 
-def read_csv_file(path: Path) -> Schedule:
-    """Read the schedule in a file.
+def read_csv_file(path: Path) -> ReadSchedule:
+    """Read the schedule in a file, with what is to be said of how it was read.
 
     Raises:
         ScheduleError: the file cannot be read, or holds no legal schedule.
@@ -33,7 +33,7 @@ def read_csv_file(path: Path) -> Schedule:
             "`vpipe schedule 1f1b --ranks 4 --microbatches 8 --format csv` prints"
         ) from None
     try:
-        return from_csv(text, path.stem)
+        return read_csv(text, path.stem)
     except ScheduleError as error:
         raise ScheduleError(f"schedule '{path}': {error}") from None
 
@@ -46,7 +46,7 @@ def build_from_csv(
     Raises:
         ScheduleError: it is of other sizes; the text says of which.
     """
-    schedule = read_csv_file(path)
+    schedule = read_csv_file(path).schedule
     asked = {"num_ranks": num_ranks, "num_microbatches": num_microbatches, "stages_per_rank": stages_per_rank}
     held = {
         "num_ranks": schedule.num_ranks,

@@ -18,6 +18,8 @@ class Entry:
     builder: Callable[..., Schedule]
     synchronous: bool
     summary: str
+    notes: tuple[str, ...] = ()
+    """What whoever chooses it should know: of a file, what is not in the schedule that was read from it."""
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -89,6 +89,6 @@ def known_entry(name: str) -> Entry | None:
 
 
 def _entry_of_file(path: Path) -> Entry:
-    schedule = read_csv_file(path)
+    schedule, notes = read_csv_file(path)
     builder = partial(build_from_csv, path, stages_per_rank=schedule.placement.stages_per_rank)
-    return Entry(builder, schedule.synchronous, f"The order in {path.name}.")
+    return Entry(builder, schedule.synchronous, f"The order in {path.name}.", notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpipe.config import RunConfig, load_config
+from vpipe.config import RunConfig, read_config
 from vpipe.errors import ConfigError
 from vpipe.launch.run_directory import agree_run_directory, point_latest_to
 from vpipe.train.planning import plan_run
@@ -18,7 +18,7 @@ __all__ = ["run_rank", "train_rank"]
 def run_rank(arguments: Sequence[str]) -> None:
     """Be one rank of the run that the file `arguments[0]` describes."""
     (path,) = arguments
-    train_rank(load_config(Path(path)))
+    train_rank(read_config(path).config)  # whoever started the ranks has told the warnings
 
 
 def train_rank(config: RunConfig) -> Path:

@@ -291,10 +291,16 @@ class Reference:
         shares: list[dict[str, float]] = []
         for part, _ in modes:
             part.training = False
+        # Those that have a switch of their own do more than to note the mode.
+        told = [(part, mode) for part, mode in modes if not _notes_only(part)]
+        for part, _ in told:
+            part.eval()
         with torch.no_grad(), seeded(0):
             for number, fields in enumerate(pieces):
                 parts = self._loss(fields, dict.fromkeys(self.chain.loss.parts, 1.0), number, 0)
                 shares.append({name: item.item() for name, item in parts.items()})
+        for part, mode in told:
+            part.train(mode)
         for part, mode in modes:
             part.training = mode
         counts = [self._totals([fields]) for fields in pieces]
@@ -365,6 +371,10 @@ class Reference:
                 if item.grad is not None:
                     item.grad.mul_(self._clip / (norm + 1e-6))
         return norm
+
+
+def _notes_only(part: nn.Module) -> bool:
+    return type(part).train is nn.Module.train and type(part).eval is nn.Module.eval
 
 
 def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:

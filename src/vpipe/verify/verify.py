@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vpipe.config import RunConfig, load_config
+from vpipe.config import RunConfig, read_config
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import LaunchError
 from vpipe.model.loss import exact_sum
@@ -108,7 +108,7 @@ def pipeline_rank(arguments: Sequence[str]) -> None:
     `arguments` are a folder, a configuration file and the number of iterations.
     """
     directory, path, iterations = arguments
-    config = load_config(path)
+    config = read_config(path).config
     with join_world(config) as world:
         config = plan_run(config, world, pipeline_directory(Path(directory))).config
         if world.rank == 0:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from vpipe.errors import ModelError
@@ -46,7 +47,7 @@ class Findings:
         """
         if self.draws_nothing(block, module):
             return call()
-        key = block, module is None or module.training
+        key = block, _trains(module)
         with seeding_others(seed_of(block)) as was_drawn:
             result = call()
             if key not in self._draws:
@@ -55,7 +56,7 @@ class Findings:
 
     def draws_nothing(self, block: int, module: nn.Module | None) -> bool:
         """Tell whether a block is known to draw nothing from `random` and numpy in the mode that `module` is in."""
-        return self._draws.get((block, module is None or module.training)) is False
+        return self._draws.get((block, _trains(module))) is False
 
     def state_of(self, block: int, name: str) -> ChangingState:
         """Return what is known of the state of a block called `name`."""
@@ -70,6 +71,11 @@ class Findings:
         blocks.add(block)
         if self.may_repeat:
             raise RunAgain
+
+
+def _trains(module: nn.Module | None) -> bool:
+    # A block in evaluation mode may have parts in training mode, which a training alone switches on.
+    return module is None or module.training or torch.is_grad_enabled()
 
 
 def are_hooks_refused(error: RuntimeError) -> bool:

@@ -112,6 +112,10 @@ class Stage:
         """Tell whether any of its blocks swaps."""
         return bool(self._swaps)
 
+    def look_again(self) -> None:
+        """Find out anew how blocks have to be run: other weights are trained now."""
+        self._findings, self._has_run = Findings(), False
+
     def forget(self) -> None:
         """Drop what forwards have left for backwards that will not come."""
         for waiting in (self._saved, self._deferred, self._shared):

@@ -9,7 +9,7 @@ the update is in place.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -44,7 +44,9 @@ class WeightVersions:
             ConfigError: `optimizer` does not make an optimizer of these parameters.
         """
         self._sets: list[nn.ModuleList] = [nn.ModuleList(modules)]
-        self._parameters: list[list[nn.Parameter]] = [_trainable(self._sets[0])]
+        self._places = [place for place, item in enumerate(self._sets[0].parameters()) if item.requires_grad]
+        self._frozen: set[str] = set()
+        self._parameters: list[list[nn.Parameter]] = [self._trainable(self._sets[0])]
         self._set_of: dict[int, int] = {0: 0}
         self._uses: Counter[int] = Counter()
         self._newest = 0
@@ -70,6 +72,32 @@ class WeightVersions:
     def newest(self) -> nn.ModuleList:
         """Return the modules of the newest version."""
         return self._sets[self._set_of[self._newest]]
+
+    @property
+    def sets(self) -> Sequence[nn.ModuleList]:
+        """Return the modules of all sets, whether a version is in them or not."""
+        return self._sets
+
+    def trained(self, version: int) -> list[tuple[str, nn.Parameter]]:
+        """Return those parameters of `version` that get gradients now, with their names."""
+        pairs = zip(self.names, self._parameters[self._set_of[version]], strict=True)
+        return [(name, item) for name, item in pairs if name not in self._frozen]
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Let the parameters with `names` get no gradients from now on, and all others have some."""
+        self._frozen = {name for name in self.names if name in names}
+        for parameters in self._parameters:
+            self._switch(parameters)
+
+    def _switch(self, parameters: Sequence[nn.Parameter]) -> None:
+        for name, item in zip(self.names, parameters, strict=True):
+            if item.requires_grad == (name in self._frozen):
+                item.requires_grad_(name not in self._frozen)
+
+    def _trainable(self, modules: nn.Module) -> list[nn.Parameter]:
+        """Return a set's parameters that can be trained, whether they are now or not."""
+        every = list(modules.parameters())
+        return [every[place] for place in self._places]
 
     def start(self, version_of: Sequence[int]) -> None:
         """Begin a program in which microbatch k uses version `version_of[k]`, counted from the newest one now."""
@@ -112,9 +140,9 @@ class WeightVersions:
             yield from (item for item in state.values() if isinstance(item, Tensor))
 
     def untrained(self) -> Iterator[Tensor]:
-        """Yield buffers and frozen parameters, which all versions share."""
+        """Yield buffers and parameters that were frozen from the start, which all versions share."""
         yield from self._sets[0].buffers()
-        yield from (parameter for parameter in self._sets[0].parameters() if not parameter.requires_grad)
+        yield from self._never_trained()
 
     def step(self, *, apply: bool = True) -> None:
         """Make the next version from the newest one and the accumulated gradients, and forget the gradients.
@@ -167,11 +195,21 @@ class WeightVersions:
     def _add_set(self, parameters: Mapping[int, nn.Parameter]) -> int:
         """Make one more set, with copies of the trained parameters or those given, by the identity of the original."""
         self.resized(self._set_bytes())
-        copied = copy_module(self._sets[0], {**_shared(self._sets[0]), **parameters})
+        copied = copy_module(self._sets[0], {**self._shared(), **parameters})
         assert isinstance(copied, nn.ModuleList)
         self._sets.append(copied)
-        self._parameters.append(_trainable(copied))
+        self._parameters.append(self._trainable(copied))
+        self._switch(self._parameters[-1])
         return len(self._sets) - 1
+
+    def _never_trained(self) -> list[nn.Parameter]:
+        trained = set(self._places)
+        return [item for place, item in enumerate(self._sets[0].parameters()) if place not in trained]
+
+    def _shared(self) -> dict[int, object]:
+        """Return a deepcopy memo that shares what is never trained, and buffers even when modules reassign them."""
+        buffers = [part._buffers for part in self._sets[0].modules()]
+        return {id(item): item for item in (*self._never_trained(), *buffers)}
 
     def _set_bytes(self) -> int:
         storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, self.parameters)}
@@ -180,14 +218,3 @@ class WeightVersions:
 
 def _ignore(num_bytes: int, *, by_link: bool = False) -> None:
     """Tell nobody."""
-
-
-def _trainable(modules: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in modules.parameters() if parameter.requires_grad]
-
-
-def _shared(modules: nn.Module) -> dict[int, object]:
-    """Return a deepcopy memo that shares frozen parameters, and buffers even when modules reassign them."""
-    frozen = [parameter for parameter in modules.parameters() if not parameter.requires_grad]
-    buffers = [part._buffers for part in modules.modules()]
-    return {id(item): item for item in (*frozen, *buffers)}
