@@ -5,6 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
 from vpipe.data.batches import (
     batch_indices,
@@ -84,11 +85,20 @@ def test_evaluation_can_stop_early() -> None:
     assert [batch.tolist() for batch in evaluation_batches(9, 2, max_batches=2)] == [[0, 1], [2, 3]]
 
 
-def test_microbatches_are_equal_and_in_order() -> None:
+def test_microbatches_are_in_order_and_differ_by_one_sample_at_most() -> None:
     assert microbatch_rows(6, 3) == (slice(0, 2), slice(2, 4), slice(4, 6))
+    assert microbatch_rows(7, 3) == (slice(0, 3), slice(3, 5), slice(5, 7))
+    assert microbatch_rows(2, 4) == (slice(0, 1), slice(1, 2), slice(2, 2), slice(2, 2))
 
 
-@pytest.mark.parametrize("num_microbatches", [0, 4, 7])
-def test_batch_that_does_not_divide(num_microbatches: int) -> None:
-    with pytest.raises(ConfigError, match=f"6 samples cannot be cut into {num_microbatches} .* that fit: 1, 2, 3, 6"):
-        microbatch_rows(6, num_microbatches)
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4, 7, 11])
+@pytest.mark.parametrize("batch_size", [1, 2, 6, 7, 23])
+def test_they_are_those_of_torch(batch_size: int, num_microbatches: int) -> None:
+    rows = torch.arange(batch_size)
+    found = [rows[part].tolist() for part in microbatch_rows(batch_size, num_microbatches)]
+    assert found == [part.tolist() for part in rows.tensor_split(num_microbatches)]
+
+
+def test_without_microbatches_nothing_can_be_cut() -> None:
+    with pytest.raises(ConfigError, match="num_microbatches is 0; give a whole number of at least 1"):
+        microbatch_rows(6, 0)

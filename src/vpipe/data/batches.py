@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,19 +88,18 @@ def evaluation_batches(
 
 
 def microbatch_rows(batch_size: int, num_microbatches: int) -> tuple[slice, ...]:
-    """Cut the rows of a batch into equal consecutive microbatches.
+    """Cut the rows of a batch into consecutive microbatches of sizes that differ by one at most, the larger ones first.
+
+    Of fewer rows than microbatches the last microbatches have none.
 
     Raises:
-        ConfigError: the rows cannot be shared out equally.
+        ConfigError: there are no microbatches.
     """
-    size, rest = divmod(batch_size, max(num_microbatches, 1))
-    if num_microbatches < 1 or rest or not size:
-        fitting = ", ".join(str(count) for count in range(1, batch_size + 1) if batch_size % count == 0)
-        raise ConfigError(
-            f"a batch of {batch_size} samples cannot be cut into {num_microbatches} equal microbatches; "
-            f"num_microbatches that fit: {fitting or 'none'}"
-        )
-    return tuple(slice(start, start + size) for start in range(0, batch_size, size))
+    if num_microbatches < 1:
+        raise ConfigError(f"num_microbatches is {num_microbatches}; give a whole number of at least 1")
+    size, rest = divmod(batch_size, num_microbatches)
+    starts = [index * size + min(index, rest) for index in range(num_microbatches + 1)]
+    return tuple(slice(start, stop) for start, stop in pairwise(starts))
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from operator import methodcaller
 from typing import cast
 
 from torch import Tensor
 
-from vpipe.data.batches import microbatch_rows
 from vpipe.errors import DataError, ExecutionError, NonFiniteLossError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import LearnedLoss, Loss
@@ -196,7 +196,7 @@ class Pipeline:
         """Train on one batch, given as tensors in the order of the model's fields, by name, or as one object.
 
         Raises:
-            DataError, ConfigError: the batch is not one of the model's, or cannot be cut into microbatches.
+            DataError, ConfigError: the batch is not one of the model's, or ranks were given different ones.
             NonFiniteLossError: the loss or the gradient norm is not finite, and was not applied; on every rank.
         """
         if data and fields:
@@ -213,7 +213,7 @@ class Pipeline:
         from `num_batches` or else from ``len(batches)``, and all of its results must be taken.
 
         Raises:
-            DataError, ConfigError: a batch is not one of the model's, or cannot be cut into microbatches.
+            DataError, ConfigError: a batch is not one of the model's, or ranks were given different ones.
             NonFiniteLossError: the loss or a gradient is not finite, and was not applied; on every rank, but for a
                 gradient in an asynchronous schedule.
         """
@@ -292,10 +292,10 @@ class Pipeline:
         self._is_busy = False
 
     def _publish(self, batch: int) -> None:
-        size = self._program.num_microbatches
-        shares = [self._executor.losses.pop(batch * size + index) for index in range(size)]
+        size, losses = self._program.num_microbatches, self._executor.losses
+        shares = [losses.pop(serial) for serial in range(batch * size, (batch + 1) * size) if serial in losses]
         # Where a batch is several updates, each normalised by itself, the batch's loss is their mean.
-        self._outcomes.publish(shares, self._program.update_size / size)
+        self._outcomes.publish(shares, 1 / -(-len(shares) // self._program.update_size))
 
     def _result(self, program: Program, batch: int) -> tuple[StepResult, NonFiniteLossError | None]:
         """Return what a batch gave, and why training ends with it if it does."""
@@ -362,15 +362,14 @@ class Pipeline:
             )
         if (first := next(batches, None)) is None:
             raise DataError("there are no batches")
-        num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
-        crossing = self._crossings.of(first, num_samples, training=program.training, compare=program.compares_batches)
-        for index, item in self.held.items():
-            item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
-        self.transport.start(program.actions, crossing, program.num_serials, program.window)
-        self._watch.expect(crossing)
+        count, training = program.num_microbatches, program.training
+        self._crossings.agree(first, count, training=training, compare=program.compares_batches)
         readers = [item.stage.fields for item in self.held.values()]
         every, move = itertools.chain([first], batches), methodcaller("to", self.device, non_blocking=True)
-        return BatchFeed(every, program.num_microbatches, readers, move, self._executor.callers_turn)
+        crossing = partial(self._crossings.of, training=training, together=False)
+        feed = BatchFeed(every, count, readers, move, crossing, self._executor.callers_turn, program.lead)
+        self.transport.start(program.actions, feed, program.num_serials, program.window)
+        return feed
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.

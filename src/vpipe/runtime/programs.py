@@ -9,7 +9,7 @@ from vpipe.errors import ScheduleError
 from vpipe.plan.recipe import Recipe, build_evaluation
 from vpipe.runtime.executor import Program
 from vpipe.schedule.action import Kind
-from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.memory import peak_activations, stage_activations
 from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.proof.validate import validate_schedule
 from vpipe.schedule.schedule import Schedule, uses_split_backward
@@ -37,6 +37,8 @@ class ProgramBuilder:
         # A longer asynchronous schedule repeats the steady state of this one.
         validate_schedule(self.sample)
         self.update_size = self._count_update_size()
+        in_flight = stage_activations(self.sample)
+        self._lead = in_flight[0] - max(in_flight[stage] for stage in self.sample.placement.stages_of(rank))
 
     def _count_update_size(self) -> int:
         count = weight_usage(self.sample)[0].update_of.count(0)
@@ -76,6 +78,7 @@ class ProgramBuilder:
             num_serials=schedule.num_microbatches,
             window=_window(schedule),
             split=uses_split_backward(schedule),
+            lead=self._lead,
         )
 
     @property
@@ -96,6 +99,7 @@ class ProgramBuilder:
             window=schedule.num_stages,
             training=False,
             numbers=tuple(numbers),
+            lead=len(numbers),
         )
 
 

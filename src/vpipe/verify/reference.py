@@ -35,23 +35,24 @@ class ReferenceResult:
     """What the reference computed between two moments at which a pipeline would be empty."""
 
     losses: tuple[dict[str, float], ...]
-    """Per microbatch, its share of each part of the loss of its update."""
+    """Per microbatch, its share of each part of the loss of its update; one without samples has none."""
     gradients: tuple[dict[str, Tensor], ...]
     """Per update, the gradients as the optimizers got them (tied ones summed, clipped), by model-wide name; without
     those that were not applied."""
     norms: tuple[tuple[float, ...], ...]
-    """Per update, the norms before clipping: one over all stages, or in an asynchronous run one per stage."""
+    """Per update, the norms before clipping: one over all stages, or in an asynchronous run one per stage; none of an
+    update without samples."""
 
     def batch_parts(self, num_microbatches: int) -> list[dict[str, float]]:
         """Return each part of the loss per batch: shares add up, and a batch of several updates has their mean."""
-        updates_per_batch = max(1, len(self.norms) * num_microbatches // len(self.losses))
-        batches = [
-            self.losses[start : start + num_microbatches] for start in range(0, len(self.losses), num_microbatches)
-        ]
-        return [
-            {part: exact_sum(share[part] for share in shares) * (1 / updates_per_batch) for part in shares[0]}
-            for shares in batches
-        ]
+        num_batches = len(self.losses) // num_microbatches
+        per_batch = len(self.norms) // num_batches
+        found = []
+        for batch in range(num_batches):
+            shares = self.losses[batch * num_microbatches : (batch + 1) * num_microbatches]
+            num_updates = sum(map(bool, self.norms[batch * per_batch : (batch + 1) * per_batch]))
+            found.append({part: exact_sum(share[part] for share in shares) * (1 / num_updates) for part in shares[0]})
+        return found
 
 
 class _Stage:
@@ -171,6 +172,9 @@ class Reference:
         totals = self._totals(microbatches)
         with seeded(0):
             for index, fields in enumerate(microbatches):
+                if not self._num_samples(fields):
+                    losses.append(self._no_loss())
+                    continue
                 parts = self._loss(fields, totals, self.iteration, index)
                 if (total := sum_parts(parts)).requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
@@ -215,10 +219,11 @@ class Reference:
                 update = weights.update_of[serial]
                 if serial + 1 < len(microbatches) and weights.update_of[serial + 1] == update:
                     continue
-                norms[update].append(norm := self._finish_gradients([stage]))
-                # The very arithmetic of the rate's argument is part of the contract.
-                progress = self.iteration + update * share
-                gradients[update].update(self._step(stage, progress, apply=math.isfinite(norm)))
+                if any(map(self._num_samples, groups[update])):
+                    norms[update].append(norm := self._finish_gradients([stage]))
+                    # The very arithmetic of the rate's argument is part of the contract.
+                    progress = self.iteration + update * share
+                    gradients[update].update(self._step(stage, progress, apply=math.isfinite(norm)))
                 stage.remember()
                 stage.forget(weights.version_of[serial + 1 :])
         self.iteration += len(microbatches) // num_microbatches
@@ -256,6 +261,8 @@ class Reference:
         num_microbatches: int,
     ) -> dict[str, float]:
         """Run a microbatch forward and backward on the versions it uses; add to the gradients of the newest weights."""
+        if not self._num_samples(fields):
+            return self._no_loss()
         used = []
         for index, (stage, weights) in enumerate(zip(self._stages, usage, strict=True)):
             version = weights.version_of[serial]
@@ -331,12 +338,15 @@ class Reference:
         with seeding_others(derive_seed(self._seed, "dropout", iteration, microbatch, len(self._modules))):
             return self.chain.loss(values, totals, self._num_samples(fields))
 
+    def _no_loss(self) -> dict[str, float]:
+        return dict.fromkeys(self.chain.loss.parts, 0.0)
+
     def _num_samples(self, fields: Fields) -> int:
         return next(len(item) for name, item in fields.items() if name not in self.chain.whole_fields)
 
     def _totals(self, microbatches: Sequence[Fields]) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for fields in microbatches:
+        for fields in filter(self._num_samples, microbatches):
             for name, count in self.chain.loss.count(fields, self._num_samples(fields)).items():
                 totals[name] = totals.get(name, 0.0) + count
         return totals
