@@ -24,7 +24,7 @@ def main():
     inputs = torch.randn(2000, 8)
     data = TensorDataset(inputs, inputs.relu().sum(1, keepdim=True) - 3.2)
     training, held_out = torch.utils.data.random_split(data, [1600, 400])
-    loader = DataLoader(training, batch_size=32, shuffle=True, drop_last=True)
+    loader = DataLoader(training, batch_size=32, shuffle=True)
     with Pipeline(
         build_model(),
         nn.functional.mse_loss,

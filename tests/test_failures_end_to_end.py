@@ -123,8 +123,8 @@ CONFIG_MISTAKES = {
     "ratios for others": (["pipeline.recompute_ratio=[0.5]"], "for 2 stages; give one ratio per stage"),
     "too many stages": (["pipeline.num_ranks=6"], "makes 6 stages out of 5 blocks; use at most 5 stages"),
     "microbatches": (
-        ["train.batch_size=7"],
-        r"batch_size = 7 cannot be cut .* 4 .*use a batch size of 4 or 8, or 1 or 7",
+        ["train.batch_size=3"],
+        r"batch_size = 3 cannot be cut .* 4 .*use a batch size of at least 4, or at most 3 microbatches",
     ),
     "depths": (["pipeline.stage_to_depth_map=[0,1]"], "stage 1 is deeper .* depths must not grow"),
     "depths' length": (["pipeline.stage_to_depth_map=[1]"], r"has 1 entr.* for 2 stages; give one per stage"),
@@ -338,7 +338,7 @@ def torchrun(num_ranks: int, *arguments: str | Path) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.batch_size=7"], "train.batch_size = 7 cannot be cut"),
+        (["train.batch_size=3"], "train.batch_size = 3 cannot be cut"),
         (["pipeline.num_ranks=3"], "pipeline.num_ranks is 3 but 2 ranks were started; start as many, or change it"),
         (["data.entry=chain_toys.py:without_target"], "the data has no 'target', only input"),
         (["model.options.last=Diverging"], "the loss became nan at iteration 1"),

@@ -67,19 +67,19 @@ def test_legal(changes: dict[str, Any]) -> None:
     ("changes", "message"),
     [
         (
-            {"train.batch_size": 10},
-            "train.batch_size = 10 cannot be cut into pipeline.num_microbatches = 4 equal microbatches; use a batch "
-            "size of 8 or 12, or 2 or 5 microbatches",
+            {"train.batch_size": 10, "plan.partition": "auto"},
+            "train.batch_size = 10 cannot be cut into pipeline.num_microbatches = 4 equal microbatches, and the "
+            "planner counts with one size; use a batch size of 8 or 12, or 2 or 5 microbatches",
         ),
         (
             {"train.batch_size": 32, "pipeline.num_microbatches": 1_000_000_000},
-            "train.batch_size = 32 cannot be cut into pipeline.num_microbatches = 1000000000 equal microbatches; use a "
-            "batch size of 1000000000, or 32 microbatches",
+            "train.batch_size = 32 cannot be cut into pipeline.num_microbatches = 1000000000 microbatches with "
+            "samples; use a batch size of at least 1000000000, or at most 32 microbatches",
         ),
         (
             {"train.batch_size": 3},
-            "train.batch_size = 3 cannot be cut into pipeline.num_microbatches = 4 equal microbatches; use a batch "
-            "size of 4, or 3 microbatches",
+            "train.batch_size = 3 cannot be cut into pipeline.num_microbatches = 4 microbatches with samples; use a "
+            "batch size of at least 4, or at most 3 microbatches",
         ),
         (
             {"pipeline.schedule": "1f1bb"},

@@ -248,9 +248,9 @@ ADVICE = "; VPipe has 'bert', 'gpt' and 'llama'; for another model give a 'model
         ({"batch_sise": 4}, "batch_sise = 4 is not a known key; did you mean 'batch_size'?"),
         ({"modle": "large_4"}, "modle = 'large_4' is not a known key; did you mean 'module'?"),
         ({"epochs": "two"}, "epochs = 'two' is not a whole number of at least 1, or null"),
-        ({"batch_size": 15, "num_microbatches": 2},
-         "batch_size = 15 cannot be cut into num_microbatches = 2 equal microbatches; use a batch size of 14 or 16, "
-         "or 1 or 3 microbatches"),
+        ({"batch_size": 2, "num_microbatches": 3},
+         "batch_size = 2 cannot be cut into num_microbatches = 3 microbatches with samples; use a batch size of at "
+         "least 3, or at most 2 microbatches"),
         ({"train": {"batch_size": 8}}, "batch_size and train.batch_size are the same setting, given twice; keep one"),
         ({"machines": ["localhost:0"]},
          "machines = ['localhost:0'] lists 1 for 4 ranks (pipeline.num_ranks); give one 'host:device' per rank"),

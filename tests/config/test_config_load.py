@@ -237,7 +237,7 @@ model: 5
 seed: -1
 pipline: {schedule: gpipe}
 data: {synthetic_data: 'maybe', masking: dynamik}
-pipeline: {recompute_ratio: [0.1, 2], num_microbatches: 3, schedule: gpip}
+pipeline: {recompute_ratio: [0.1, 2], num_microbatches: 9, schedule: gpip}
 plan: {partition: [12, 0]}
 optimizer: {name: adm, learning_rate: fast, betas: [1]}
 train: {batch_sise: 8, batch_size: 8, epochs: true}
@@ -265,8 +265,8 @@ launch: {machines: [a], timeout_seconds: .inf}
             "  launch.timeout_seconds = inf is not a number above 0",
             f"  pipeline.schedule = 'gpip' is not one of {', '.join(map(repr, [*SCHEDULES, 'auto']))}; did you mean "
             "'gpipe'?",
-            "  train.batch_size = 8 cannot be cut into pipeline.num_microbatches = 3 equal microbatches; use a batch "
-            "size of 6 or 9, or 2 or 4 microbatches",
+            "  train.batch_size = 8 cannot be cut into pipeline.num_microbatches = 9 microbatches with samples; use a "
+            "batch size of at least 9, or at most 8 microbatches",
         ]
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
 from vpipe.data.batches import (
     batch_indices,
@@ -12,26 +13,44 @@ from vpipe.data.batches import (
     iterate_batches,
     microbatch_rows,
     num_iterations,
+    num_samples_read,
 )
 from vpipe.errors import ConfigError, DataError
 
 
-def test_an_epoch_has_full_batches_of_different_samples() -> None:
-    batches = [batch_indices(1, 0, iteration, 4, 14) for iteration in range(num_iterations(14, 4))]
-    assert [len(batch) for batch in batches] == [4, 4, 4]
-    assert len({sample for batch in batches for sample in batch.tolist()}) == 12
+@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [4, 4, 4, 2]), (True, [4, 4, 4])])
+def test_an_epoch_has_batches_of_different_samples(drop_last: bool, sizes: list[int]) -> None:
+    count = num_iterations(14, 4, drop_last=drop_last)
+    batches = [batch_indices(1, 0, iteration, 4, 14, drop_last=drop_last) for iteration in range(count)]
+    assert [len(batch) for batch in batches] == sizes
+    assert len({sample for batch in batches for sample in batch.tolist()}) == sum(sizes)
 
 
-def test_the_last_samples_get_their_turn_in_other_epochs() -> None:
-    batches = iterate_batches(seed=0, num_samples=14, batch_size=4, epochs=10)
+def test_without_samples_that_are_left_over_nothing_is_dropped() -> None:
+    assert num_iterations(12, 4) == num_iterations(12, 4, drop_last=True) == 3
+
+
+def test_samples_that_are_dropped_get_their_turn_in_other_epochs() -> None:
+    batches = iterate_batches(seed=0, num_samples=14, batch_size=4, epochs=10, drop_last=True)
     assert {sample for batch in batches for sample in batch.indices.tolist()} == set(range(14))
 
 
-def test_iterating_goes_through_the_epochs_in_order() -> None:
+@pytest.mark.parametrize(("drop_last", "last"), [(False, 2), (True, 1)])
+def test_iterating_goes_through_the_epochs_in_order(drop_last: bool, last: int) -> None:
     places = [
-        (batch.epoch, batch.iteration) for batch in iterate_batches(seed=0, num_samples=9, batch_size=4, epochs=2)
+        (batch.epoch, batch.iteration)
+        for batch in iterate_batches(seed=0, num_samples=9, batch_size=4, epochs=2, drop_last=drop_last)
     ]
-    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert places == [(epoch, iteration) for epoch in range(2) for iteration in range(last + 1)]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("num_samples", [12, 14])
+def test_samples_are_counted_as_they_are_read(num_samples: int, drop_last: bool) -> None:
+    batches = islice(iterate_batches(seed=0, num_samples=num_samples, batch_size=4, drop_last=drop_last), 11)
+    sizes = [len(batch.indices) for batch in batches]
+    for count in range(12):
+        assert num_samples_read(count, num_samples, 4, drop_last=drop_last) == sum(sizes[:count])
 
 
 def test_starting_later_gives_the_same_batches() -> None:
@@ -64,7 +83,9 @@ def test_the_advice_fits_the_microbatches(num_samples: int, num_microbatches: in
 
 def test_iteration_outside_the_epoch() -> None:
     with pytest.raises(DataError, match="iteration 2 was asked for; an epoch has iterations 0 to 1"):
-        batch_indices(0, 0, 2, 4, 9)
+        batch_indices(0, 0, 2, 4, 9, drop_last=True)
+    with pytest.raises(DataError, match="iteration 3 was asked for; an epoch has iterations 0 to 2"):
+        batch_indices(0, 0, 3, 4, 9)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
@@ -84,11 +105,20 @@ def test_evaluation_can_stop_early() -> None:
     assert [batch.tolist() for batch in evaluation_batches(9, 2, max_batches=2)] == [[0, 1], [2, 3]]
 
 
-def test_microbatches_are_equal_and_in_order() -> None:
+def test_microbatches_are_in_order_and_differ_by_one_sample_at_most() -> None:
     assert microbatch_rows(6, 3) == (slice(0, 2), slice(2, 4), slice(4, 6))
+    assert microbatch_rows(7, 3) == (slice(0, 3), slice(3, 5), slice(5, 7))
+    assert microbatch_rows(2, 4) == (slice(0, 1), slice(1, 2), slice(2, 2), slice(2, 2))
 
 
-@pytest.mark.parametrize("num_microbatches", [0, 4, 7])
-def test_batch_that_does_not_divide(num_microbatches: int) -> None:
-    with pytest.raises(ConfigError, match=f"6 samples cannot be cut into {num_microbatches} .* that fit: 1, 2, 3, 6"):
-        microbatch_rows(6, num_microbatches)
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 4, 7, 11])
+@pytest.mark.parametrize("batch_size", [1, 2, 6, 7, 23])
+def test_they_are_those_of_torch(batch_size: int, num_microbatches: int) -> None:
+    rows = torch.arange(batch_size)
+    found = [rows[part].tolist() for part in microbatch_rows(batch_size, num_microbatches)]
+    assert found == [part.tolist() for part in rows.tensor_split(num_microbatches)]
+
+
+def test_without_microbatches_nothing_can_be_cut() -> None:
+    with pytest.raises(ConfigError, match="num_microbatches is 0; give a whole number of at least 1"):
+        microbatch_rows(6, 0)

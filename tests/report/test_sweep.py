@@ -72,9 +72,9 @@ def test_keys_resolve_like_set(tmp_path: Path) -> None:
 
 def test_what_cannot_run_keeps_the_reason(tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    good, bad = resolved(path, "batch_size=8,9")
+    good, bad = resolved(path, "batch_size=8,3")
     assert (good.error, bad.run, bad.fingerprint) == ("", None, "")
-    assert bad.error.startswith("batch_size = 9 cannot be cut into pipeline.num_microbatches = 4")
+    assert bad.error.startswith("batch_size = 3 cannot be cut into pipeline.num_microbatches = 4")
 
 
 def test_fingerprints_are_of_what_runs_and_not_of_where_it_writes(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_fingerprints_are_of_what_runs_and_not_of_where_it_writes(tmp_path: Path
 
 def test_failures_stop_no_other_and_what_is_kept_is_not_run_again(tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    combinations = resolved(path, "batch_size=4,8,9,12,16")
+    combinations = resolved(path, "batch_size=4,8,3,12,16")
     four, _, _, twelve, _ = combinations
     kept = {four.values: row_of(four, 1.0), twelve.values: row_of(twelve, error="the machine was busy")}
     ran = []
@@ -103,7 +103,7 @@ def test_failures_stop_no_other_and_what_is_kept_is_not_run_again(tmp_path: Path
     assert rows[0] is kept[four.values]
     assert [row.is_done for row in rows] == [True, False, False, True, True]
     assert rows[1].error == "rank 1 was killed\n  logs: here"
-    assert rows[2].error.startswith("batch_size = 9")
+    assert rows[2].error.startswith("batch_size = 3")
     assert (rows[4].metrics, rows[4].folder) == ({"samples_per_second": 2.0}, "runs/x")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vpipe.runtime.comm.activity import Activity, Calls
+from vpipe.runtime.comm.waits.activity import Activity, Calls
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vpipe.errors import ConfigError, DataError
+from vpipe.errors import DataError
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.feed import BatchFeed
 
@@ -22,7 +22,7 @@ def feed(source, readers=(("a",),), num_microbatches=2, moved=None):
             moved.append(tensor)
         return tensor
 
-    return BatchFeed(source, num_microbatches, readers, move)
+    return BatchFeed(source, num_microbatches, readers, move, lambda batch, size: {0: (batch.num_samples, size)})
 
 
 def test_microbatches_are_consecutive_rows_numbered_through_all_batches():
@@ -62,19 +62,45 @@ def test_only_what_the_stages_read_is_moved():
     assert [tensor.tolist() for tensor in moved] == [[0, -1]]
 
 
-def test_a_batch_that_cannot_be_shared_out_is_told():
-    with pytest.raises(ConfigError, match="a batch of 5 samples cannot be cut into 2 equal microbatches"):
-        feed(batches(5)).rows(0, ["a"])
+def test_microbatches_differ_by_one_sample_at_most_and_the_last_may_have_none():
+    rows = feed(batches(5, 2, 3), num_microbatches=3)
+    assert [rows.rows(serial, [])[1] for serial in range(9)] == [2, 2, 1, 1, 1, 0, 1, 1, 1]
+    assert [serial for serial in range(9) if not rows.has(serial)] == [5]
+    assert [rows.count(batch) for batch in range(3)] == [3, 2, 3]
+
+
+def test_what_crosses_is_asked_for_each_size_and_nothing_crosses_without_samples():
+    rows = feed(batches(5, 2), num_microbatches=3)
+    assert [rows.crossing(serial) for serial in range(6)] == [
+        {0: (5, 2)},
+        {0: (5, 2)},
+        {0: (5, 1)},
+        {0: (2, 1)},
+        {0: (2, 1)},
+        {},
+    ]
+
+
+def test_batches_that_are_not_here_are_not_known_until_the_lead_allows_it():
+    source = batches(2, 2, 2)
+    rows = BatchFeed(source, 2, (("a",),), lambda tensor: tensor, lambda batch, size: {}, lead=1)
+    assert not rows.knows(2, 0)
+    assert rows.knows(2, 1)
+    rows.rows(2, ["a"])
+    assert [rows.knows(serial, 0) for serial in range(5)] == [True, True, True, True, False]
+
+
+def test_a_batch_is_dropped_when_those_microbatches_were_read_that_it_has():
+    rows = feed(batches(2, 4), num_microbatches=4)
+    rows.rows(0, ["a"])
+    for serial in (0, 1):
+        rows.done(serial)
+    assert not rows._loaded
 
 
 def test_data_that_ends_early_is_told():
     with pytest.raises(DataError, match="batch 1 was expected but the data ended; give a num_batches that exists"):
         feed(batches(2)).rows(2, ["a"])
-
-
-def test_batches_of_another_size_are_told():
-    with pytest.raises(DataError, match=r"batch 1 has 2 samples and those before it 4; .*drop_last=True"):
-        feed(batches(4, 2)).rows(2, ["a"])
 
 
 def test_a_field_that_is_not_there_is_told():

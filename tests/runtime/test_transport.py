@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from vpipe.runtime.comm.activity import Activity
 from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.comm.waits.activity import Activity
 
 
 @pytest.mark.parametrize(("wire", "waits"), [("cpu", []), ("cuda", ["arrived"])])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vpipe.runtime.comm.activity import Activity
+from vpipe.runtime.comm.waits.activity import Activity
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.weights.update import TiedCopy, TiedGroup, Update, Updater
 from vpipe.runtime.weights.weights import WeightVersions

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from vpipe.errors import ExecutionError
-from vpipe.runtime.comm.activity import CLOSED, EVERYTHING, Activity, Begun, LastCall, Meeting, Place, Wait
-from vpipe.runtime.comm.sighting import Sighting, Verdict, name_place
-from vpipe.runtime.comm.verdict import describe_wait, different_calls, judge
+from vpipe.runtime.comm.waits.activity import CLOSED, EVERYTHING, Activity, Begun, LastCall, Meeting, Place, Wait
+from vpipe.runtime.comm.waits.sighting import Sighting, Verdict, name_place
+from vpipe.runtime.comm.waits.verdict import describe_wait, different_calls, judge
 
 NOW = 1000.0
 

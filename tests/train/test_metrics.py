@@ -72,6 +72,17 @@ def test_filling_and_draining_do_not_count() -> None:
     assert meter.iteration_ms == pytest.approx(2000)
 
 
+def test_batches_that_are_not_whole_count_as_samples_and_not_as_iterations() -> None:
+    clock = Clock()
+    meter = ThroughputMeter(window=3, clock=clock)
+    meter.begin()
+    for seconds, size in ((10, 8), (10, 8), (2, 8), (1, 3), (2, 8), (1, 3), (2, 8)):
+        clock.now += seconds
+        meter.update(size, is_whole=size == 8)
+    assert meter.iteration_ms == pytest.approx(2000)
+    assert meter.samples_per_second == pytest.approx((8 + 3 + 8) / 5)
+
+
 def test_pauses_do_not_count() -> None:
     clock = Clock()
     meter = ThroughputMeter(clock=clock)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from vpipe.train.stretches import Stretch, choose_measured, cut_into_stretches
@@ -48,3 +50,11 @@ def test_late_iterations_of_a_full_pipeline_are_measured(
     chosen, measured = choose_measured([Stretch(*stretch) for stretch in stretches], num_filling)
     assert measured == expected
     assert chosen.start <= measured.start < measured.stop <= chosen.stop
+
+
+@pytest.mark.parametrize(
+    ("short", "expected"),
+    [((), (12, 20)), ((19,), (12, 19)), ((9, 14, 19), (15, 19)), ((15,), (16, 20)), (range(20), (12, 20))],
+)
+def test_smaller_batches_are_left_out_where_there_are_others(short: Sequence[int], expected: tuple[int, int]) -> None:
+    assert choose_measured([Stretch(0, 20)], 0, lambda iteration: iteration in short)[1] == expected

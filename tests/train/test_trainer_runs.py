@@ -48,6 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             **{f"{name}-2": overrides for name, overrides in SYNCHRONOUS.items()},
             "uneven-2": ["plan.partition=[1,4]", "pipeline.recompute_ratio=[1,0.5]"],
             "pipedream-2": ASYNCHRONOUS,
+            "last-2": [*SHORT, "train.batch_size=13", "train.iterations=9"],
+            "pipedream-last-2": [*SHORT, *ASYNCHRONOUS, "train.batch_size=13", "train.iterations=9"],
+            "dropped-2": [*SHORT, "train.batch_size=13", "train.iterations=9", "data.last_batch=drop"],
             "slow-2": [*SHORT, *SLOW],
             **{f"short-{count}": [*SHORT, f"train.iterations={count}"] for count in (1, 2, 3)},
             **{f"async-{count}": [*SHORT, *ASYNCHRONOUS, f"train.iterations={count}"] for count in (1, 2, 3, 9)},
@@ -78,7 +81,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("run", ["1f1b-2", "gpipe-2", "naive-2", "uneven-2", "1f1b-3", "gpipe-3", "naive-3"])
 def test_losses_and_weights_do_not_depend_on_schedule_and_number_of_stages(folder: Path, run: str) -> None:
     expected = records(folder / "1f1b-1")
-    assert [record["epoch"] for record in expected if "epoch" in record] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert [record["epoch"] for record in expected if "epoch" in record] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
     assert [record["iteration"] for record in expected if "eval_loss" in record] == [4, 8, 11]
     assert records(folder / run) == expected
     one = weights(folder / "1f1b-1")
@@ -170,10 +173,22 @@ def test_the_summary_has_all_its_numbers_however_short_the_run(folder: Path, run
 
 
 def test_an_asynchronous_run_is_measured_without_filling_and_draining(folder: Path) -> None:
-    assert summary(folder / "async-9")["measured_iterations"] == [2, 8]
+    assert summary(folder / "async-9")["measured_iterations"] == [5, 7]  # of 25 samples, the 4th and the 8th have 1
     assert summary(folder / "async-9")["weight_versions"] == [2, 1]
     assert summary(folder / "short-3")["measured_iterations"] == [2, 3]
     assert summary(folder / "pipedream-2")["measured_iterations"] == [6, 7]
+
+
+@pytest.mark.parametrize(
+    ("run", "epochs", "num_samples"), [("last-2", 2, 113), ("pipedream-last-2", 2, 113), ("dropped-2", 1, 117)]
+)
+def test_an_epochs_last_batch_is_trained_or_dropped(folder: Path, run: str, epochs: int, num_samples: int) -> None:
+    """Of 25 samples, batches of 13 leave 12."""
+    found = [record for record in records(folder / run) if "loss" in record]
+    assert [record["epoch"] for record in found] == [index // epochs for index in range(9)]
+    assert summary(folder / run)["num_samples"] == num_samples
+    assert all(math.isfinite(record["loss"]) for record in found)
+    assert "microbatch_size" not in json.loads((folder / run / "plan.json").read_text())
 
 
 def test_slow_links_change_the_time_and_nothing_else(folder: Path) -> None:

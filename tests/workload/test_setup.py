@@ -26,10 +26,19 @@ FLAT = {
 
 def test_a_flat_file_with_steps_alone_trains_at_the_originals_rates() -> None:
     setup = build_setup(build_config(FLAT))
-    assert (setup.iterations_per_epoch, setup.total_iterations) == (2, 180)
-    rates = [setup.learning_rate(2 * epoch) for epoch in (0, 29, 30, 59, 60, 89)]
+    assert (setup.iterations_per_epoch, setup.total_iterations) == (3, 270)
+    rates = [setup.learning_rate(3 * epoch) for epoch in (0, 29, 30, 59, 60, 89)]
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
-    assert setup.learning_rate(59.75) == 0.5
+    assert setup.learning_rate(89.75) == 0.5
+
+
+@pytest.mark.parametrize(("last_batch", "sizes"), [("train", [4, 4, 2, 4, 4]), ("drop", [4, 4, 4, 4, 4])])
+def test_an_epochs_last_batch_is_trained_or_dropped(last_batch: str, sizes: list[int]) -> None:
+    setup = build_setup(build_config({**FLAT, "data": {**FLAT["data"], "last_batch": last_batch}}))
+    assert setup.iterations_per_epoch == (3 if last_batch == "train" else 2)
+    assert [batch.num_samples for batch in setup.batches(setup.chain.fields, 0, 5)] == sizes
+    assert [setup.batch_size(iteration) for iteration in range(5)] == sizes
+    assert setup.num_samples(5) == sum(sizes)
 
 
 def test_sequences_that_the_model_has_no_positions_for() -> None:

@@ -95,7 +95,9 @@ def _launch(path: Path, overrides: Sequence[str]) -> None:
 def _slices(config: RunConfig) -> str:
     if config.pipeline.num_microbatches == "auto":
         return "microbatches to be planned"
-    return f"{plural(config.num_microbatches, 'microbatch', 'microbatches')} of {config.microbatch_size}"
+    size = config.microbatch_size
+    sizes = str(size) if config.is_even else f"{size} or {size - 1}"
+    return f"{plural(config.num_microbatches, 'microbatch', 'microbatches')} of {sizes}"
 
 
 def _print_summary(run_directory: Path) -> None:

@@ -85,8 +85,13 @@ class RunConfig(Section):
 
     @property
     def microbatch_size(self) -> int:
-        """Samples in one microbatch."""
-        return self.train.batch_size // self.num_microbatches
+        """Samples in the largest microbatch; others have one less where the batch is no multiple."""
+        return -(-self.train.batch_size // self.num_microbatches)
+
+    @property
+    def is_even(self) -> bool:
+        """Tell whether all microbatches of a whole batch have the same size."""
+        return self.train.batch_size % self.num_microbatches == 0
 
     @property
     def eval_batch_size(self) -> int:

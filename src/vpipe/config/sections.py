@@ -124,6 +124,9 @@ class DataConfig(Section):
     """Tokens per sample; null takes it from the prepared data, and 128 with synthetic data."""
     masking: Literal["static", "dynamic"] = "static"
     """`static`: the masks chosen at preparation, the same every epoch; `dynamic`: new ones every epoch."""
+    last_batch: Literal["train", "drop"] = "train"
+    """What becomes of samples of an epoch that fill no batch: `train`: they are a last, smaller batch; `drop`: they are
+    left out, and read in other epochs, which have another order."""
     entry: Annotated[str | None, Allowed("'file.py:function' or 'package.module:function'")] = None
     """For `custom`: the function that returns a `vpipe.BatchSource`, written and called as `model.entry` is, with the
     split, 'train' or 'eval'."""
@@ -143,8 +146,8 @@ class PipelineConfig(Section):
     stages_per_rank: Count = 1
     """Stages that each rank holds; left out, as the schedule has it: 2 for those made for several, else 1."""
     num_microbatches: Annotated[Count | Literal["auto"], Allowed("a whole number of at least 1, or 'auto'")] = 1
-    """Slices of a batch; must divide `train.batch_size`. Asynchronous schedules make an update after each. `auto`: the
-    planner chooses."""
+    """Slices of a batch, of sizes that differ by one sample where `train.batch_size` is no multiple; the planner needs
+    a multiple. Asynchronous schedules make an update after each. `auto`: the planner chooses."""
     recompute_ratio: Ratio | list[Ratio] = 0.0
     """Trailing share of a stage's blocks that keep no activations and compute them again; one for all, or a list."""
     recompute: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ __all__ = [
     "iterate_batches",
     "microbatch_rows",
     "num_iterations",
+    "num_samples_read",
 ]
 
 
@@ -31,10 +33,11 @@ class TrainingBatch:
     indices: NDArray[np.int64]
 
 
-def num_iterations(num_samples: int, batch_size: int, num_microbatches: int = 1) -> int:
-    """Count the full batches of one epoch; the samples left over are read in other epochs, which have another order.
+def num_iterations(num_samples: int, batch_size: int, num_microbatches: int = 1, *, drop_last: bool = False) -> int:
+    """Count the batches of one epoch, of which the last may be smaller.
 
-    `num_microbatches` is what a batch must be a multiple of, for the advice in the error.
+    With `drop_last` it is left out: its samples are read in other epochs, which have another order. `num_microbatches`
+    is what a batch is cut into, for the advice in the error.
 
     Raises:
         ConfigError: the batch size is below 1.
@@ -49,30 +52,40 @@ def num_iterations(num_samples: int, batch_size: int, num_microbatches: int = 1)
             f"{f' ({num_microbatches} microbatches)' * (0 < most < num_samples)}, or more data (more text, or "
             "data.synthetic_samples)"
         )
-    return num_samples // batch_size
+    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)
 
 
-def batch_indices(seed: int, epoch: int, iteration: int, batch_size: int, num_samples: int) -> NDArray[np.int64]:
+def num_samples_read(iterations: int, num_samples: int, batch_size: int, *, drop_last: bool = False) -> int:
+    """Count the samples of so many iterations from the first on."""
+    per_epoch = num_iterations(num_samples, batch_size, drop_last=drop_last)
+    epochs, rest = divmod(iterations, per_epoch)
+    return epochs * min(num_samples, per_epoch * batch_size) + rest * batch_size
+
+
+def batch_indices(
+    seed: int, epoch: int, iteration: int, batch_size: int, num_samples: int, *, drop_last: bool = False
+) -> NDArray[np.int64]:
     """Return the samples of batch `iteration` (from 0) of `epoch`.
 
     Raises:
         DataError: the epoch has no such iteration.
     """
-    available = num_iterations(num_samples, batch_size)
+    available = num_iterations(num_samples, batch_size, drop_last=drop_last)
     if not 0 <= iteration < available:
         raise DataError(f"iteration {iteration} was asked for; an epoch has iterations 0 to {available - 1}")
     return _order(seed, epoch, num_samples)[iteration * batch_size : (iteration + 1) * batch_size]
 
 
 def iterate_batches(
-    *, seed: int, num_samples: int, batch_size: int, epochs: int | None = None, start: int = 0
+    *, seed: int, num_samples: int, batch_size: int, epochs: int | None = None, start: int = 0, drop_last: bool = False
 ) -> Iterator[TrainingBatch]:
     """Yield batches epoch after epoch, from iteration `start` counted over all epochs; without `epochs`, endlessly."""
-    per_epoch = num_iterations(num_samples, batch_size)
+    per_epoch = num_iterations(num_samples, batch_size, drop_last=drop_last)
     step = start
     while epochs is None or step < epochs * per_epoch:
         epoch, iteration = divmod(step, per_epoch)
-        yield TrainingBatch(epoch, iteration, batch_indices(seed, epoch, iteration, batch_size, num_samples))
+        indices = batch_indices(seed, epoch, iteration, batch_size, num_samples, drop_last=drop_last)
+        yield TrainingBatch(epoch, iteration, indices)
         step += 1
 
 
@@ -87,19 +100,18 @@ def evaluation_batches(
 
 
 def microbatch_rows(batch_size: int, num_microbatches: int) -> tuple[slice, ...]:
-    """Cut the rows of a batch into equal consecutive microbatches.
+    """Cut the rows of a batch into consecutive microbatches of sizes that differ by one at most, the larger ones first.
+
+    Of fewer rows than microbatches the last microbatches have none.
 
     Raises:
-        ConfigError: the rows cannot be shared out equally.
+        ConfigError: there are no microbatches.
     """
-    size, rest = divmod(batch_size, max(num_microbatches, 1))
-    if num_microbatches < 1 or rest or not size:
-        fitting = ", ".join(str(count) for count in range(1, batch_size + 1) if batch_size % count == 0)
-        raise ConfigError(
-            f"a batch of {batch_size} samples cannot be cut into {num_microbatches} equal microbatches; "
-            f"num_microbatches that fit: {fitting or 'none'}"
-        )
-    return tuple(slice(start, start + size) for start in range(0, batch_size, size))
+    if num_microbatches < 1:
+        raise ConfigError(f"num_microbatches is {num_microbatches}; give a whole number of at least 1")
+    size, rest = divmod(batch_size, num_microbatches)
+    starts = [index * size + min(index, rest) for index in range(num_microbatches + 1)]
+    return tuple(slice(start, stop) for start, stop in pairwise(starts))
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -136,8 +136,10 @@ def connect(
     return link
 
 
-def show_loss(module: nn.Module, last: HeldStage) -> None:
+def show_loss(module: nn.Module | None, last: HeldStage | None) -> None:
     """Let a loss module that the caller gave, and may look into, have the weights that the last stage has trained."""
+    if module is None or last is None:
+        return
     trained = last.weights.newest[-1].get_submodule("loss")
     for name, parameter in module.named_parameters():
         parameter.data = trained.get_parameter(name).data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from vpipe.data.batches import microbatch_rows
 from vpipe.errors import DataError
 from vpipe.model.chain import Chain, Crossing
 from vpipe.plan.partition import Partition
@@ -36,15 +37,27 @@ class Crossings:
         self._known.clear()
         self._inferred = self._chain.with_frozen(names)
 
-    def of(self, batch: Batch, num_samples: int, *, training: bool, compare: bool = False) -> dict[int, Crossing]:
+    def agree(self, batch: Batch, num_microbatches: int, *, training: bool, compare: bool) -> None:
+        """Find out, together with all ranks, what crosses for the microbatches of a batch; collective as `of` is."""
+        rows = microbatch_rows(batch.num_samples, num_microbatches)
+        for size in sorted({part.stop - part.start for part in rows} - {0}):
+            self.of(batch, size, training=training, compare=compare)
+            compare = False
+
+    def of(
+        self, batch: Batch, num_samples: int, *, training: bool, compare: bool = False, together: bool = True
+    ) -> dict[int, Crossing]:
         """Return what crosses for microbatches of `num_samples` of such a batch.
 
-        Collective when the shape is new, or where ranks are to `compare` their batches anyway.
+        Collective when the shape is new, or where ranks are to `compare` their batches anyway; not where they meet the
+        batch at different times instead of `together`: messages tell then whether all have inferred the same.
 
         Raises:
             ConfigError: ranks do not infer the same, or were given different batches.
-            DataError, ModelError: a field is missing, or a block cannot run on such fields.
+            DataError, ModelError: a field is missing, has other rows than the chain says, or a block cannot run on such
+                fields.
         """
+        _check_described(self._chain, batch)
         described = {} if self._chain.field_specs is not None else batch.fields
         given = tuple(
             (name, tensor.shape if name in batch.whole else tensor.shape[1:], tensor.dtype)
@@ -59,12 +72,25 @@ class Crossings:
             crossing = crossing_specs(
                 self._inferred, self._partition, fields | rows, self._world.device, training=training
             )
-            agree({"values between stages": crossing}, self._world)
+            if together:
+                agree({"values between stages": crossing}, self._world)
             self._known[shapes] = crossing
-            compare = True
+            compare = together
         if compare:
             agree_on_batch(batch.fields, self._world)
         return self._known[shapes]
+
+
+def _check_described(chain: Chain, batch: Batch) -> None:
+    """Refuse rows of another shape than the chain says that they have: what crosses the cuts follows from that."""
+    for name, spec in (chain.field_specs or {}).items():
+        tensor = batch.fields.get(name)
+        if tensor is not None and name not in batch.whole and tuple(tensor.shape[1:]) != tuple(spec.shape_per_sample):
+            raise DataError(
+                f"a batch has rows of shape {tuple(tensor.shape[1:])} in the field '{name}', which was described "
+                f"(field_specs, or fields of a data source) as {tuple(spec.shape_per_sample)}; pad them to that, or "
+                "give all fields on every rank to a chain without field_specs"
+            )
 
 
 def _refuse_cut_of_whole(chain: Chain, batch: Batch, num_samples: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vpipe.model.chain import ValueSpec
 from vpipe.model.rng import RandomState
 from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.feed import BatchFeed
@@ -18,60 +19,15 @@ from vpipe.runtime.hooks import Record
 from vpipe.runtime.memory.host_link import HostLink
 from vpipe.runtime.memory.storages import sizes_of
 from vpipe.runtime.memory_watch import MemoryWatch
+from vpipe.runtime.programs import Program
 from vpipe.runtime.stage.key import MicrobatchKey
 from vpipe.runtime.stage.split import tell_split
 from vpipe.runtime.stage.stage import Stage
 from vpipe.runtime.weights.movable_versions import MovableVersions
 from vpipe.runtime.weights.weights import WeightVersions
 from vpipe.schedule.action import Action, Kind
-from vpipe.schedule.weights import StageWeights
 
-__all__ = ["Executor", "HeldStage", "Program"]
-
-
-@dataclass(frozen=True)
-class Program:
-    """What one rank does from one drained pipeline to the next.
-
-    `num_microbatches` is a batch's, and `update_size`, which divides it, an update's. A program that only
-    evaluates has forwards alone, and keeps nothing. Microbatches are numbered through all batches of the program,
-    `num_serials` in all, of which at most `window` are in flight on any stage.
-    """
-
-    actions: tuple[Action, ...]
-    weights: Mapping[int, StageWeights]
-    num_microbatches: int
-    update_size: int
-    first_iteration: int
-    num_serials: int
-    window: int
-    training: bool = True
-    split: bool = False
-    """Whether there are backwards in two halves."""
-    numbers: tuple[int, ...] = ()
-    """Of an evaluation, the number of each microbatch in the whole of it, which may take several programs."""
-    keeps_outputs: bool = False
-    """Whether what the last block writes is kept; without training nothing else is computed then."""
-
-    @property
-    def num_batches(self) -> int:
-        """Count the batches."""
-        return self.num_serials // self.num_microbatches
-
-    @property
-    def compares_batches(self) -> bool:
-        """Tell whether ranks look first if they were given the same batch: the 1st, 2nd, 3rd, 5th, 9th and so on.
-
-        What drifts is found before training has gone on for twice as long. In a program of many batches the first is.
-        """
-        return self.training and (self.num_batches > 1 or not self.first_iteration & (self.first_iteration - 1))
-
-    def place_of(self, serial: int) -> tuple[int, int]:
-        """Return what random numbers depend on: iteration and index in the batch, or the number in an evaluation."""
-        if not self.training:
-            return self.numbers[serial], 0
-        batch, index = divmod(serial, self.num_microbatches)
-        return self.first_iteration + batch, index
+__all__ = ["Executor", "HeldStage"]
 
 
 @dataclass
@@ -91,6 +47,10 @@ class _Prepared:
     num_samples: int
     key: MicrobatchKey
     totals: Mapping[str, float]
+
+
+_OF_WEIGHTS = frozenset({Kind.STEP, Kind.OFFLOAD_V, Kind.FETCH_V})
+"""What is done whether or not the microbatch that it stands at has samples."""
 
 
 class Executor:
@@ -131,6 +91,7 @@ class Executor:
         self._arrived: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
         self._leaving: dict[tuple[Kind, int, int], Mapping[str, Tensor]] = {}
         self._prepared: dict[tuple[int, int], _Prepared] = {}
+        self._expected: dict[int, Mapping[int, Sequence[ValueSpec]]] = {}
         self._totals: tuple[int, dict[str, float]] | None = None
         self._callers: RandomState | None = None
         self._told: set[int] = set()
@@ -171,6 +132,8 @@ class Executor:
     def run(self, program: Program, feed: BatchFeed) -> Iterator[Action]:
         """Execute a program; yield each update's action after it was done.
 
+        A batch of fewer samples than microbatches leaves the last of them out, on every rank: what is to be done for
+        them is not done, and an update that has none changes no weights. The others keep their order.
         Whoever lets the caller's own code run then, does so in `callers_turn`.
         """
         self._program, self._feed = program, feed
@@ -185,8 +148,13 @@ class Executor:
             self._watching = watch
             self._watching.start()
         try:
+            # A batch's last microbatch says it of the batch; of those to come it is not known yet.
+            may_lack = program.training and (program.num_batches > 1 or not feed.has(program.num_microbatches - 1))
             for action in program.actions:
                 start = clock()
+                if may_lack and action.kind not in _OF_WEIGHTS and not feed.has(action.microbatch):
+                    self._leave_out(action)
+                    continue
                 if self._watching is None:
                     dispatch[action.kind](action)
                 else:
@@ -201,8 +169,14 @@ class Executor:
             if self._callers is not None:
                 self._callers.restore()
 
+    def _leave_out(self, action: Action) -> None:
+        """Pass over what there are no samples for; the weights that a backward would have used are used no more."""
+        if action.kind in (Kind.B, Kind.W):
+            self._held[action.stage].weights.accumulate(self._version(action), _do_nothing)
+
     def _run_watched(self, watch: MemoryWatch, action: Action) -> None:
         handler, program = self._dispatch[action.kind], self._program
+        watch.expect(self._feed.crossing(action.microbatch))
         batch, position = divmod(action.microbatch, program.num_microbatches)
         if not program.training:
             watch.run_evaluation(handler, action, self._handed_over)
@@ -249,6 +223,10 @@ class Executor:
         stage, serial = self._held[action.stage].stage, action.microbatch
         inputs = self._arrived.pop((Kind.F, action.stage, serial), {})
         ready = self._prepared.pop((action.stage, serial), None) or self._prepare(action)
+        crossing = self._feed.crossing(serial)
+        if self._expected.get(action.stage) is not crossing:
+            stage.expect(crossing.get(action.stage, ()), crossing.get(action.stage + 1, ()))
+            self._expected[action.stage] = crossing
         if self._program.training:
             outputs = stage.forward(
                 serial, ready.modules, inputs, ready.fields, ready.key, self._program.split, self._is_noting
@@ -282,7 +260,7 @@ class Executor:
     def _count_loss(self, serial: int) -> None:
         batch = serial // self._program.num_microbatches
         self._num_losses[batch] += 1
-        if self._num_losses[batch] == self._program.num_microbatches:
+        if self._num_losses[batch] == self._feed.count(batch):
             del self._num_losses[batch]
             self._tell_losses(batch)
 
@@ -297,7 +275,7 @@ class Executor:
         update = serial // size
         if self._totals is None or self._totals[0] != update:
             totals: dict[str, float] = {}
-            for microbatch in range(update * size, (update + 1) * size):
+            for microbatch in filter(self._feed.has, range(update * size, (update + 1) * size)):
                 for name, count in stage.chain.loss.count(*self._feed.rows(microbatch, stage.fields)).items():
                     totals[name] = totals.get(name, 0.0) + count
             self._totals = update, totals
@@ -374,4 +352,12 @@ class Executor:
         self._arrived[kind, action.stage, action.microbatch] = self._transport.receive(action)
 
     def _step(self, action: Action) -> None:
-        self._update(action.stage, action.microbatch)
+        size = self._program.update_size
+        if self._feed.has(action.microbatch // size * size):
+            self._update(action.stage, action.microbatch)
+        else:
+            self._held[action.stage].weights.step(apply=False)
+
+
+def _do_nothing() -> None:
+    """Stand for the backward of a microbatch that has no samples."""

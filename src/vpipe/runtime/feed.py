@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import DataError
+from vpipe.model.chain import ValueSpec
 from vpipe.runtime.batch import Batch
 
 __all__ = ["BatchFeed"]
+
+
+_NOTHING: dict[int, tuple[ValueSpec, ...]] = {}
+"""What crosses for a microbatch without samples."""
 
 
 @dataclass
@@ -23,12 +28,23 @@ class _Loaded:
     readers_left: int
 
 
+class _Slices(NamedTuple):
+    """How a batch is cut, and what crosses the cuts between stages for each microbatch."""
+
+    rows: tuple[slice, ...]
+    crossings: tuple[Mapping[int, Sequence[ValueSpec]], ...]
+    num_filled: int
+    """Microbatches that have samples: the first ones."""
+
+
 class BatchFeed:
     """Give stages the batch fields of microbatches, which are numbered through all batches.
 
     `batches` are read in order, each once, and dropped after all stages have read all of its microbatches. `readers`
-    are the fields that each stage of this rank reads; `move` brings a field to the device. `reading` is around every
-    look at `batches`, which is the caller's code.
+    are the fields that each stage of this rank reads; `move` brings a field to the device. `crossing` says what crosses
+    the cuts for microbatches of so many samples of a batch. `reading` is around every look at `batches`, which is the
+    caller's code. A batch may be read before its time where another rank needs it no more than `lead` microbatches
+    later.
     """
 
     def __init__(
@@ -37,71 +53,82 @@ class BatchFeed:
         num_microbatches: int,
         readers: Sequence[Sequence[str]],
         move: Callable[[Tensor], Tensor],
+        crossing: Callable[[Batch, int], Mapping[int, Sequence[ValueSpec]]],
         reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+        lead: int = 0,
     ) -> None:
         self._batches = iter(batches)
         self._num_microbatches = num_microbatches
         self._num_readers = len(readers)
         self._names = tuple(dict.fromkeys(name for names in readers for name in names))
         self._move = move
+        self._crossing = crossing
         self._reading = reading
-        self._rows: tuple[slice, ...] = ()
+        self._lead = lead
+        self._slices: list[_Slices] = []
+        self._cuts: dict[tuple[int, ...], _Slices] = {}
         self._loaded: dict[int, _Loaded] = {}
-        self._num_read = 0
-        self._first: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
     def rows(self, serial: int, names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
         """Return fields `names` of microbatch `serial`, and its number of samples.
 
         Raises:
-            ConfigError: the batch cannot be shared out equally.
-            DataError: there is no such batch, it lacks a field, or is not as large as those before it.
+            DataError: there is no such batch, or it lacks a field.
         """
         index, position = divmod(serial, self._num_microbatches)
-        while self._num_read <= index:
-            self._read()
-        rows = self._rows[position]
-        loaded = self._loaded[index]
+        rows, loaded = self._slices_of(index).rows[position], self._loaded[index]
         fields = {
             name: _own(loaded.fields[name] if name in loaded.whole else loaded.fields[name][rows]) for name in names
         }
         return fields, rows.stop - rows.start
 
+    def crossing(self, serial: int) -> Mapping[int, Sequence[ValueSpec]]:
+        """Return what crosses the cut in front of each stage for microbatch `serial`: nothing if it has no samples."""
+        index, position = divmod(serial, self._num_microbatches)
+        return self._slices_of(index).crossings[position]
+
+    def has(self, serial: int) -> bool:
+        """Tell whether microbatch `serial` has samples."""
+        index, position = divmod(serial, self._num_microbatches)
+        return position < self._slices_of(index).num_filled
+
+    def count(self, index: int) -> int:
+        """Count the microbatches of batch `index` that have samples."""
+        return self._slices_of(index).num_filled
+
+    def knows(self, serial: int, now: int) -> bool:
+        """Tell whether the batch of `serial` is here, or may be read while microbatch `now` is waited for."""
+        return serial // self._num_microbatches < len(self._slices) or serial - now <= self._lead
+
+    def _slices_of(self, index: int) -> _Slices:
+        while len(self._slices) <= index:
+            self._read()
+        return self._slices[index]
+
     def _read(self) -> None:
-        index = self._num_read
+        index = len(self._slices)
         with self._reading():
             batch = next(self._batches, None)
         if batch is None:
             raise DataError(f"batch {index} was expected but the data ended; give a num_batches that exists")
-        rows = microbatch_rows(batch.num_samples, self._num_microbatches)
-        if self._rows and rows != self._rows:
-            raise DataError(
-                f"batch {index} has {batch.num_samples} samples and those before it {self._rows[-1].stop}; batches "
-                "that share a pipeline must be equal in size: leave a short last one out (drop_last=True)"
-            )
         if missing := [name for name in self._names if name not in batch.fields]:
             raise DataError(
                 f"this rank reads the field '{missing[0]}', which batch {index} does not have; it has "
                 f"{', '.join(sorted(batch.fields)) or 'none'}"
             )
-        self._check_alike(index, batch)
+        slices = self._cut(batch)
         moved = {name: self._move(batch.fields[name]) for name in self._names}
-        self._loaded[index] = _Loaded(moved, batch.whole, self._num_readers * self._num_microbatches)
-        self._rows = rows
-        self._num_read += 1
+        self._loaded[index] = _Loaded(moved, batch.whole, self._num_readers * slices.num_filled)
+        self._slices.append(slices)
 
-    def _check_alike(self, index: int, batch: Batch) -> None:
-        """Refuse other shapes than those of the first batch: what crosses the cuts was agreed on for these."""
-        shapes = {name: batch.fields[name].shape[0 if name in batch.whole else 1 :] for name in self._names}
-        alike = {name: (shape, batch.fields[name].dtype) for name, shape in shapes.items()}
-        first = self._first = self._first or alike
-        if other := [name for name in self._names if alike[name] != first[name]]:
-            (shape, dtype), (usual, kind) = alike[other[0]], first[other[0]]
-            raise DataError(
-                f"batch {index} has rows of shape {tuple(shape)} ({dtype}) in the field '{other[0]}', and those before "
-                f"it {tuple(usual)} ({kind}); batches that share a pipeline, as those of one train() of an "
-                "asynchronous schedule do, need one shape: pad them, or call train() once for each shape"
-            )
+    def _cut(self, batch: Batch) -> _Slices:
+        rows = microbatch_rows(batch.num_samples, self._num_microbatches)
+        sizes = [part.stop - part.start for part in rows]
+        found = {size: self._crossing(batch, size) if size else _NOTHING for size in set(sizes)}
+        # Batches of one shape share theirs.
+        key = batch.num_samples, *map(id, found.values())
+        slices = _Slices(rows, tuple(found[size] for size in sizes), min(batch.num_samples, len(rows)))
+        return self._cuts.setdefault(key, slices)
 
     def done(self, serial: int) -> None:
         """Say that one stage has read microbatch `serial` for the last time."""

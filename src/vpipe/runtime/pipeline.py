@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
 from torch import Tensor
 
-from vpipe.data.batches import microbatch_rows
 from vpipe.errors import DataError, NonFiniteLossError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import LearnedLoss, Loss, Metric
@@ -34,19 +34,19 @@ from vpipe.runtime.arguments import (
 )
 from vpipe.runtime.assembly import build_stages, connect, facts_of, show_loss, stages_of, tied_groups
 from vpipe.runtime.batch import Batch, BatchLike, as_batch, as_input
-from vpipe.runtime.comm.activity import CLOSED, ended_by
 from vpipe.runtime.comm.agreement import agree, agree_on_weights
 from vpipe.runtime.comm.board import LossBoard
 from vpipe.runtime.comm.transport import Transport
+from vpipe.runtime.comm.waits.activity import CLOSED, ended_by
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.crossings import Crossings
 from vpipe.runtime.evaluation import Engine, LossSums, Piece, Predictions, join, pieces_alike, share_with_all
-from vpipe.runtime.executor import Executor, HeldStage, Program
+from vpipe.runtime.executor import Executor, HeldStage
 from vpipe.runtime.feed import BatchFeed
 from vpipe.runtime.hooks import Hooks
 from vpipe.runtime.memory.allocator import keep_freed_memory
 from vpipe.runtime.memory.host_link import HostLink
-from vpipe.runtime.programs import ProgramBuilder
+from vpipe.runtime.programs import Program, ProgramBuilder
 from vpipe.runtime.result import Outcomes, Outputs, StepResult
 from vpipe.runtime.weights.model_state import ModelState
 from vpipe.runtime.weights.stage_optimizer import OptimizerFactory
@@ -100,19 +100,17 @@ class Pipeline(ModelState):
         hooks: Hooks | None = None,
     ) -> None:
         self.chain = as_chain(model, loss, metrics)
-        ending = self.chain.loss
-        self._own_loss = ending.module if isinstance(ending, LearnedLoss) and not isinstance(model, Chain) else None
+        made = None if isinstance(model, Chain) else self.chain.loss
+        self._own_loss = made.module if isinstance(made, LearnedLoss) else None
         open_plan = as_plan(plan)
         check_optimizer(optimizer)
         self.hooks = Hooks() if hooks is None else hooks
         check_kinds(update=(update, Update), memory=(memory, Memory), seed=(seed, int), hooks=(self.hooks, Hooks))
-        if world is not None:
-            check_kinds(world=(world, World))
+        check_kinds(**({} if world is None else {"world": (world, World)}))
         self._ready, self._seed, self.iteration = Readiness(), seed, 0
         self._predictor: Engine | None = None
         self.host_link: HostLink | None = None
-        self._owns_world = world is None
-        self.world = World.join() if world is None else world
+        self._owns_world, self.world = world is None, World.join() if world is None else world
         self.device, self.rank, self.num_ranks = self.world.device, self.world.rank, self.world.num_ranks
         self._calls = self.world.activity.calls()
         keep_freed_memory()
@@ -144,25 +142,25 @@ class Pipeline(ModelState):
 
     def _assemble(self, update: Update) -> None:
         """Make what moves values, steps and tells the loss, around the stages; collective."""
-        placement, synchronous = self.programs.sample.placement, self.programs.synchronous
-        self._last_rank = self.programs.sample.rank_of(Action(placement.num_stages - 1, Kind.F, 0))
-        parts, metrics, shared = self.chain.loss.parts, self.chain.metric_names, self.world.shared_memory
-        self._board = LossBoard(self._last_rank, len(parts) + len(metrics), self.world, shared_memory=shared)
-        stops = update.on_non_finite == "stop"
-        self._outcomes = Outcomes(self._board, parts, metrics, synchronous=synchronous, stops=stops)
-        sizes = self.chain.parameter_sizes()
+        synchronous, world = self.programs.synchronous, self.world
+        self._last_rank = self.programs.sample.rank_of(Action(self.plan.cut.num_stages - 1, Kind.F, 0))
+        parts, metrics, shared = self.chain.loss.parts, self.chain.metric_names, world.shared_memory
+        self._board = LossBoard(self._last_rank, len(parts) + len(metrics), world, shared_memory=shared)
+        self._outcomes = Outcomes(self._board, parts, metrics, update, synchronous=synchronous)
+        sizes, placement = self.chain.parameter_sizes(), self.programs.sample.placement
+        tied = tied_groups(self.chain, self.plan.cut, placement, sizes, synchronous=synchronous, world=world)
+        weights = {index: item.weights for index, item in self.held.items()}
+        told, names = self._outcomes.loss_of_batch, [name for named in sizes for name in named]
         self._updater = Updater(
-            {index: item.weights for index, item in self.held.items()},
-            [name for named in sizes for name in named],
-            tied_groups(self.chain, self.plan.cut, placement, sizes, synchronous=synchronous, world=self.world),
-            update,
-            synchronous=synchronous,
-            loss_of_batch=self._outcomes.loss_of_batch,
-            world=self.world,
-            hooks=self.hooks,
+            weights, names, tied, update, synchronous=synchronous, loss_of_batch=told, world=world, hooks=self.hooks
         )
         self._engine = self._make_engine(self.chain, self.held)
         self._executor = self._engine.executor
+        self._parts, self._inference, self._check_idle = (
+            self.held.values(),
+            self._engine.crossings,
+            self._ready.check_idle,
+        )
 
     def _make_engine(self, chain: Chain, held: dict[int, HeldStage]) -> Engine:
         executor = Executor(
@@ -188,7 +186,7 @@ class Pipeline(ModelState):
         """Train on one batch, given as tensors in the order of the model's fields, by name, or as one object.
 
         Raises:
-            DataError, ConfigError: the batch is not one of the model's, or cannot be cut into microbatches.
+            DataError, ConfigError: the batch is not one of the model's, or ranks were given different ones.
             NonFiniteLossError: the loss or the gradient norm is not finite, and was not applied; on every rank.
         """
         with self._calls.during("step"):
@@ -205,7 +203,7 @@ class Pipeline(ModelState):
         the rank of the last stage have what the last block returned, which is kept until then.
 
         Raises:
-            DataError, ConfigError: a batch is not one of the model's, or cannot be cut into microbatches.
+            DataError, ConfigError: a batch is not one of the model's, or ranks were given different ones.
             NonFiniteLossError: the loss or a gradient is not finite, and was not applied; on every rank, but for a
                 gradient in an asynchronous schedule.
         """
@@ -258,15 +256,12 @@ class Pipeline(ModelState):
                                 yield result
             self.transport.finish()
             self._board.finish()
-        except GeneratorExit:
-            raise
         except BaseException as problem:
-            self.iteration += done
-            self._give_up(problem)
+            if not isinstance(problem, GeneratorExit):
+                self.iteration += done
+                self._give_up(problem)
             raise
-        last = self.held.get(self.plan.cut.num_stages - 1)
-        if self._own_loss is not None and last is not None:
-            show_loss(self._own_loss, last)
+        show_loss(self._own_loss, self.held.get(self.plan.cut.num_stages - 1))
         self.iteration += program.num_batches
         self._ready.end()
         if error is not None:
@@ -287,23 +282,19 @@ class Pipeline(ModelState):
         self._ready.end()
 
     def _publish(self, batch: int) -> None:
-        size = self._program.num_microbatches
-        shares = [self._executor.losses.pop(batch * size + index) for index in range(size)]
+        losses = self._executor.losses
+        shares = [losses.pop(serial) for serial in self._program.serials_of(batch) if serial in losses]
         # Where a batch is several updates, each normalised by itself, the batch's loss is their mean.
-        self._outcomes.publish(shares, self._program.update_size / size)
+        self._outcomes.publish(shares, 1 / -(-len(shares) // self._program.update_size))
 
     def _result(self, program: Program, batch: int) -> tuple[StepResult, NonFiniteLossError | None]:
         """Return what a batch gave, and why training ends with it if it does."""
-        size = program.num_microbatches
-        serials = range(batch * size, (batch + 1) * size)
+        serials = program.serials_of(batch)
         reasons, outputs = self._updater.take_refused(serials), join(self._executor.take_outputs(serials))
         return self._outcomes.result(program.first_iteration + batch, self._updater.gradient_norm, reasons, outputs)
 
     def _update(self, stage: int, microbatch: int) -> None:
-        program = self._program
-        share = program.update_size / program.num_microbatches
-        progress = program.first_iteration + program.weights[stage].update_of[microbatch] * share
-        self._updater.step(stage, microbatch, progress)
+        self._updater.step(stage, microbatch, self._program.progress_of(stage, microbatch))
 
     def evaluate(self, batches: Iterable[BatchLike], microbatch_size: int | None = None) -> dict[str, float]:
         """Return the loss, its parts and the metrics over `batches` of any size: no dropout, the newest weights.
@@ -371,34 +362,22 @@ class Pipeline(ModelState):
                 self._give_up(problem)
                 raise
 
-    @property
-    def _parts(self) -> Collection[HeldStage]:
-        return self.held.values()
-
-    @property
-    def _inference(self) -> Crossings:
-        return self._engine.crossings
-
-    def _check_idle(self) -> None:
-        self._ready.check_idle()
-
     def _start(self, program: Program, batches: Iterator[Batch], engine: Engine) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
         self._given.check()
         self._ready.check_idle()
         if (first := next(batches, None)) is None:
             raise DataError("there are no batches")
-        num_samples = len(range(first.num_samples)[microbatch_rows(first.num_samples, program.num_microbatches)[0]])
+        count, training = program.num_microbatches, program.training
         held, crossings, executor = engine
-        crossing = crossings.of(first, num_samples, training=program.training, compare=program.compares_batches)
-        for index, item in held.items():
-            item.stage.expect(crossing.get(index, ()), crossing.get(index + 1, ()))
-        self.transport.start(program.actions, crossing, program.num_serials, program.window)
-        self._calls.begin("training" if program.training else "evaluation")
-        self._watch.expect(crossing)
         readers = [item.stage.fields for item in held.values()]
+        crossings.agree(first, count, training=training, compare=program.compares_batches)
         every, move = itertools.chain([first], batches), methodcaller("to", self.device, non_blocking=True)
-        return BatchFeed(every, program.num_microbatches, readers, move, executor.callers_turn)
+        of = partial(crossings.of, training=training, together=False)
+        feed = BatchFeed(every, count, readers, move, of, executor.callers_turn, program.lead)
+        self.transport.start(program.actions, feed, program.num_serials, program.window)
+        self._calls.begin("training" if training else "evaluation")
+        return feed
 
     def close(self) -> None:
         """Leave the process group, if this pipeline joined it."""

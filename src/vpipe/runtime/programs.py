@@ -3,23 +3,78 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from vpipe.errors import ScheduleError
 from vpipe.plan.recipe import Recipe, build_evaluation
 from vpipe.plan.waiting import find_waiting
-from vpipe.runtime.executor import Program
-from vpipe.schedule.action import Kind
-from vpipe.schedule.memory import peak_activations
+from vpipe.schedule.action import Action, Kind
+from vpipe.schedule.memory import peak_activations, stage_activations
 from vpipe.schedule.passes.lower import lower
 from vpipe.schedule.proof.validate import validate_schedule
 from vpipe.schedule.schedule import Schedule, uses_split_backward
-from vpipe.schedule.weights import weight_usage
+from vpipe.schedule.weights import StageWeights, weight_usage
 
-__all__ = ["ProgramBuilder"]
+__all__ = ["Program", "ProgramBuilder"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one rank does from one drained pipeline to the next.
+
+    `num_microbatches` is a batch's, and `update_size`, which divides it, an update's. A program that only
+    evaluates has forwards alone, and keeps nothing. Microbatches are numbered through all batches of the program,
+    `num_serials` in all, of which at most `window` are in flight on any stage.
+    """
+
+    actions: tuple[Action, ...]
+    weights: Mapping[int, StageWeights]
+    num_microbatches: int
+    update_size: int
+    first_iteration: int
+    num_serials: int
+    window: int
+    training: bool = True
+    split: bool = False
+    """Whether there are backwards in two halves."""
+    lead: int = 0
+    """Microbatches by which the first stage is ahead of this rank's: their batches may be read before their time."""
+    numbers: tuple[int, ...] = ()
+    """Of an evaluation, the number of each microbatch in the whole of it, which may take several programs."""
+    keeps_outputs: bool = False
+    """Whether what the last block writes is kept; without training nothing else is computed then."""
+
+    @property
+    def num_batches(self) -> int:
+        """Count the batches."""
+        return self.num_serials // self.num_microbatches
+
+    @property
+    def compares_batches(self) -> bool:
+        """Tell whether ranks look first if they were given the same batch: the 1st, 2nd, 3rd, 5th, 9th and so on.
+
+        What drifts is found before training has gone on for twice as long. In a program of many batches the first is.
+        """
+        return self.training and (self.num_batches > 1 or not self.first_iteration & (self.first_iteration - 1))
+
+    def serials_of(self, batch: int) -> range:
+        """Return the numbers of a batch's microbatches."""
+        return range(batch * self.num_microbatches, (batch + 1) * self.num_microbatches)
+
+    def progress_of(self, stage: int, serial: int) -> float:
+        """Return the iterations done before the update that ends with a microbatch; between batches a fraction."""
+        share = self.update_size / self.num_microbatches
+        return self.first_iteration + self.weights[stage].update_of[serial] * share
+
+    def place_of(self, serial: int) -> tuple[int, int]:
+        """Return what random numbers depend on: iteration and index in the batch, or the number in an evaluation."""
+        if not self.training:
+            return self.numbers[serial], 0
+        batch, index = divmod(serial, self.num_microbatches)
+        return self.first_iteration + batch, index
 
 
 class ProgramBuilder:
@@ -41,6 +96,8 @@ class ProgramBuilder:
         # A longer asynchronous schedule repeats the steady state of this one.
         validate_schedule(self.sample)
         self.update_size = self._count_update_size()
+        in_flight = stage_activations(self.sample)
+        self._lead = in_flight[0] - max(in_flight[stage] for stage in self.sample.placement.stages_of(rank))
         if rank == 0 and logger.isEnabledFor(logging.INFO):
             self._tell_waiting()
 
@@ -87,6 +144,7 @@ class ProgramBuilder:
             num_serials=schedule.num_microbatches,
             window=_window(schedule),
             split=uses_split_backward(schedule),
+            lead=self._lead,
         )
 
     @property
@@ -108,6 +166,7 @@ class ProgramBuilder:
             training=False,
             numbers=tuple(numbers),
             keeps_outputs=keeps_outputs,
+            lead=len(numbers),
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vpipe.errors import NonFiniteLossError
 from vpipe.model.loss import exact_sum
 from vpipe.runtime.comm.board import LossBoard
+from vpipe.runtime.weights.update import Update
 
 __all__ = ["Outcomes", "Outputs", "StepResult"]
 
@@ -49,18 +50,18 @@ def _ratio(pairs: Iterable[Tensor]) -> float:
 class Outcomes:
     """What batches gave: the loss, which the rank of the last stage tells all others, and what was not applied.
 
-    `parts` names what the loss is the sum of, `metrics` what is told beside it. With `stops` what is not finite is an
-    error.
+    `parts` names what the loss is the sum of, `metrics` what is told beside it; `update` says if what is not finite
+    is an error.
     """
 
     def __init__(
-        self, board: LossBoard, parts: Sequence[str], metrics: Sequence[str], *, synchronous: bool, stops: bool
+        self, board: LossBoard, parts: Sequence[str], metrics: Sequence[str], update: Update, *, synchronous: bool
     ) -> None:
         self._board = board
         self._parts = parts
         self._metrics = metrics
         self._synchronous = synchronous
-        self._stops = stops
+        self._stops = update.on_non_finite == "stop"
         self._told: list[float] = []
 
     def publish(self, shares: Sequence[Mapping[str, Tensor]], scale: float) -> None:

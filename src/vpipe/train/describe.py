@@ -17,11 +17,11 @@ __all__ = ["describe_plan"]
 def describe_plan(plan: Plan, setup: Setup, prediction: Prediction | None = None) -> dict[str, Any]:
     """Return the plan as a plan file, with its stages and cuts; it can be the `plan.partition` of another run.
 
-    Bytes are those of one microbatch.
+    Bytes are those of one microbatch, the largest.
     """
     return plan_to_dict(
         plan,
-        microbatch_size=setup.config.microbatch_size,
+        microbatch_size=setup.config.microbatch_size if setup.config.is_even else None,
         prediction=prediction,
         ratios=setup.config.recompute_ratios if setup.config.plan.policies is None else None,
         stages=_stages(plan, setup),

@@ -28,7 +28,8 @@ class ThroughputMeter:
 
     A run is one or more *stretches*, at whose ends the pipeline is empty: call `begin` at each start. An iteration's
     time is that from the end of the one before it, so a stretch's first, in which the pipeline fills, never counts;
-    neither does the run's second, which is slower, nor the last `num_draining` of a stretch, where others are left.
+    neither does the run's second, which is slower, nor the last `num_draining` of a stretch, where others are left, nor
+    one of a batch that is not whole.
     """
 
     def __init__(self, num_draining: int = 0, window: int = 10, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -37,6 +38,7 @@ class ThroughputMeter:
         self._paused_seconds = 0.0
         self._recent = deque([_Mark(0, clock())], maxlen=window + 1)
         self._ends: list[float] = []
+        self._short: list[int] = []
         self._is_first_stretch = True
         self._finished = (0, 0.0)
 
@@ -44,11 +46,13 @@ class ThroughputMeter:
         """Start a stretch."""
         self._finished = self._counted()
         self._is_first_stretch = self._is_first_stretch and not self._ends
-        self._ends = []
+        self._ends, self._short = [], []
 
-    def update(self, num_samples: int) -> None:
-        """Note that an iteration of `num_samples` has just ended."""
+    def update(self, num_samples: int, *, is_whole: bool = True) -> None:
+        """Note that an iteration of `num_samples` has just ended, of a batch that is whole or not."""
         now = self._clock()
+        if not is_whole:
+            self._short.append(len(self._ends))
         self._ends.append(now)
         self._recent.append(_Mark(self._recent[-1].samples + num_samples, now - self._paused_seconds))
 
@@ -80,7 +84,11 @@ class ThroughputMeter:
         last = len(ends) - 1
         if last - self._num_draining > first:
             last -= self._num_draining
-        return (iterations + last - first, seconds + ends[last] - ends[first]) if last > first else self._finished
+        if last <= first:
+            return self._finished
+        short = [index for index in self._short if first < index <= last]
+        left_out = sum(ends[index] - ends[index - 1] for index in short)
+        return iterations + last - first - len(short), seconds + ends[last] - ends[first] - left_out
 
 
 def peak_memory_bytes(world: World | None = None) -> int:

@@ -64,7 +64,8 @@ def summarize_run(
     `prediction` is what was expected of the run.
     """
     filling = count_filling(pipeline)
-    stretch, measured = choose_measured(outcome.stretches, filling)
+    size = setup.config.train.batch_size
+    stretch, measured = choose_measured(outcome.stretches, filling, lambda index: setup.batch_size(index) < size)
     first, stop = max(stretch.start, measured.start - filling), min(stretch.stop, measured.stop + 1)
     mine = {
         "skipped_updates": outcome.num_skipped,
@@ -89,12 +90,12 @@ def summarize_run(
     summary: dict[str, Any] = {
         "schedule": config.pipeline.schedule,
         "iterations": iterations,
-        "num_samples": iterations * config.train.batch_size,
+        "num_samples": setup.num_samples(iterations),
         "final_loss": finite(outcome.final_loss),
         "eval_loss": finite(held_out.loss if held_out else None),
         **({"metrics": finite(outcome.metrics)} if outcome.metrics else {}),
         **({"eval_metrics": finite(held_out.metrics)} if held_out and held_out.metrics else {}),
-        "samples_per_second": config.train.batch_size / iteration_ms * 1e3 if iteration_ms else 0.0,
+        "samples_per_second": size / iteration_ms * 1e3 if iteration_ms else 0.0,
         "iteration_ms": iteration_ms,
         "measured_iterations": [measured.start + 1, measured.stop],
         **{key: [rank[key] for rank in everyone] for key in everyone[0]},

@@ -85,7 +85,8 @@ class Trainer:
             batches = self.setup.batches(self.pipeline.fields, stretch.start, stretch.num_iterations)
             self._meter.begin()
             for result in self.pipeline.train(batches, stretch.num_iterations):
-                self._meter.update(train.batch_size)
+                size = self.setup.batch_size(result.iteration)
+                self._meter.update(size, is_whole=size == train.batch_size)
                 self._report(result)
                 loss, num_skipped, metrics = result.loss, num_skipped + result.num_skipped, result.metrics
             due = stretch.stop == total or (train.eval_frequency and stretch.stop % train.eval_frequency == 0)

@@ -20,14 +20,12 @@ from vpipe.model.chain import Chain, call_block
 from vpipe.model.loss import exact_sum, sum_parts
 from vpipe.model.rng import derive_seed, seed_everything, seeded, seeding_others
 from vpipe.schedule.weights import StageWeights
+from vpipe.verify.gradients import norm_of, sum_gradients
 
 __all__ = ["OptimizerFactory", "Reference", "ReferenceResult"]
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]]
 Fields = Mapping[str, Tensor]
-
-_PIECE = 1 << 15
-_MOST_PIECES = 256
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,24 @@ class ReferenceResult:
     """What the reference computed between two moments at which a pipeline would be empty."""
 
     losses: tuple[dict[str, float], ...]
-    """Per microbatch, its share of each part of the loss of its update."""
+    """Per microbatch, its share of each part of the loss of its update; one without samples has none."""
     gradients: tuple[dict[str, Tensor], ...]
     """Per update, the gradients as the optimizers got them (tied ones summed, clipped), by model-wide name; without
     those that were not applied."""
     norms: tuple[tuple[float, ...], ...]
-    """Per update, the norms before clipping: one over all stages, or in an asynchronous run one per stage."""
+    """Per update, the norms before clipping: one over all stages, or in an asynchronous run one per stage; none of an
+    update without samples."""
 
     def batch_parts(self, num_microbatches: int) -> list[dict[str, float]]:
         """Return each part of the loss per batch: shares add up, and a batch of several updates has their mean."""
-        updates_per_batch = max(1, len(self.norms) * num_microbatches // len(self.losses))
-        batches = [
-            self.losses[start : start + num_microbatches] for start in range(0, len(self.losses), num_microbatches)
-        ]
-        return [
-            {part: exact_sum(share[part] for share in shares) * (1 / updates_per_batch) for part in shares[0]}
-            for shares in batches
-        ]
+        num_batches = len(self.losses) // num_microbatches
+        per_batch = len(self.norms) // num_batches
+        found = []
+        for batch in range(num_batches):
+            shares = self.losses[batch * num_microbatches : (batch + 1) * num_microbatches]
+            num_updates = sum(map(bool, self.norms[batch * per_batch : (batch + 1) * per_batch]))
+            found.append({part: exact_sum(share[part] for share in shares) * (1 / num_updates) for part in shares[0]})
+        return found
 
 
 class _Stage:
@@ -171,6 +170,9 @@ class Reference:
         totals = self._totals(microbatches)
         with seeded(0):
             for index, fields in enumerate(microbatches):
+                if not self._num_samples(fields):
+                    losses.append(self._no_loss())
+                    continue
                 parts = self._loss(fields, totals, self.iteration, index)
                 if (total := sum_parts(parts)).requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
@@ -215,10 +217,11 @@ class Reference:
                 update = weights.update_of[serial]
                 if serial + 1 < len(microbatches) and weights.update_of[serial + 1] == update:
                     continue
-                norms[update].append(norm := self._finish_gradients([stage]))
-                # The very arithmetic of the rate's argument is part of the contract.
-                progress = self.iteration + update * share
-                gradients[update].update(self._step(stage, progress, apply=math.isfinite(norm)))
+                if any(map(self._num_samples, groups[update])):
+                    norms[update].append(norm := self._finish_gradients([stage]))
+                    # The very arithmetic of the rate's argument is part of the contract.
+                    progress = self.iteration + update * share
+                    gradients[update].update(self._step(stage, progress, apply=math.isfinite(norm)))
                 stage.remember()
                 stage.forget(weights.version_of[serial + 1 :])
         self.iteration += len(microbatches) // num_microbatches
@@ -256,6 +259,8 @@ class Reference:
         num_microbatches: int,
     ) -> dict[str, float]:
         """Run a microbatch forward and backward on the versions it uses; add to the gradients of the newest weights."""
+        if not self._num_samples(fields):
+            return self._no_loss()
         used = []
         for index, (stage, weights) in enumerate(zip(self._stages, usage, strict=True)):
             version = weights.version_of[serial]
@@ -337,12 +342,15 @@ class Reference:
         with seeding_others(derive_seed(self._seed, "dropout", iteration, microbatch, len(self._modules))):
             return self.chain.loss(values, totals, self._num_samples(fields))
 
+    def _no_loss(self) -> dict[str, float]:
+        return dict.fromkeys(self.chain.loss.parts, 0.0)
+
     def _num_samples(self, fields: Fields) -> int:
         return next(len(item) for name, item in fields.items() if name not in self.chain.whole_fields)
 
     def _totals(self, microbatches: Sequence[Fields]) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for fields in microbatches:
+        for fields in filter(self._num_samples, microbatches):
             for name, count in self.chain.loss.count(fields, self._num_samples(fields)).items():
                 totals[name] = totals.get(name, 0.0) + count
         return totals
@@ -360,11 +368,11 @@ class Reference:
         for group in self.chain.tied:
             copies = [held[ref.block, ref.name] for ref in group if (ref.block, ref.name) in held]
             if copies:
-                _sum_gradients(copies)
+                sum_gradients(copies)
             for ref in group[1:]:
                 counted.pop((ref.block, ref.name), None)
         gradients = [item.grad for item in counted.values() if item.grad is not None]
-        norms = [_norm(item) for item in gradients]
+        norms = [norm_of(item) for item in gradients]
         norm = math.sqrt(math.fsum(each * each for each in norms))  # `** 2` may round in another way
         if self._clip is not None and self._clip / (norm + 1e-6) < 1.0:
             for item in held.values():
@@ -375,26 +383,3 @@ class Reference:
 
 def _notes_only(part: nn.Module) -> bool:
     return type(part).train is nn.Module.train and type(part).eval is nn.Module.eval
-
-
-def _sum_gradients(copies: Sequence[nn.Parameter]) -> None:
-    """Give all copies of one weight the sum of their gradients, in block order; none if none was used."""
-    if all(copy.grad is None for copy in copies):
-        return
-    parts = [torch.zeros_like(copy) if copy.grad is None else copy.grad for copy in copies]
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    for copy in copies:
-        copy.grad = total.clone()
-
-
-def _norm(gradient: Tensor) -> float:
-    """Return the norm in float64: of a large gradient that of its pieces' norms, as docs/contract.md has it."""
-    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-    gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-    if gradient.numel() <= _PIECE:
-        return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-    num_pieces = min(_MOST_PIECES, 1 + gradient.numel() // _PIECE)
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in gradient.flatten().chunk(num_pieces)]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))

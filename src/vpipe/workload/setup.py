@@ -14,7 +14,7 @@ from torch import nn
 from vpipe.config import RunConfig
 from vpipe.config.entry import load_entry
 from vpipe.config.planning.to_plan import to_plan
-from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations
+from vpipe.data.batches import evaluation_batches, iterate_batches, num_iterations, num_samples_read
 from vpipe.data.bert.dataset import BertDataset, open_bert
 from vpipe.data.bert.meta import Split
 from vpipe.data.causal import CausalSource
@@ -55,12 +55,24 @@ class Setup:
 
     def batches(self, fields: tuple[str, ...], start: int, count: int) -> Iterator[Batch]:
         """Yield `count` training batches from iteration `start` on, with `fields` only."""
-        size = self.config.train.batch_size
         numbered = iterate_batches(
-            seed=self.config.seed, num_samples=self.source.num_samples, batch_size=size, start=start
+            seed=self.config.seed,
+            num_samples=self.source.num_samples,
+            batch_size=self.config.train.batch_size,
+            start=start,
+            drop_last=_drops_last(self.config),
         )
         for item in islice(numbered, count):
-            yield Batch(self.source.batch(item.indices, fields, epoch=item.epoch), size)
+            yield Batch(self.source.batch(item.indices, fields, epoch=item.epoch), len(item.indices))
+
+    def num_samples(self, iterations: int) -> int:
+        """Count the samples of so many iterations from the first on."""
+        size, drop_last = self.config.train.batch_size, _drops_last(self.config)
+        return num_samples_read(iterations, self.source.num_samples, size, drop_last=drop_last)
+
+    def batch_size(self, iteration: int) -> int:
+        """Count the samples of one iteration, counted from 0: an epoch's last may have fewer."""
+        return self.num_samples(iteration + 1) - self.num_samples(iteration)
 
     def evaluation_batches(self, fields: tuple[str, ...]) -> Iterator[Batch]:
         """Yield the held-out batches; the last one may be short."""
@@ -117,10 +129,17 @@ def build_setup(config: RunConfig) -> Setup:
             _check_fields(chain, opened)
     microbatches = config.pipeline.num_microbatches
     per_epoch = num_iterations(
-        source.num_samples, config.train.batch_size, 1 if microbatches == "auto" else microbatches
+        source.num_samples,
+        config.train.batch_size,
+        1 if microbatches == "auto" else microbatches,
+        drop_last=_drops_last(config),
     )
     total = config.train.iterations or per_epoch * (config.train.epochs or 1)
     return Setup(config, chain, source, held_out, vocab_size, per_epoch, total)
+
+
+def _drops_last(config: RunConfig) -> bool:
+    return config.data.last_batch == "drop"
 
 
 def _wants_evaluation(config: RunConfig, source: BatchSource) -> bool:

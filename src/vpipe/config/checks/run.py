@@ -89,12 +89,21 @@ def _check_microbatches(run: RunConfig) -> Iterator[Problem]:
     batch, count = run.train.batch_size, run.pipeline.num_microbatches
     if count == "auto" or batch % count == 0:
         return
-    sizes = [size for size in (batch // count * count, (batch // count + 1) * count) if size]
-    yield Problem(
-        ("train.batch_size", "pipeline.num_microbatches"),
-        f"train.batch_size = {batch} cannot be cut into pipeline.num_microbatches = {count} equal microbatches; use a "
-        f"batch size of {_or(sizes)}, or {_or(_nearest_divisors(batch, count))} microbatches",
-    )
+    keys = ("train.batch_size", "pipeline.num_microbatches")
+    if batch < count:
+        yield Problem(
+            keys,
+            f"train.batch_size = {batch} cannot be cut into pipeline.num_microbatches = {count} microbatches with "
+            f"samples; use a batch size of at least {count}, or at most {batch} microbatches",
+        )
+    elif run.needs_plan:
+        sizes = [batch // count * count, (batch // count + 1) * count]
+        yield Problem(
+            (*keys, "plan.partition", "plan.memory_limit", "pipeline.schedule"),
+            f"train.batch_size = {batch} cannot be cut into pipeline.num_microbatches = {count} equal microbatches, "
+            f"and the planner counts with one size; use a batch size of {_or(sizes)}, or "
+            f"{_or(_nearest_divisors(batch, count))} microbatches",
+        )
 
 
 def _check_partition(run: RunConfig) -> Iterator[Problem]:

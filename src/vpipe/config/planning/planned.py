@@ -71,7 +71,10 @@ def sizes_needed(run: RunConfig, counts: Sequence[int] | None) -> tuple[int, ...
         return sizes_to_profile(run.num_ranks, batch)
     for count in counts:
         if batch % count:
-            raise PlanError(f"train.batch_size = {batch} cannot be cut into {count} equal microbatches; use a divisor")
+            raise PlanError(
+                f"train.batch_size = {batch} cannot be cut into {count} equal microbatches, and the planner counts "
+                "with one size; use a divisor"
+            )
     return tuple(sorted({batch // count for count in counts}))
 
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from vpipe.errors import TransportError
-from vpipe.runtime.comm.activity import Activity
 from vpipe.runtime.comm.failure import peer_ended, peer_silent
 from vpipe.runtime.comm.message import Message, MessageLayout
 from vpipe.runtime.comm.semaphore import CACHE_LINE, Semaphore
+from vpipe.runtime.comm.waits.activity import Activity
 
 __all__ = ["Inbox", "Invitation", "Outbox", "open_inbox", "open_outbox"]
 

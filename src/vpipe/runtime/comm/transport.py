@@ -12,9 +12,8 @@ compute that waits for it delays all ranks. So `receive` posts, acknowledges and
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch import Tensor
 from vpipe.errors import ConfigError
 from vpipe.model.chain import ValueSpec
 from vpipe.planner.cost.loads import SPARE_GRADIENTS
+from vpipe.runtime.comm.channel import Channel, Link, Microbatches
 from vpipe.runtime.comm.message import Message, MessageLayout
 from vpipe.runtime.comm.shared_links import share_memory
 from vpipe.runtime.comm.shared_memory import Inbox, Outbox
@@ -39,46 +39,6 @@ _TAG_LIMIT = 1 << 31
 _CUT_OFFSET = {Kind.SEND_F: 1, Kind.RECV_F: 0, Kind.SEND_B: 0, Kind.RECV_B: 1}
 _FORWARD = frozenset({Kind.SEND_F, Kind.RECV_F})
 _SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
-
-_Link = tuple[int, int, bool]
-"""Source rank, target rank, and whether activations travel on it or gradients."""
-
-
-@dataclass
-class _Channel:
-    """One cut in one direction, as seen from one of its two ranks."""
-
-    index: int
-    peer: int
-    link: _Link
-    post: Callable[[Tensor, int], dist.Work] | None
-    """Sends or receives a buffer under a tag; None where no link needs a communicator."""
-    layout: MessageLayout
-    messages: list[Message]
-    """Memory that was used before and is free, or will be; of this layout or another one of the channel."""
-    posted: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
-    sent: dict[int, tuple[dist.Work, Message]] = field(default_factory=dict)
-
-    def take(self, wire: torch.device) -> Message:
-        """Return a message to fill or to receive into; on a GPU always a new one, as its allocator reuses memory.
-
-        It takes the place of one that is free, even if that has too little memory: so there are no more of them than
-        are in use at once.
-        """
-        free = [message for message in self.messages if message.is_free]
-        if not free:
-            return Message(self.layout, wire)
-        fitting = [message for message in free if message.capacity >= self.layout.num_bytes]
-        chosen = min(fitting, key=lambda message: message.capacity) if fitting else free[0]
-        self.messages.remove(chosen)
-        if chosen.layout is self.layout:
-            return chosen
-        return chosen.turned_into(self.layout) if fitting else Message(self.layout, wire)
-
-    def name(self, microbatch: int) -> str:
-        """Name the action whose result a message of this channel carries."""
-        cut, is_gradient = divmod(self.index, 2)
-        return f"{cut}B{microbatch}" if is_gradient else f"{cut - 1}F{microbatch}"
 
 
 class Transport:
@@ -109,18 +69,19 @@ class Transport:
         self._announce = announce
         self._ordered = is_nccl if ordered is None else ordered
         self._wire = device if is_nccl else torch.device("cpu")
-        self._outboxes: Mapping[_Link, Outbox] = {}
-        self._inboxes: Mapping[_Link, Inbox] = {}
-        self._groups: dict[_Link, dist.ProcessGroup] = {}
+        self._outboxes: Mapping[Link, Outbox] = {}
+        self._inboxes: Mapping[Link, Inbox] = {}
+        self._groups: dict[Link, dist.ProcessGroup] = {}
         if world.num_ranks > 1:
             self._connect()
-        self._layouts: dict[tuple[int, tuple[ValueSpec, ...]], MessageLayout] = {}
+        self._layouts: defaultdict[int, dict[tuple[ValueSpec, ...], MessageLayout]] = defaultdict(dict)
         self._messages: defaultdict[int, list[Message]] = defaultdict(list)
-        self._channels: dict[tuple[Kind, int], _Channel] = {}
-        self._upcoming: defaultdict[_Link, deque[tuple[_Channel, int]]] = defaultdict(deque)
-        self._answered: list[tuple[_Channel, int]] = []
-        self._program: tuple[Sequence[Action], Mapping[int, Sequence[ValueSpec]]] = ((), {})
-        self._receives: list[tuple[_Channel, int]] = []
+        self._channels: dict[tuple[Kind, int], Channel] = {}
+        self._upcoming: defaultdict[Link, deque[tuple[Channel, int]]] = defaultdict(deque)
+        self._answered: list[tuple[Channel, int]] = []
+        self._num_posted: Counter[Link] = Counter()
+        self._actions: Sequence[Action] = ()
+        self._receives: list[tuple[Channel, int]] = []
         self._num_channels = 2 * schedule.num_stages + 2
         self._base = 0
         self._has_posted = False
@@ -130,7 +91,7 @@ class Transport:
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    def _links(self) -> list[_Link]:
+    def _links(self) -> list[Link]:
         links = {
             (rank, self._schedule.rank_of(counterpart(action)), action.kind is Kind.SEND_F)
             for rank, order in enumerate(lower(self._schedule))
@@ -148,13 +109,13 @@ class Transport:
         if not shared.are_all:
             self._groups = self._open_tagged()
 
-    def _open_tagged(self) -> dict[_Link, dist.ProcessGroup]:
+    def _open_tagged(self) -> dict[Link, dist.ProcessGroup]:
         # Not before it is needed: gloo has a thread for each communicator, which wakes a hundred times per second.
         group = self._world.new_group(backend="gloo")
         assert group is not None  # it is of all ranks
         return dict.fromkeys(self._links(), group)
 
-    def _open_ordered(self) -> dict[_Link, dist.ProcessGroup]:
+    def _open_ordered(self) -> dict[Link, dist.ProcessGroup]:
         groups = {link: self._world.new_group(link[:2]) for link in self._links()}
         own = {link: group for link, group in groups.items() if group is not None}
         for (source, target, _), group in own.items():
@@ -168,7 +129,7 @@ class Transport:
                     dist.recv(probe, self._world.processes[source], group)
         return own
 
-    def stand_in(self, replace: Callable[[dict[_Link, dist.ProcessGroup]], dict[_Link, dist.ProcessGroup]]) -> None:
+    def stand_in(self, replace: Callable[[dict[Link, dist.ProcessGroup]], dict[Link, dist.ProcessGroup]]) -> None:
         """Send through what `replace` returns for the links' groups, not through shared memory; collective.
 
         Call it before the first program.
@@ -184,39 +145,41 @@ class Transport:
     def start(
         self,
         actions: Sequence[Action],
-        crossing: Mapping[int, Sequence[ValueSpec]],
+        microbatches: Microbatches,
         num_microbatches: int,
         window: int,
     ) -> None:
         """Begin a program: learn what will be received in which order.
 
-        `crossing[s]` is what crosses the cut in front of stage s. At most `window` sends stay open per channel: more
-        cannot be unanswered when `window` is the number of microbatches in flight.
+        At most `window` sends stay open per channel: more cannot be unanswered when `window` is the number of
+        microbatches in flight.
         """
+        self._microbatches = microbatches
         self._base += self._span
         self._span, self._window = num_microbatches, window
         for (_, _, is_forward), outbox in self._outboxes.items():
             # Activations that were sent are held by the receiver, and all of them come back when a batch ends.
             outbox.num_spare = window if is_forward else SPARE_GRADIENTS
         # The batches of a synchronous schedule run one program again and again.
-        if self._program[0] is not actions or self._program[1] is not crossing:
-            self._program = actions, crossing
+        if self._actions is not actions:
+            self._actions = actions
             self._channels = {}
             self._receives = [
-                (self._channel(action, crossing), action.microbatch)
+                (self._channel(action), action.microbatch)
                 for action in actions
                 if action.kind in (Kind.RECV_F, Kind.RECV_B)
             ]
             for action in actions:
                 if action.kind in _SENDS:
-                    self._channel(action, crossing)
+                    self._channel(action)
         self._upcoming.clear()
+        self._num_posted.clear()
         for channel, microbatch in self._receives:
-            if channel.layout.specs and channel.link not in self._inboxes:
+            if channel.link not in self._inboxes:
                 self._upcoming[channel.link].append((channel, microbatch))
         self._has_posted = False
 
-    def _channel(self, action: Action, crossing: Mapping[int, Sequence[ValueSpec]]) -> _Channel:
+    def _channel(self, action: Action) -> Channel:
         key = (action.kind, action.stage)
         if key not in self._channels:
             cut, forward = action.stage + _CUT_OFFSET[action.kind], action.kind in _FORWARD
@@ -224,41 +187,37 @@ class Transport:
             peer = self._schedule.rank_of(counterpart(action))
             link = (self._rank, peer, forward) if action.kind in _SENDS else (peer, self._rank, forward)
             post = self._poster(link, peer) if link in self._groups else None
-            layout = self._layout(index, forward, crossing[cut])
-            self._channels[key] = _Channel(index, peer, link, post, layout, self._messages[index])
+            self._channels[key] = Channel(
+                index, peer, link, post, self._wire, self._messages[index], self._layouts[index]
+            )
         return self._channels[key]
 
-    def _poster(self, link: _Link, peer: int) -> Callable[[Tensor, int], dist.Work]:
+    def _poster(self, link: Link, peer: int) -> Callable[[Tensor, int], dist.Work]:
         group = self._groups[link]
         # The group's own method: what `dist.isend` and `dist.irecv` add to it costs more than it does.
         operation = group.send if link[0] == self._rank else group.recv
         peer_in_group = self._world.position_in(group, peer)
         return lambda buffer, tag: operation([buffer], peer_in_group, tag)
 
-    def _layout(self, index: int, forward: bool, crossing: Sequence[ValueSpec]) -> MessageLayout:
-        specs = tuple(spec for spec in crossing if spec.same_as is None and (forward or spec.requires_grad))
-        if (index, specs) not in self._layouts:
-            self._layouts[index, specs] = MessageLayout(index, specs, self._wire)
-        return self._layouts[index, specs]
-
-    def _tag(self, channel: _Channel, microbatch: int) -> int:
+    def _tag(self, channel: Channel, microbatch: int) -> int:
         if self._ordered:
             return 0
         return (channel.index + self._num_channels * (self._base + microbatch)) % _TAG_LIMIT
 
-    def _post_first(self) -> None:
-        self._has_posted = True
-        for upcoming in self._upcoming.values():
-            for _ in range(_RECEIVES_AHEAD):
-                self._post_next(upcoming)
+    def _post_ahead(self, link: Link, now: int) -> None:
+        """Post the next receives of a link whose sizes can be known while microbatch `now` is waited for."""
+        upcoming = self._upcoming[link]
+        while upcoming and self._num_posted[link] < _RECEIVES_AHEAD and self._microbatches.knows(upcoming[0][1], now):
+            self._post_next(link)
 
-    def _post_next(self, upcoming: deque[tuple[_Channel, int]]) -> None:
-        if upcoming:
-            channel, microbatch = upcoming.popleft()
-            message = channel.take(self._wire)
+    def _post_next(self, link: Link) -> None:
+        channel, microbatch = self._upcoming[link].popleft()
+        if (layout := channel.layout_of(self._microbatches.crossing(microbatch))).specs:
+            message = channel.take(layout)
             channel.posted[microbatch] = self._post(channel, microbatch, message), message
+            self._num_posted[link] += 1
 
-    def _post(self, channel: _Channel, microbatch: int, message: Message) -> dist.Work:
+    def _post(self, channel: Channel, microbatch: int, message: Message) -> dist.Work:
         assert channel.post is not None
         try:
             return channel.post(message.buffer, self._tag(channel, microbatch))
@@ -277,18 +236,19 @@ class Transport:
             TransportError: a value does not have the shape or type that was agreed.
         """
         channel = self._channels[action.kind, action.stage]
-        if not channel.layout.specs:
+        layout = channel.layout_of(self._microbatches.crossing(action.microbatch))
+        if not layout.specs:
             return
-        self.bytes_sent += channel.layout.num_bytes
+        self.bytes_sent += layout.num_bytes
         if (outbox := self._outboxes.get(channel.link)) is not None:
             outbox.send(
-                channel.layout,
+                layout,
                 self._base + action.microbatch,
                 values,
                 lambda: f"room to send {channel.name(action.microbatch)}",
             )
             return
-        message = channel.take(self._wire)
+        message = channel.take(layout)
         message.pack(self._base + action.microbatch, values)
         channel.sent[action.microbatch] = self._post(channel, action.microbatch, message), message
         if len(channel.sent) > self._window:
@@ -302,32 +262,40 @@ class Transport:
             TransportError: another message arrived than the one that was waited for.
         """
         channel = self._channels[action.kind, action.stage]
-        if not channel.layout.specs:
+        layout = channel.layout_of(self._microbatches.crossing(action.microbatch))
+        if not layout.specs:
             return {}
         inbox = self._inboxes.get(channel.link)
-        values = (
-            self._receive_posted(channel, action) if inbox is None else self._receive_shared(inbox, channel, action)
-        )
-        self.bytes_received += channel.layout.num_bytes
+        if inbox is None:
+            values = self._receive_posted(channel, action)
+        else:
+            self._await_shared(inbox, channel, action)
+            values = inbox.receive(layout, self._base + action.microbatch)
+        self.bytes_received += layout.num_bytes
         if self._wire == self._device:
             return values
         return {name: value.to(self._device) for name, value in values.items()}
 
-    def _receive_shared(self, inbox: Inbox, channel: _Channel, action: Action) -> dict[str, Tensor]:
+    def _await_shared(self, inbox: Inbox, channel: Channel, action: Action) -> None:
         inbox.give_back()
         if not inbox.take():
             what = channel.name(action.microbatch)
             self._announce(f"waiting for {what} from rank {channel.peer}")
             inbox.wait(what)
             self._announce("running")
-        return inbox.receive(channel.layout, self._base + action.microbatch)
 
-    def _receive_posted(self, channel: _Channel, action: Action) -> dict[str, Tensor]:
+    def _receive_posted(self, channel: Channel, action: Action) -> dict[str, Tensor]:
+        link, now = channel.link, action.microbatch
         if not self._has_posted:
-            self._post_first()
-        work, message = channel.posted.pop(action.microbatch)
+            self._has_posted = True
+            for each in self._upcoming:
+                self._post_ahead(each, now)
+        while now not in channel.posted:
+            self._post_next(link)
+        work, message = channel.posted.pop(now)
         # Whatever can be done before the wait must not be done after it: compute is waiting then.
-        self._post_next(self._upcoming[channel.link])
+        self._num_posted[link] -= 1
+        self._post_ahead(link, now)
         if self._answered:
             self._complete_answered()
         what = channel.name(action.microbatch)
@@ -345,7 +313,7 @@ class Transport:
             self._complete(channel, microbatch)
         self._answered.clear()
 
-    def _complete(self, channel: _Channel, microbatch: int) -> None:
+    def _complete(self, channel: Channel, microbatch: int) -> None:
         if microbatch in channel.sent:
             work, message = channel.sent.pop(microbatch)
             announcement = f"waiting for rank {channel.peer} to take {channel.name(microbatch)}"
@@ -353,7 +321,7 @@ class Transport:
             if self._wire.type == "cpu":
                 channel.messages.append(message)
 
-    def _wait(self, work: dist.Work, what: str, channel: _Channel, announcement: str) -> None:
+    def _wait(self, work: dist.Work, what: str, channel: Channel, announcement: str) -> None:
         self._announce(announcement)
         self._activity.begin_wait(what, (channel.peer,), self._groups.get(channel.link))
         try:

@@ -29,12 +29,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.distributed_c10d import _world as torch_world
 
 from vpipe.errors import ConfigError, VPipeError
-from vpipe.runtime.comm.activity import Activity, ended_by
 from vpipe.runtime.comm.failure import Failures, raise_if_peer_lost, telling_losses
 from vpipe.runtime.comm.joining import as_device, check_backend, choose_backend, connect, let_threads_rest, local_rank
-from vpipe.runtime.comm.lookout import Lookout, look_out
-from vpipe.runtime.comm.sighting import name_place
-from vpipe.runtime.comm.verdict import different_calls
+from vpipe.runtime.comm.waits.activity import Activity, ended_by
+from vpipe.runtime.comm.waits.lookout import Lookout, look_out
+from vpipe.runtime.comm.waits.sighting import name_place
+from vpipe.runtime.comm.waits.verdict import different_calls
 from vpipe.runtime.memory.workspace import GpuPeak
 
 __all__ = ["World"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -60,25 +59,18 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-class ModelState(ABC):
+class ModelState:
     """What holds stages of a chain, and tells and takes their state by the names that are in the whole model."""
 
     chain: Chain
     world: World
 
-    @property
-    @abstractmethod
-    def _parts(self) -> Collection[_Held]:
-        """Return the stages of this rank."""
-
-    @property
-    @abstractmethod
-    def _inference(self) -> _Inference:
-        """Return what is to know of frozen weights, and knows which are."""
-
-    @abstractmethod
-    def _check_idle(self) -> None:
-        """Raise ExecutionError while microbatches are in flight."""
+    _parts: Collection[_Held]
+    """The stages of this rank."""
+    _inference: _Inference
+    """What is to know of frozen weights, and knows which are."""
+    _check_idle: Callable[[], None]
+    """Raises ExecutionError while microbatches are in flight."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the newest weights and the buffers of this rank's blocks, by their names in the whole model.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vpipe.runtime.comm.activity import Activity, Begun, LastCall, Meeting, Place, Wait
+from vpipe.runtime.comm.waits.activity import Activity, Begun, LastCall, Meeting, Place, Wait
 from vpipe.words.near import plural
 
 __all__ = ["Sighting", "Verdict", "name_place"]

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from vpipe.errors import ExecutionError, PeerLostError, VPipeError
-from vpipe.runtime.comm.activity import Activity, Wait
-from vpipe.runtime.comm.sighting import Sighting, Verdict
-from vpipe.runtime.comm.verdict import describe_wait, judge
+from vpipe.runtime.comm.waits.activity import Activity, Wait
+from vpipe.runtime.comm.waits.sighting import Sighting, Verdict
+from vpipe.runtime.comm.waits.verdict import describe_wait, judge
 
 __all__ = ["Lookout", "look_out"]
 

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from vpipe.errors import ExecutionError
-from vpipe.runtime.comm.activity import CLOSED, EVERYTHING, LastCall, Place
-from vpipe.runtime.comm.sighting import Sighting, Verdict, name_place
+from vpipe.runtime.comm.waits.activity import CLOSED, EVERYTHING, LastCall, Place
+from vpipe.runtime.comm.waits.sighting import Sighting, Verdict, name_place
 from vpipe.words.near import plural
 
 __all__ = ["describe_wait", "different_calls", "judge"]
