@@ -214,8 +214,8 @@ class Executor:
         key.prepare(range(held.stage.start, held.stage.stop))
         fields, num_samples = self._feed.rows(serial, held.stage.fields)
         if not program.training:
-            return _Prepared(held.weights.newest, fields, num_samples, key, {})
-        modules = held.weights.modules(program.weights[action.stage].version_of[serial])
+            return _Prepared(held.weights.for_forward(), fields, num_samples, key, {})
+        modules = held.weights.for_forward(program.weights[action.stage].version_of[serial])
         totals = self._totals_of(serial, held.stage) if held.stage.is_last else {}
         return _Prepared(modules, fields, num_samples, key, totals)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vpipe.errors import ScheduleError
 from vpipe.model.copying import copy_module, like_parameter
+from vpipe.runtime.weights.plain_state import PlainState, containers_of
 from vpipe.runtime.weights.stage_optimizer import OptimizerFactory, StageOptimizer
 
 __all__ = ["Resized", "WeightVersions"]
@@ -44,6 +45,7 @@ class WeightVersions:
             ConfigError: `optimizer` does not make an optimizer of these parameters.
         """
         self._sets: list[nn.ModuleList] = [nn.ModuleList(modules)]
+        self._plain = PlainState(self._sets)
         self._places = [place for place, item in enumerate(self._sets[0].parameters()) if item.requires_grad]
         self._frozen: set[str] = set()
         self._parameters: list[list[nn.Parameter]] = [self._trainable(self._sets[0])]
@@ -104,6 +106,8 @@ class WeightVersions:
         self._set_of = {0: self._set_of[self._newest]}
         self._newest = 0
         self._uses = Counter(version_of)
+        if len(self._sets) > 1:
+            self._plain.look()
 
     def modules(self, version: int) -> nn.ModuleList:
         """Return the modules of `version`.
@@ -115,6 +119,17 @@ class WeightVersions:
             alive = ", ".join(map(str, sorted(self._set_of)))
             raise ScheduleError(f"weight version {version} is not held; versions held: {alive}")
         return self._sets[self._set_of[version]]
+
+    def for_forward(self, version: int | None = None) -> nn.ModuleList:
+        """Return the modules of `version`, or of the newest, for a forward: it goes on from the latest one's state.
+
+        Raises:
+            ScheduleError: as `modules`.
+        """
+        version = self._newest if version is None else version
+        modules = self.modules(version)
+        self._plain.enter(self._set_of[version])
+        return modules
 
     def accumulate(self, version: int, backward: Callable[[], T], *, is_last_use: bool = True) -> T:
         """Run the backward of one microbatch that used `version`; its gradients add to those of the next update.
@@ -198,6 +213,7 @@ class WeightVersions:
         copied = copy_module(self._sets[0], {**self._shared(), **parameters})
         assert isinstance(copied, nn.ModuleList)
         self._sets.append(copied)
+        self._plain.look()
         self._parameters.append(self._trainable(copied))
         self._switch(self._parameters[-1])
         return len(self._sets) - 1
@@ -207,9 +223,9 @@ class WeightVersions:
         return [item for place, item in enumerate(self._sets[0].parameters()) if place not in trained]
 
     def _shared(self) -> dict[int, object]:
-        """Return a deepcopy memo that shares what is never trained, and buffers even when modules reassign them."""
+        """Return a deepcopy memo of what sets share: all that is not trained, and buffers even when reassigned."""
         buffers = [part._buffers for part in self._sets[0].modules()]
-        return {id(item): item for item in (*self._never_trained(), *buffers)}
+        return {id(item): item for item in (*self._never_trained(), *buffers, *containers_of(self._sets[0]))}
 
     def _set_bytes(self) -> int:
         storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, self.parameters)}
