@@ -59,11 +59,7 @@ class Crossings:
         """
         _check_described(self._chain, batch)
         described = {} if self._chain.field_specs is not None else batch.fields
-        given = tuple(
-            (name, tensor.shape if name in batch.whole else tensor.shape[1:], tensor.dtype)
-            for name, tensor in described.items()
-        )
-        shapes = training, num_samples, given
+        shapes = training, num_samples, batch.form() if described else ()
         if shapes not in self._known:
             fields = field_tensors(self._chain, batch, num_samples)
             if described and num_samples < batch.num_samples:
@@ -77,7 +73,7 @@ class Crossings:
             self._known[shapes] = crossing
             compare = together
         if compare:
-            agree_on_batch(batch.fields, self._world)
+            agree_on_batch(batch.tensors(), self._world)
         return self._known[shapes]
 
 

@@ -76,7 +76,7 @@ def pieces_alike(
     numbers = count()
     for index, batch in enumerate(batches):
         for part in _cut(batch, size or -(-batch.num_samples // programs.num_microbatches)):
-            form = part.num_samples, *((name, item.shape, item.dtype) for name, item in sorted(part.fields.items()))
+            form = part.num_samples, part.form()
             alike = waiting.setdefault(form, [])
             alike.append(Piece(next(numbers), part, index))
             if len(alike) >= most:

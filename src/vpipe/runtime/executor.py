@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vpipe.model.chain import ValueSpec
+from vpipe.model.nested import tensors_of
 from vpipe.model.rng import RandomState
 from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.feed import BatchFeed
@@ -43,7 +45,7 @@ class _Prepared:
     """What a forward needs besides its inputs."""
 
     modules: nn.ModuleList
-    fields: Mapping[str, Tensor]
+    fields: Mapping[str, Any]
     num_samples: int
     key: MicrobatchKey
     totals: Mapping[str, float]
@@ -250,7 +252,7 @@ class Executor:
         self, stage: Stage, serial: int, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor], ready: _Prepared
     ) -> None:
         # What lies in a message, a batch or a weight is copied: that memory is given back, or written to.
-        others = (*inputs.values(), *ready.fields.values(), *ready.modules.parameters(), *ready.modules.buffers())
+        others = (*inputs.values(), *tensors_of(ready.fields), *ready.modules.parameters(), *ready.modules.buffers())
         places = sizes_of(others).keys()
         found = {name: values[name].detach() for name in stage.chain.output_names}
         self.outputs[serial] = {

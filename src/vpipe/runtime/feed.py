@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import DataError
 from vpipe.model.chain import ValueSpec
+from vpipe.model.nested import map_tensors
 from vpipe.runtime.batch import Batch
 
 __all__ = ["BatchFeed"]
@@ -23,7 +24,7 @@ _NOTHING: dict[int, tuple[ValueSpec, ...]] = {}
 
 @dataclass
 class _Loaded:
-    fields: Mapping[str, Tensor]
+    fields: Mapping[str, Any]
     whole: frozenset[str]
     readers_left: int
 
@@ -69,7 +70,7 @@ class BatchFeed:
         self._cuts: dict[tuple[int, ...], _Slices] = {}
         self._loaded: dict[int, _Loaded] = {}
 
-    def rows(self, serial: int, names: Iterable[str]) -> tuple[dict[str, Tensor], int]:
+    def rows(self, serial: int, names: Iterable[str]) -> tuple[dict[str, Any], int]:
         """Return fields `names` of microbatch `serial`, and its number of samples.
 
         Raises:
@@ -77,9 +78,7 @@ class BatchFeed:
         """
         index, position = divmod(serial, self._num_microbatches)
         rows, loaded = self._slices_of(index).rows[position], self._loaded[index]
-        fields = {
-            name: _own(loaded.fields[name] if name in loaded.whole else loaded.fields[name][rows]) for name in names
-        }
+        fields = {name: _own(loaded.fields[name], None if name in loaded.whole else rows) for name in names}
         return fields, rows.stop - rows.start
 
     def crossing(self, serial: int) -> Mapping[int, Sequence[ValueSpec]]:
@@ -117,7 +116,7 @@ class BatchFeed:
                 f"{', '.join(sorted(batch.fields)) or 'none'}"
             )
         slices = self._cut(batch)
-        moved = {name: self._move(batch.fields[name]) for name in self._names}
+        moved = {name: map_tensors(self._move, batch.fields[name]) for name in self._names}
         self._loaded[index] = _Loaded(moved, batch.whole, self._num_readers * slices.num_filled)
         self._slices.append(slices)
 
@@ -138,6 +137,9 @@ class BatchFeed:
             del self._loaded[index]
 
 
-def _own(part: Tensor) -> Tensor:
+def _own(field: Any, rows: slice | None) -> Any:
     """Return a microbatch's part of a field; a change of it in place is none of the others', as autograd counts it."""
+    if not isinstance(field, Tensor):
+        return map_tensors(lambda tensor: _own(tensor, rows), field)
+    part = field if rows is None else field[rows]
     return part if part.requires_grad else part.data

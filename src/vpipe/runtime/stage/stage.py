@@ -154,7 +154,7 @@ class Stage:
         is_first = not self._has_run
 
         def run() -> tuple[dict[str, Tensor], Activations]:
-            activations = Activations(self._swaps, fields.values(), is_watched=is_watched, findings=self._findings)
+            activations = Activations(self._swaps, tensors_of(fields), is_watched=is_watched, findings=self._findings)
             activations.note(entrance.held())
             values = self._run(modules, self._entering(fields, entrance.values), key, deferred, activations)
             if split and is_first:
@@ -180,16 +180,16 @@ class Stage:
             )
         return {name: value.detach() for name, value in outputs.items()}
 
-    def _delicate(self, fields: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+    def _delicate(self, fields: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[tuple[str, Tensor, int]]:
         """Return what must not be changed in place, as others would not see it, with how often it was so far."""
         if not self._read_elsewhere and not self._aliases:
-            return {}
-        found = {name: fields[name] for name in self._read_elsewhere if name in fields}
-        found.update((name, inputs[name]) for name in self._aliases if name in inputs)
-        return {name: (tensor, tensor._version) for name, tensor in found.items() if not tensor.is_inference()}
+            return []
+        found = [(name, item) for name in self._read_elsewhere if name in fields for item in tensors_of(fields[name])]
+        found += ((name, inputs[name]) for name in self._aliases if name in inputs)
+        return [(name, item, item._version) for name, item in found if not item.is_inference()]
 
-    def _check_changes(self, delicate: Mapping[str, tuple[Tensor, int]]) -> None:
-        changed = next((name for name, (tensor, version) in delicate.items() if tensor._version != version), None)
+    def _check_changes(self, delicate: Sequence[tuple[str, Tensor, int]]) -> None:
+        changed = next((name for name, tensor, version in delicate if tensor._version != version), None)
         if changed is None:
             return
         why = (
