@@ -90,6 +90,11 @@ def with_overrides(*overrides: str) -> list[str]:
     return [argument for override in overrides for argument in ("--set", override)]
 
 
+def without_advice(text: str) -> str:
+    """Leave out what is said of the few microbatches that these small runs have."""
+    return re.sub(r"^warning: pipeline\.num_microbatches is \d+: .*\n", "", text, flags=re.MULTILINE)
+
+
 def refusal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, config: Path, *overrides: str
 ) -> str:
@@ -98,7 +103,7 @@ def refusal(
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1
-    out, err = capsys.readouterr()
+    out, err = map(without_advice, capsys.readouterr())
     assert "Traceback" not in out + err
     assert err.startswith("error: ")
     assert err.count("error: ") == 1
@@ -154,7 +159,7 @@ def test_mistakes_in_the_configuration(
 def test_all_mistakes_are_told_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mistakes = ["pipeline.shedule=gpipe", "train.batch_size=7", "optimizer.learning_rate=-1"]
+    mistakes = ["pipeline.shedule=gpipe", "train.batch_size=3", "optimizer.learning_rate=-1"]
     lines = refusal(monkeypatch, capsys, "train", folder / "bert.yml", *mistakes).splitlines()
     assert lines[0] == f"error: {folder}/bert.yml: 3 errors"
     assert len(lines) == 4
@@ -280,13 +285,15 @@ def test_a_users_own_model_and_data_that_do_not_fit(folder: Path, mistake: str) 
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
     )
+    result.stderr = without_advice(result.stderr)
+    return result
 
 
 def test_what_a_rank_refuses_is_told_once_and_is_in_every_log(folder: Path) -> None:
@@ -409,7 +416,7 @@ class Training:
         _, error = self.process.communicate()
         while any(Path(f"/proc/{pid}").exists() for pid in self.pids):
             time.sleep(0.02)
-        return error, time.monotonic() - start
+        return without_advice(error), time.monotonic() - start
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def test_what_only_the_loss_reads_is_left_out_of_an_input():
         ({}, "the batch has no fields; the model reads input, target"),
         ({"input": X, "label": Y}, "a field 'label' that the model does not read; it reads input, target"),
         ((X, Y[:3]), "'target' has 3 rows in a batch of 4 samples"),
-        ((X, [1, 2, 3, 4]), "'target' is of type list; a batch holds tensors with one row per sample"),
+        ((X, [1, 2, 3, 4]), "'target' has a list of 4 items that are no tensors; make it a tensor"),
         ((X, torch.tensor(1.0)), "'target' is a number; a batch holds tensors"),
         ((torch.tensor(1.0), Y), "'input' is a number"),
         (7, r"a batch is of type int; give tensors in the order of the model's fields \(input, target\)"),

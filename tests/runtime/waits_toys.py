@@ -21,7 +21,7 @@ from torch import Tensor
 from toy_models import MODELS, make_batch
 
 from vpipe.errors import VPipeError
-from vpipe.runtime.comm import lookout, verdict
+from vpipe.runtime.comm.waits import lookout, verdict
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.pipeline import Pipeline
 

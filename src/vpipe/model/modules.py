@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,12 +123,12 @@ class _EndingInLoss(nn.Module):
         """Whether it is run as the block alone."""
         self._names = tuple(dict.fromkeys((*spec.inputs, *(name for name in inputs if name not in spec.outputs))))
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Any) -> Any:
         values = dict(zip(self._spec.inputs if self.leaves_out else self._names, tensors, strict=True))
         written = call_block(self._spec, self.block, values)
         values.update(written)
         if self.leaves_out:
-            return tuple(written.values())
+            return tuple(written.values()) if len(written) > 1 else next(iter(written.values()))
         return (self.loss(*(values[name] for name in self._inputs)), *written.values())
 
 

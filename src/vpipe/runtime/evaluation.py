@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vpipe.errors import ConfigError, DataError, ModelError
 from vpipe.model.loss import exact_sum
+from vpipe.model.nested import take_apart
 from vpipe.runtime.batch import Batch
 from vpipe.runtime.comm.world import World
 from vpipe.runtime.crossings import Crossings
@@ -144,7 +145,7 @@ class Predictions:
         self._given = batches
         self._num_done = 0
         self._samples_left: dict[int, int] = {}
-        self._parts: dict[int, dict[int, dict[str, Tensor]]] = {}
+        self._parts: dict[int, dict[int, dict[str, Any]]] = {}
 
     def pieces(self, size: int | None, programs: ProgramBuilder, memory_limit: int | None) -> Iterator[list[Piece]]:
         """Cut the batches into pieces and yield those alike together, none long after those before it."""
@@ -159,7 +160,7 @@ class Predictions:
             self._samples_left[index] = batch.num_samples
             yield batch
 
-    def take(self, pieces: Sequence[Piece], outputs: dict[int, dict[str, Tensor]]) -> Iterator[Outputs | None]:
+    def take(self, pieces: Sequence[Piece], outputs: dict[int, dict[str, Any]]) -> Iterator[Outputs | None]:
         """Move the outputs of pieces that were run together here; yield batches that are complete.
 
         Raises:
@@ -176,7 +177,7 @@ class Predictions:
             yield join([parts[number] for number in sorted(parts)])
 
 
-def join(parts: Sequence[dict[str, Tensor]]) -> Outputs | None:
+def join(parts: Sequence[dict[str, Any]]) -> Outputs | None:
     """Return the outputs of a batch, which was run in `parts` one after another; None where there are none.
 
     Raises:
@@ -184,8 +185,20 @@ def join(parts: Sequence[dict[str, Tensor]]) -> Outputs | None:
     """
     if not parts:
         return None
-    values = {name: _join_rows(name, [part[name] for part in parts]) for name in parts[0]}
+    values = {name: _join_values(name, [part[name] for part in parts]) for name in parts[0]}
     return values if len(values) > 1 else next(iter(values.values()))
+
+
+def _join_values(name: str, values: Sequence[Any]) -> Any:
+    (first, nest), *others = (take_apart(name, value) for value in values)
+    if any(other != nest for _, other in others):
+        raise ModelError(
+            f"the last block writes '{name}' as {nest or 'a tensor'} for some microbatches, and otherwise for "
+            "others; let it write one form, or run each batch as one piece (microbatch_size of predict, "
+            "num_microbatches of the plan)"
+        )
+    joined = {part: _join_rows(part, [first[part], *(other[part] for other, _ in others)]) for part in first}
+    return joined[name] if nest is None else nest.put_together(joined)
 
 
 def _join_rows(name: str, rows: Sequence[Tensor]) -> Tensor:
@@ -203,12 +216,13 @@ def _join_rows(name: str, rows: Sequence[Tensor]) -> Tensor:
 
 def share_with_all(outputs: Outputs | None, source: int, world: World) -> Outputs:
     """Return what rank `source` has on every rank of `world`, and on its device; collective."""
-    own = {"": outputs} if isinstance(outputs, Tensor) else outputs or {}
-    forms = world.gather({name: (item.shape, item.dtype) for name, item in own.items()}, _WHAT)[source]
+    own, nest = ({}, None) if world.rank != source else take_apart("", outputs)
+    mine = {name: (item.shape, item.dtype) for name, item in own.items()}, nest
+    forms, nest = world.gather(mine, _WHAT)[source]
     found = {}
     for name, (shape, dtype) in forms.items():
         sent = own[name].cpu().contiguous() if world.rank == source else torch.empty(shape, dtype=dtype)
         if sent.numel():
             world.broadcast(sent.flatten().view(torch.uint8), source, _WHAT)
         found[name] = own[name] if world.rank == source else sent.to(world.device)
-    return found.get("", found)
+    return found[""] if nest is None else nest.put_together(found)

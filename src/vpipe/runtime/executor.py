@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vpipe.model.chain import ValueSpec
-from vpipe.model.nested import tensors_of
+from vpipe.model.nested import map_tensors, tensors_of
 from vpipe.model.rng import RandomState
 from vpipe.runtime.comm.transport import Transport
 from vpipe.runtime.feed import BatchFeed
@@ -100,7 +100,7 @@ class Executor:
         self._num_losses: Counter[int] = Counter()
         self.losses: dict[int, dict[str, Tensor]] = {}
         self.counts: dict[int, dict[str, float]] = {}
-        self.outputs: dict[int, dict[str, Tensor]] = {}
+        self.outputs: dict[int, dict[str, Any]] = {}
         self._dispatch: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
             Kind.B: self._backward,
@@ -127,7 +127,7 @@ class Executor:
             held.stage.forget()
             held.weights.forget_gradients()
 
-    def take_outputs(self, serials: Iterable[int]) -> list[dict[str, Tensor]]:
+    def take_outputs(self, serials: Iterable[int]) -> list[dict[str, Any]]:
         """Move what was kept of these microbatches to the caller."""
         return [self.outputs.pop(serial) for serial in serials if serial in self.outputs]
 
@@ -195,7 +195,7 @@ class Executor:
 
     def _handed_over(self) -> Iterator[Tensor]:
         for values in (*self._arrived.values(), *self._leaving.values(), *self.outputs.values()):
-            yield from values.values()
+            yield from tensors_of(values)
 
     @contextmanager
     def callers_turn(self) -> Iterator[None]:
@@ -249,15 +249,17 @@ class Executor:
         self._feed.done(serial)
 
     def _keep_outputs(
-        self, stage: Stage, serial: int, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor], ready: _Prepared
+        self, stage: Stage, serial: int, values: Mapping[str, Any], inputs: Mapping[str, Tensor], ready: _Prepared
     ) -> None:
         # What lies in a message, a batch or a weight is copied: that memory is given back, or written to.
         others = (*inputs.values(), *tensors_of(ready.fields), *ready.modules.parameters(), *ready.modules.buffers())
         places = sizes_of(others).keys()
-        found = {name: values[name].detach() for name in stage.chain.output_names}
-        self.outputs[serial] = {
-            name: item if places.isdisjoint(sizes_of((item,))) else item.clone() for name, item in found.items()
-        }
+
+        def own(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
+            return tensor if places.isdisjoint(sizes_of((tensor,))) else tensor.clone()
+
+        self.outputs[serial] = {name: map_tensors(own, values[name]) for name in stage.chain.output_names}
 
     def _count_loss(self, serial: int) -> None:
         batch = serial // self._program.num_microbatches

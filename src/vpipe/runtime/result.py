@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +16,8 @@ from vpipe.runtime.weights.update import Update
 
 __all__ = ["Outcomes", "Outputs", "StepResult"]
 
-Outputs = Tensor | dict[str, Tensor]
-"""What the last block wrote: one value, or several by name."""
+Outputs = Any
+"""What the last block wrote: one value, which is a tensor or made of tensors, or several by name."""
 
 
 @dataclass(frozen=True)
