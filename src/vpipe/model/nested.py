@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,20 @@ class _Node:
 
     kind: Any
     items: tuple[Any, ...]
+
+
+class _Registered(NamedTuple):
+    """A type that torch knows, and what it needs beside its items."""
+
+    type: type
+    context: Any
+
+
+class _Attributes(NamedTuple):
+    """A dataclass, and its fields."""
+
+    type: type
+    names: tuple[str, ...]
 
 
 class _Shown:
@@ -99,11 +113,11 @@ def _items(value: Any) -> tuple[Any, list[tuple[str, Any]]] | None:
         return type(value), [(f".{name}", item) for name, item in zip(value._fields, value, strict=True)]
     if is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
         names = tuple(item.name for item in fields(value) if hasattr(value, item.name))
-        return (type(value), names), [(f".{name}", getattr(value, name)) for name in names]
+        return _Attributes(type(value), names), [(f".{name}", getattr(value, name)) for name in names]
     if type(value) not in pytree.SUPPORTED_NODES:
         return None
     items, kind = pytree.tree_flatten_with_path(value, is_leaf=lambda item: item is not value)
-    return kind, [(pytree.keystr(path), item) for path, item in items]
+    return _Registered(type(value), kind.context), [(pytree.keystr(path), item) for path, item in items]
 
 
 def _close(form: Any, tensors: Iterator[Any]) -> Any:
@@ -116,12 +130,12 @@ def _close(form: Any, tensors: Iterator[Any]) -> Any:
 
 
 def _made(kind: Any, items: Sequence[Any]) -> Any:
-    if isinstance(kind, pytree.TreeSpec):
-        return pytree.tree_unflatten(items, kind)
-    if isinstance(kind, type):
-        return kind(*items)
-    made = object.__new__(kind[0])
-    for name, item in zip(kind[1], items, strict=True):
+    if isinstance(kind, _Registered):
+        return pytree.SUPPORTED_NODES[kind.type].unflatten_fn(list(items), kind.context)
+    if not isinstance(kind, _Attributes):
+        return kind(*items)  # a namedtuple's
+    made: Any = object.__new__(kind.type)
+    for name, item in zip(kind.names, items, strict=True):
         object.__setattr__(made, name, item)  # also of a frozen dataclass
     return made
 
