@@ -44,6 +44,10 @@ def _loss(outputs: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
     return nn.functional.mse_loss(outputs["logits"], target["y"])
 
 
+def _largest(outputs: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+    return (outputs["logits"].argmax(1) == target["y"].argmax(1)).float().mean()
+
+
 def _model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(First(), Last())
@@ -83,13 +87,16 @@ def _loop(*, masked: bool) -> tuple[list[float], dict[str, Tensor]]:
 def test_nested_fields_are_cut_as_a_loop_cuts_them(schedule: str, masked: bool) -> None:
     stages = {"stages_per_rank": 2} if schedule == "naive" else {}
     plan = vpipe.Plan(schedule, num_microbatches=4, **stages)
-    with vpipe.Pipeline(_model(), _loss, plan=plan, optimizer=lambda own: torch.optim.SGD(own, lr=0.1)) as pipeline:
-        losses = [result.loss for result in pipeline.train(_batches(masked=masked))]
+    with vpipe.Pipeline(
+        _model(), _loss, plan=plan, metrics={"hits": _largest}, optimizer=lambda own: torch.optim.SGD(own, lr=0.1)
+    ) as pipeline:
+        results = list(pipeline.train(_batches(masked=masked)))
         held_out = pipeline.evaluate(_batches(masked=masked))["loss"]
         (first, *_) = pipeline.predict(_batches(masked=masked))
         state = pipeline.state_dict()
     expected, weights = _loop(masked=masked)
-    assert losses == pytest.approx(expected, rel=1e-6)
+    assert [result.loss for result in results] == pytest.approx(expected, rel=1e-6)
+    assert all(0 <= result.metrics["hits"] <= 1 for result in results)
     assert all(torch.equal(value, state[name]) for name, value in weights.items())
     assert held_out > 0
     assert first["logits"].shape == (8, 3)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vpipe.errors import ModelError
 from vpipe.model.chain import Chain
 from vpipe.model.loss import CallableLoss, metrics_of, sum_and_count
+from vpipe.model.nested import map_tensors, tensors_of
 from vpipe.model.rng import seeded
 from vpipe.runtime.stage.findings import Findings
 
@@ -71,10 +72,10 @@ class Metrics:
     def _call(self, values: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
         found = {}
         for name, metric in self._measured.items():
-            given = {read: values[read].detach() for read in metric.inputs or ()}
-            versions = [item._version for item in given.values()]
+            given = {read: map_tensors(Tensor.detach, values[read]) for read in metric.inputs or ()}
+            known = [(read, item, item._version) for read, value in given.items() for item in tensors_of(value)]
             found[name] = sum_and_count(name, metric.function(*given.values()), num_samples)
-            for (read, item), version in zip(given.items(), versions, strict=True):
+            for read, item, version in known:
                 if item._version != version:
                     raise ModelError(
                         f"metric '{name}' changes '{read}' in place, which others read after it; let it change a copy "
