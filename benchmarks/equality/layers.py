@@ -149,6 +149,19 @@ class Ema(Own):
         return torch.as_tensor(hidden + self.linear(shifted))
 
 
+class Counts(Own):
+    """Counts its calls in a plain attribute."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.calls = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return torch.as_tensor(hidden + self.linear(hidden) / (1 + 0.1 * self.calls))
+
+
 class Attributes(Own):
     """Counts its calls, and keeps a tensor, in plain attributes."""
 

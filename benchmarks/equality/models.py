@@ -301,6 +301,7 @@ MODELS: dict[str, Model] = {
     "spectral norm": _plain_mean(_spectral()),
     "old spectral norm": _plain_mean(_spectral(old=True)),
     "ema": _plain_mean(_alternating(own.Ema, Mlp)),
+    "counts in attributes": _plain_mean(_alternating(own.Counts, Mlp)),
     "state in attributes": _plain_mean(_alternating(own.Attributes, Mlp)),
     "codebook": _plain_mean(_row(_linear, own.Codebook, Mlp, own.Codebook, own.Ema, Mlp, own.Codebook, Mlp, _linear)),
     "layer drop": _plain_mean(

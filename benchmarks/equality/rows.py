@@ -6,7 +6,7 @@ more leaves the rows of others as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -48,6 +48,8 @@ RANKS = (1, 2, 3, 4)
 MOVING = ("swap", "all three", "versions")
 NO_NUMBERS = ("sparse", "sparse bag", "tied", "words that do not count", "classes that weigh", "two parts")
 """Models whose batches have no number that could be NaN."""
+STILL = {"function transforms": (0, 1, 3, 4, 6)}
+"""Blocks that have nothing to move: the first reads the batch, and of a function transform nothing saved is seen."""
 BY_ROWS = ("sparse", "sparse bag")
 
 
@@ -151,8 +153,8 @@ def _moves(plan: Plan) -> tuple[frozenset[int], bool]:
     )
 
 
-def _is_legal(plan: Plan, family: str, memory: str) -> bool:
-    """Tell whether a schedule has these sizes, and moves what it is to move."""
+def _is_legal(plan: Plan, family: str, memory: str, still: Collection[int]) -> bool:
+    """Tell whether a schedule has these sizes, and moves what it is to move; blocks that are `still` have nothing."""
     num_ranks, num_microbatches = plan.sizes
     if family == "pipedream-2bw" and num_microbatches % num_ranks:
         return False
@@ -161,9 +163,8 @@ def _is_legal(plan: Plan, family: str, memory: str) -> bool:
     except VPipeError:
         return False
     if memory in ("swap", "all three"):
-        # The first block reads the batch, which stays where it is.
-        swapping = [block for block, policy in enumerate(plan.block_policies) if policy == "swap" and block]
-        return any(block in plan.cut.ranges[stage] for stage in stages for block in swapping)
+        swapping = {block for block, policy in enumerate(plan.block_policies) if policy == "swap"}.difference(still)
+        return any(swapping.intersection(range(*plan.cut.ranges[stage])) for stage in stages)
     return memory != "versions" or moves_versions
 
 
@@ -212,10 +213,10 @@ def _choose(model: str, family: str, ranks: int, num_blocks: int, stages: int) -
     draw = Random(f"{model} {family} {ranks}")
     optimizers = ["sgd", "several"] if model in BY_ROWS else list(OPTIMIZERS)
     updates = [name for name, item in UPDATES.items() if not (item.has_nan and model in NO_NUMBERS)]
-    cut = draw.choice(_cuts(num_blocks, stages))
+    cut, still = draw.choice(_cuts(num_blocks, stages)), STILL.get(model, (0,))
     for memory in draw.sample(MEMORIES, len(MEMORIES)):
         for size in draw.sample(_sizes(ranks), len(_sizes(ranks))):
-            if not _is_legal(_plan(family, ranks, size, stages // ranks, cut, memory), family, memory):
+            if not _is_legal(_plan(family, ranks, size, stages // ranks, cut, memory), family, memory, still):
                 continue
             return Row(
                 model,
