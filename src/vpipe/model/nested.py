@@ -114,10 +114,14 @@ def _items(value: Any) -> tuple[Any, list[tuple[str, Any]]] | None:
     if is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES:
         names = tuple(item.name for item in fields(value) if hasattr(value, item.name))
         return _Attributes(type(value), names), [(f".{name}", getattr(value, name)) for name in names]
-    if type(value) not in pytree.SUPPORTED_NODES:
+    if (node := pytree.SUPPORTED_NODES.get(type(value))) is None:
         return None
-    items, kind = pytree.tree_flatten_with_path(value, is_leaf=lambda item: item is not value)
-    return _Registered(type(value), kind.context), [(pytree.keystr(path), item) for path, item in items]
+    # Not torch's own functions for trees: they leave cycles, which hold the tensors until they are collected.
+    if node.flatten_with_keys_fn is None:
+        items, context = node.flatten_fn(value)
+        return _Registered(type(value), context), [(f"[{place}]", item) for place, item in enumerate(items)]
+    named, context = node.flatten_with_keys_fn(value)
+    return _Registered(type(value), context), [(pytree.keystr((key,)), item) for key, item in named]
 
 
 def _close(form: Any, tensors: Iterator[Any]) -> Any:
@@ -144,6 +148,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return `value` with `function` of each tensor in it; what is no container is the same object."""
     if isinstance(value, Tensor):
         return function(value)
+    if value is None:
+        return None
     if (opened := _items(value)) is None:
         return value
     kind, items = opened
@@ -154,6 +160,9 @@ def tensors_of(values: Any) -> Iterator[Tensor]:
     """Yield the tensors in a value."""
     if isinstance(values, Tensor):
         yield values
+    elif type(values) in (tuple, list, dict):  # as below, and quicker
+        for item in values.values() if type(values) is dict else values:
+            yield from (item,) if isinstance(item, Tensor) else tensors_of(item)
     elif (opened := _items(values)) is not None:
         for _, item in opened[1]:
             yield from tensors_of(item)

@@ -308,7 +308,8 @@ class Pipeline(ModelState):
         self._ready.check_open(is_world_open=self.world.is_open)
         sums = LossSums(self.chain.loss.parts, self.chain.metric_names)
         stream = (as_batch(data, self.chain) for data in self._calls.reading(iter(batches)))
-        with self._calls.during("evaluate"):
+        modules = [item.weights.newest for item in self.held.values()]
+        with self._calls.during("evaluate"), evaluating(modules, calling=True):
             for alike in pieces_alike(stream, microbatch_size, self.programs, self.ledger.limit):
                 self._forwards(self._engine, alike)
                 sums.take(self._executor.losses, self._executor.counts)
@@ -336,7 +337,9 @@ class Pipeline(ModelState):
         engine = self._predictor = self._predictor or self._make_engine(chain, stages_of(chain, self.held))
         predictions = Predictions(as_input(data, self.chain, chain) for data in self._calls.reading(iter(batches)))
         for alike in predictions.pieces(size, self.programs, self.ledger.limit):
-            with self._calls.during("predict"):
+            modules = [item.weights.newest for item in self.held.values()]
+            silent = leaving_out_losses(itertools.chain(*modules))
+            with self._calls.during("predict"), evaluating(modules, calling=True), silent:
                 self._forwards(engine, alike, keeps_outputs=True)
             for outputs in predictions.take(alike, engine.executor.outputs):
                 with self._calls.during("predict"):
@@ -348,19 +351,14 @@ class Pipeline(ModelState):
     def _forwards(self, engine: Engine, pieces: list[Piece], *, keeps_outputs: bool = False) -> None:
         program = self.programs.evaluation([piece.number for piece in pieces], keeps_outputs=keeps_outputs)
         agree({"microbatches to evaluate": f"{len(pieces)} more"}, self.world)  # whoever is ahead waits here
-        modules = [item.weights.newest for item in self.held.values()]
-        with (
-            evaluating(modules, calling=True),
-            leaving_out_losses(itertools.chain(*modules)) if keeps_outputs else nullcontext(),
-        ):
-            feed = self._start(program, (piece.batch for piece in pieces), engine)
-            try:
-                for _ in engine.executor.run(program, feed):
-                    raise AssertionError("an evaluation has no updates")
-                self.transport.finish()
-            except BaseException as problem:
-                self._give_up(problem)
-                raise
+        feed = self._start(program, (piece.batch for piece in pieces), engine)
+        try:
+            for _ in engine.executor.run(program, feed):
+                raise AssertionError("an evaluation has no updates")
+            self.transport.finish()
+        except BaseException as problem:
+            self._give_up(problem)
+            raise
 
     def _start(self, program: Program, batches: Iterator[Batch], engine: Engine) -> BatchFeed:
         """Look at the first batch, agree on shapes, and start the transport."""
