@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vpipe
-from vpipe.errors import DataError
+from vpipe.errors import DataError, ModelError
 
 
 @dataclass
@@ -138,3 +138,15 @@ def test_a_misspelt_field_is_still_an_error() -> None:
         pytest.raises(DataError, match="a field 'names' that the model does not read"),
     ):
         pipeline.step(batch)
+
+
+def test_a_loss_of_nested_values_that_is_no_mean_is_found() -> None:
+    def summed(outputs: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+        return (outputs["logits"] - target["y"]).square().sum()
+
+    plan = vpipe.Plan("gpipe", num_microbatches=2)
+    with (
+        vpipe.Pipeline(_model(), summed, plan=plan, optimizer=lambda own: torch.optim.SGD(own, lr=0.1)) as pipeline,
+        pytest.raises(ModelError, match=r"the loss is no mean over samples.*their sum is right"),
+    ):
+        pipeline.step(next(_batches(masked=True)))

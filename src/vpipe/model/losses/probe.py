@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vpipe.errors import ModelError
+from vpipe.model.nested import Nest, take_apart
 from vpipe.model.rng import noticing_draws
 
 __all__ = ["LossProbe", "loss_of"]
@@ -42,6 +43,26 @@ class _Samples(NamedTuple):
     number: int
 
 
+class _Loss(NamedTuple):
+    """A loss function, and how what it reads is put together of tensors called `names`."""
+
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+    nests: Mapping[str, Nest | None]
+
+    def copied(self) -> Callable[[Sequence[Tensor]], Any]:
+        """Return a function of the tensors that calls a copy of a module, which may keep something between calls."""
+        call = _copied(self.function)
+
+        def of_tensors(tensors: Sequence[Tensor]) -> Any:
+            by_name = dict(zip(self.names, tensors, strict=True))
+            return call(
+                *(by_name[name] if nest is None else nest.put_together(by_name) for name, nest in self.nests.items())
+            )
+
+        return of_tensors
+
+
 class LossProbe:
     """Looks at the microbatches of the first batch that is cut into several: each in halves, and beside the one before.
 
@@ -67,24 +88,33 @@ class LossProbe:
             return
         self._num_seen += num
         self._is_done = self._num_seen >= total
-        here = _rows_of(tensors, whole, num)
+        try:
+            apart = {name: take_apart(name, value) for name, value in tensors.items()}
+        except ModelError:  # it reads something that cannot be shared out
+            self._is_done = True
+            return
+        parts = {name: item for own, _ in apart.values() for name, item in own.items()}
+        here = _rows_of(parts, [name for field in whole if field in apart for name in apart[field][0]], num)
         if here is None:
             self._is_done = True
             return
-        shared = tuple(tensors.values())
+        shared, loss = (
+            tuple(parts.values()),
+            _Loss(function, tuple(parts), {name: nest for name, (_, nest) in apart.items()}),
+        )
         if num > 1:
-            self._compare(function, shared, _cut(here, 0, num // 2), _cut(here, num // 2, num))
+            self._compare(loss, shared, _cut(here, 0, num // 2), _cut(here, num // 2, num))
         if self._before is not None:
-            self._compare(function, shared, self._before, here)
+            self._compare(loss, shared, self._before, here)
         last = _cut(here, num - 1, num)
         self._before = None
         if not self._is_done:
             self._before = _Samples(tuple(row if row is None else row.clone() for row in last.rows), 1)
 
-    def _compare(self, function: Callable[..., Any], shared: Sequence[Tensor], one: _Samples, two: _Samples) -> None:
+    def _compare(self, loss: _Loss, shared: Sequence[Tensor], one: _Samples, two: _Samples) -> None:
         for widened in (True, False):  # a sum of half precision is too far off to tell much
             try:
-                found = _try(function, shared, one, two, widened=widened)
+                found = _try(loss, shared, one, two, widened=widened)
             except Exception:  # it was never promised that the loss takes other numbers of samples, or another type
                 continue
             if found is None:
@@ -97,8 +127,6 @@ class LossProbe:
 
 def _rows_of(tensors: Mapping[str, Tensor], whole: Sequence[str], num: int) -> _Samples | None:
     """Return what has a row, or several, for each sample; None where that cannot be told."""
-    if not all(isinstance(item, Tensor) for item in tensors.values()):
-        return None
     # Flattened outputs have a row for each element of the targets.
     sizes = {num, *(item.numel() for item in tensors.values() if item.dim() and item.shape[0] == num)}
     rows: list[Tensor | None] = []
@@ -121,10 +149,10 @@ def _cut(samples: _Samples, start: int, stop: int) -> _Samples:
 
 
 def _try(
-    function: Callable[..., Any], shared: Sequence[Tensor], one: _Samples, two: _Samples, *, widened: bool
+    loss: _Loss, shared: Sequence[Tensor], one: _Samples, two: _Samples, *, widened: bool
 ) -> tuple[float, float, float, float] | None:
     """Return the loss of both parts, of all, and its precision; None where it is another one each time."""
-    call = _copied(function)
+    call = loss.copied()
 
     def value(*parts: _Samples) -> Tensor:
         given = []
@@ -135,7 +163,7 @@ def _try(
             )
             is_narrow = joined.is_floating_point() and joined.dtype.itemsize < 4
             given.append(joined.float() if widened and is_narrow else joined)
-        return torch.as_tensor(loss_of(call(*given)))
+        return torch.as_tensor(loss_of(call(given)))
 
     with torch.no_grad(), noticing_draws() as has_drawn:
         first, second, whole = value(one), value(two), value(one, two)
