@@ -439,13 +439,13 @@ MODELS: dict[str, Model] = {
     ),
     "sum": Model(
         _row(_linear, *(Mlp,) * 7, _linear),
-        lambda: added(partial(functional.huber_loss, reduction="sum")),
-        lambda: nn.HuberLoss(reduction="sum"),
+        lambda: added(partial(functional.huber_loss, reduction="sum", delta=0.002)),
+        lambda: nn.HuberLoss(reduction="sum", delta=0.002),
     ),
     "said sum": Model(
         _row(_linear, *(Mlp,) * 7, _linear),
-        lambda: added(lambda output, target: (output - target).abs().sum()),
-        lambda: lambda output, target: (output - target).abs().sum(),
+        lambda: added(lambda output, target: (output - target).abs().sum() / 500),
+        lambda: lambda output, target: (output - target).abs().sum() / 500,
         said={"reduction": "sum"},
     ),
     "binary": Model(

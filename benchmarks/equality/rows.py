@@ -48,8 +48,9 @@ RANKS = (1, 2, 3, 4)
 MOVING = ("swap", "all three", "versions")
 NO_NUMBERS = ("sparse", "sparse bag", "tied", "words that do not count", "classes that weigh", "two parts")
 """Models whose batches have no number that could be NaN."""
-STILL = {"function transforms": (0, 1, 3, 4, 6)}
-"""Blocks that have nothing to move: the first reads the batch, and of a function transform nothing saved is seen."""
+STILL = {"function transforms": (0, 1, 3, 4, 6), "frozen": (0, 1, 2, 5)}
+"""Blocks that have nothing to move: the first reads the batch, of a function transform nothing saved is seen, and what
+is frozen has one version."""
 BY_ROWS = ("sparse", "sparse bag")
 
 
@@ -143,14 +144,12 @@ def _plan(
 
 
 @cache
-def _moves(plan: Plan) -> tuple[frozenset[int], bool]:
-    """Return the stages whose activations move, and whether weight versions do."""
+def _moves(plan: Plan) -> dict[Kind, frozenset[int]]:
+    """Return the stages whose activations move, and those whose weight versions do."""
     # Of one batch: given few, an asynchronous pipeline has fewer microbatches under way than in its steady state.
     actions = [action for order in plan.build().orders for action in order]
-    return (
-        frozenset(action.stage for action in actions if action.kind is Kind.OFFLOAD),
-        any(action.kind is Kind.OFFLOAD_V for action in actions),
-    )
+    kinds = (Kind.OFFLOAD, Kind.OFFLOAD_V)
+    return {kind: frozenset(action.stage for action in actions if action.kind is kind) for kind in kinds}
 
 
 def _is_legal(plan: Plan, family: str, memory: str, still: Collection[int]) -> bool:
@@ -159,13 +158,15 @@ def _is_legal(plan: Plan, family: str, memory: str, still: Collection[int]) -> b
     if family == "pipedream-2bw" and num_microbatches % num_ranks:
         return False
     try:
-        stages, moves_versions = _moves(plan)
+        stages = _moves(plan)
     except VPipeError:
         return False
-    if memory in ("swap", "all three"):
-        swapping = {block for block, policy in enumerate(plan.block_policies) if policy == "swap"}.difference(still)
-        return any(swapping.intersection(range(*plan.cut.ranges[stage])) for stage in stages)
-    return memory != "versions" or moves_versions
+    if memory not in MOVING:
+        return True
+    policies, versions = plan.block_policies, memory == "versions"
+    moving = {block for block, policy in enumerate(policies) if versions or policy == "swap"}.difference(still)
+    held = stages[Kind.OFFLOAD_V if versions else Kind.OFFLOAD]
+    return any(moving.intersection(range(*plan.cut.ranges[stage])) for stage in held)
 
 
 def _cuts(num_blocks: int, num_stages: int) -> list[tuple[int, ...]]:
