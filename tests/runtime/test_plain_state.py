@@ -63,6 +63,16 @@ class _InTensor(_Counts):
         return self.calls.item()
 
 
+class _InPlace(_Counts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = torch.zeros(())
+
+    def _next(self) -> float:
+        self.calls += 1
+        return self.calls.item()
+
+
 PLANS = {
     "macrobatch": vpipe.Plan("pipedream", num_microbatches=4, macrobatch=True),
     "deep": vpipe.Plan("pipedream", num_microbatches=2, depths=[4], num_ranks=1),
@@ -83,9 +93,23 @@ def _losses(kind: Callable[[], nn.Module], plan: vpipe.Plan) -> list[float]:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("kind", [_InAttribute, _InList, _InTensor])
+@pytest.mark.parametrize("kind", [_InAttribute, _InList, _InTensor, _InPlace])
 def test_all_versions_go_on_from_one_state(kind: Callable[[], nn.Module], plan: str) -> None:
     assert _losses(kind, PLANS[plan]) == _losses(_InBuffer, PLANS[plan])
+
+
+def test_scripted_modules_run_the_weights_of_their_version() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return torch.tanh(self.linear(hidden))
+
+    for plan in PLANS.values():
+        with torch.jit.optimized_execution(False):
+            assert _losses(lambda: torch.jit.script(Plain()), plan) == _losses(Plain, plan)
 
 
 def test_modules_of_torch_with_lists_of_weights_keep_their_own() -> None:

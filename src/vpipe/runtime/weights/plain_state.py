@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["PlainState", "containers_of"]
+__all__ = ["PlainState", "written_to"]
 
 _OF_TORCH = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, Tensor)
 
 
 class PlainState:
@@ -46,20 +47,27 @@ class PlainState:
 
 def _attributes(modules: nn.ModuleList) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in vars(part).items() if name not in _OF_TORCH and not _holds_parts(value)}
+        {name: value for name, value in vars(part).items() if name not in _OF_TORCH and _is_plain(value)}
         for part in modules.modules()
     ]
 
 
-def _holds_parts(value: Any) -> bool:
-    """Tell whether a value is, or holds, what every version has its own of: modules and parameters."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else [value]
-    return any(isinstance(item, nn.Module | nn.Parameter) for item in items)
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is of the kinds that state is kept in, and holds no part of which each version has its own.
+
+    Such parts are modules, weights, and methods, which a scripted module binds when it is called first.
+    """
+    if type(value).__module__ == "numpy":
+        return True
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return (value is None or (isinstance(value, _PLAIN) and not isinstance(value, nn.Parameter))) and not any(
+        isinstance(item, nn.Module | nn.Parameter) or callable(item) for item in items
+    )
 
 
-def containers_of(modules: nn.Module) -> Iterator[object]:
-    """Yield lists, dictionaries and sets that modules keep, which copies of them share."""
+def written_to(modules: nn.Module) -> Iterator[object]:
+    """Yield what modules keep and may write to in place, which copies of them share: lists, dictionaries, tensors."""
     for part in modules.modules():
         for name, value in vars(part).items():
-            if name not in _OF_TORCH and isinstance(value, list | dict | set) and not _holds_parts(value):
+            if name not in _OF_TORCH and isinstance(value, list | dict | set | Tensor) and _is_plain(value):
                 yield value

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vpipe.errors import ScheduleError
 from vpipe.model.copying import copy_module, like_parameter
-from vpipe.runtime.weights.plain_state import PlainState, containers_of
+from vpipe.runtime.weights.plain_state import PlainState, written_to
 from vpipe.runtime.weights.stage_optimizer import OptimizerFactory, StageOptimizer
 
 __all__ = ["Resized", "WeightVersions"]
@@ -225,7 +225,7 @@ class WeightVersions:
     def _shared(self) -> dict[int, object]:
         """Return a deepcopy memo of what sets share: all that is not trained, and buffers even when reassigned."""
         buffers = [part._buffers for part in self._sets[0].modules()]
-        return {id(item): item for item in (*self._never_trained(), *buffers, *containers_of(self._sets[0]))}
+        return {id(item): item for item in (*self._never_trained(), *buffers, *written_to(self._sets[0]))}
 
     def _set_bytes(self) -> int:
         storages = {storage.data_ptr(): storage for storage in map(Tensor.untyped_storage, self.parameters)}
