@@ -69,6 +69,18 @@ def test_what_is_taken_apart_is_put_together_again(name: str) -> None:
     assert all(torch.equal(again[key], tensors[key] + 1) for key in names)
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": [torch.ones(1), None], "b": (2, "word")}, "{'a': [a tensor, None], 'b': (2, 'word')}"),
+        (State(torch.ones(1), Pair(1, torch.ones(1))), "State(hidden=a tensor, extras=Pair(first=1, second=a tensor))"),
+        ([take_apart, torch.float32], "[take_apart, torch.float32]"),
+    ],
+)
+def test_what_is_shown_is_the_same_in_every_process(value: Any, text: str) -> None:
+    assert str(take_apart("h", value)[1]) == text
+
+
 def test_a_tensor_is_itself() -> None:
     tensor = torch.ones(2)
     assert take_apart("h", tensor) == ({"h": tensor}, None)

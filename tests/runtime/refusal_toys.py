@@ -89,6 +89,23 @@ def other_batches() -> None:
     build().step(**(batch() | {"target": batch()["target"] + RANK}))
 
 
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, given: dict[str, Any]) -> Tensor:
+        return torch.as_tensor(self.linear(given["hidden"]) * given["scale"])
+
+
+def other_constants() -> None:
+    torch.manual_seed(0)
+    layers = [_Scaled(), *(nn.Linear(WIDTH, WIDTH) for _ in range(6))]
+    given = batch()
+    nested = {"input": {"hidden": given["input"], "scale": 1.0 + RANK}, "target": given["target"]}
+    build(Chain.from_modules(layers, MSE)).step(nested)
+
+
 def drifting_batches() -> int:
     """Train until it is noticed that the ranks' batches differ since the fourth."""
     pipeline = build()
@@ -240,6 +257,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "other_batches": other_batches,
     "other_blocks": other_blocks,
     "other_clipping": other_clipping,
+    "other_constants": other_constants,
     "other_depths": other_depths,
     "other_number_of_batches": other_number_of_batches,
     "other_partition": other_partition,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,11 @@ def test_nested_fields_are_cut_as_a_loop_cuts_them(schedule: str, masked: bool) 
     assert first["logits"].shape == (8, 3)
 
 
+def _pipeline(loss: Callable[..., Tensor]) -> vpipe.Pipeline:
+    plan = vpipe.Plan("gpipe", num_microbatches=2)
+    return vpipe.Pipeline(_model(), loss, plan=plan, optimizer=lambda own: torch.optim.SGD(own, lr=0.1))
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -114,12 +119,7 @@ def test_nested_fields_are_cut_as_a_loop_cuts_them(schedule: str, masked: bool) 
 def test_what_cannot_be_cut_is_named(change: dict[str, Any], text: str) -> None:
     batch = next(_batches(masked=True)) | change
     with (
-        vpipe.Pipeline(
-            _model(),
-            _loss,
-            plan=vpipe.Plan("gpipe", num_microbatches=2),
-            optimizer=lambda own: torch.optim.SGD(own, lr=0.1),
-        ) as pipeline,
+        _pipeline(_loss) as pipeline,
         pytest.raises(DataError, match=text),
     ):
         pipeline.step(batch)
@@ -129,12 +129,7 @@ def test_a_misspelt_field_is_still_an_error() -> None:
     batch = next(_batches(masked=True))
     batch["targets"] = batch.pop("target")
     with (
-        vpipe.Pipeline(
-            _model(),
-            _loss,
-            plan=vpipe.Plan("gpipe", num_microbatches=2),
-            optimizer=lambda own: torch.optim.SGD(own, lr=0.1),
-        ) as pipeline,
+        _pipeline(_loss) as pipeline,
         pytest.raises(DataError, match="a field 'names' that the model does not read"),
     ):
         pipeline.step(batch)
@@ -144,9 +139,8 @@ def test_a_loss_of_nested_values_that_is_no_mean_is_found() -> None:
     def summed(outputs: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
         return (outputs["logits"] - target["y"]).square().sum()
 
-    plan = vpipe.Plan("gpipe", num_microbatches=2)
     with (
-        vpipe.Pipeline(_model(), summed, plan=plan, optimizer=lambda own: torch.optim.SGD(own, lr=0.1)) as pipeline,
+        _pipeline(summed) as pipeline,
         pytest.raises(ModelError, match=r"the loss is no mean over samples.*their sum is right"),
     ):
         pipeline.step(next(_batches(masked=True)))

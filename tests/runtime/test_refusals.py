@@ -54,6 +54,14 @@ def test_different_batches_are_refused_by_all(found):
     )
 
 
+def test_other_numbers_beside_the_tensors_of_a_batch_are_refused_by_all(found):
+    first, second = found["other_constants"]
+    assert first == second
+    assert re.match(
+        r"ConfigError: ranks do not agree on the form of the batch: rank 0: .*'scale': 1.0.*rank 1: ", first
+    )
+
+
 def test_batches_that_drift_apart_are_refused_before_long(found):
     assert found["drifting_batches"] == [4, 4]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +34,7 @@ class Nest:
         return _close(self.form, iter([tensors[name] for name in self.names]))
 
     def __str__(self) -> str:
-        try:
-            return repr(_close(self.form, repeat(_Shown())))
-        except Exception:  # a class of the user's that wants tensors
-            return repr(self.form)
+        return _text(self.form)
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,6 @@ class _Attributes(NamedTuple):
 
     type: type
     names: tuple[str, ...]
-
-
-class _Shown:
-    def __repr__(self) -> str:
-        return _TENSOR
 
 
 @dataclass(frozen=True)
@@ -142,6 +133,25 @@ def _made(kind: Any, items: Sequence[Any]) -> Any:
     for name, item in zip(kind.names, items, strict=True):
         object.__setattr__(made, name, item)  # also of a frozen dataclass
     return made
+
+
+def _text(form: Any) -> str:
+    """Show a form; it reads the same in every process."""
+    if isinstance(form, _Constant):
+        return form.value.__qualname__ if hasattr(form.value, "__qualname__") else repr(form.value)
+    if not isinstance(form, _Node):
+        return _TENSOR
+    kind, items = form.kind, [_text(item) for item in form.items]
+    if isinstance(kind, _Attributes):
+        return f"{kind.type.__name__}({', '.join(map('{}={}'.format, kind.names, items))})"
+    if not isinstance(kind, _Registered):
+        return f"{kind.__name__}({', '.join(map('{}={}'.format, kind._fields, items))})"
+    if kind.type is dict:
+        return f"{{{', '.join(map('{!r}: {}'.format, kind.context, items))}}}"
+    inside = ", ".join(items)
+    if kind.type in (list, tuple):
+        return f"[{inside}]" if kind.type is list else f"({inside})"
+    return f"{kind.type.__name__}({kind.context}, {inside})"
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from torch import Tensor
+
 from vpipe.data.batches import microbatch_rows
 from vpipe.errors import DataError
 from vpipe.model.chain import Chain, Crossing
@@ -69,7 +71,7 @@ class Crossings:
                 self._inferred, self._partition, fields | rows, self._world.device, training=training
             )
             if together:
-                agree({"values between stages": crossing}, self._world)
+                agree({"values between stages": crossing, "form of the batch": shapes[2]}, self._world)
             self._known[shapes] = crossing
             compare = together
         if compare:
@@ -81,6 +83,12 @@ def _check_described(chain: Chain, batch: Batch) -> None:
     """Refuse rows of another shape than the chain says that they have: what crosses the cuts follows from that."""
     for name, spec in (chain.field_specs or {}).items():
         tensor = batch.fields.get(name)
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise DataError(
+                f"the field '{name}' is of type {type(tensor).__name__}, which was described (field_specs, or "
+                "fields of a data source) as a tensor; give a tensor, or all fields on every rank to a chain without "
+                "field_specs"
+            )
         if tensor is not None and name not in batch.whole and tuple(tensor.shape[1:]) != tuple(spec.shape_per_sample):
             raise DataError(
                 f"a batch has rows of shape {tuple(tensor.shape[1:])} in the field '{name}', which was described "
